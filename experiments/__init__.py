@@ -1,0 +1,1 @@
+"""Scripts that each answer one question by training real models; see README.md."""

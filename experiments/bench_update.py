@@ -1,0 +1,182 @@
+"""What does one update step cost beside optax's, on the machine at hand?
+
+`python -m experiments.bench_update` times the jitted step (update and apply_updates, parameters and
+state donated) of every rule on a tree of about 25M parameters shaped like a transformer. All steps
+run in turn in one process, so that whatever else the machine does meets them all; reported are the
+medians of the ratios of one round. Beside the time stands what explains it on a CPU: the bytes that
+XLA needs beyond arguments and results, and how many copies it made to protect a donated buffer that
+one kernel overwrites while another still reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jaxopt_lab
+from experiments.parts import environment, store
+
+# Ours, each beside the step that its ratio is taken to.
+RATIOS = {
+    "optax.lion": "optax.adamw",
+    "optax.adabelief": "optax.adamw",
+    "lion": "optax.adamw",
+    "adabelief": "optax.adamw",
+    "exadam": "optax.adamw",
+    "diffgrad": "optax.adamw",
+    "adamp": "optax.adamw",
+    "sgdp": "optax.adamw",
+    "muon": "optax.contrib.muon",
+}
+
+
+def optimizers() -> dict[str, optax.GradientTransformation]:
+    rate = 1e-4
+    return {
+        "optax.adamw": optax.adamw(rate),
+        "optax.lion": optax.lion(rate),
+        "optax.adabelief": optax.adabelief(rate),
+        "lion": jaxopt_lab.lion(rate, weight_decay=1e-3),
+        "adabelief": jaxopt_lab.adabelief(rate),
+        "exadam": jaxopt_lab.exadam(rate),
+        "diffgrad": jaxopt_lab.diffgrad(rate),
+        "adamp": jaxopt_lab.adamp(rate, weight_decay=1e-3),
+        "sgdp": jaxopt_lab.sgdp(rate, momentum=0.9, nesterov=True),
+        "optax.contrib.muon": optax.contrib.muon(
+            rate, muon_weight_dimension_numbers=jaxopt_lab.muon_dimension_numbers
+        ),
+        "muon": jaxopt_lab.muon(rate),
+    }
+
+
+def parameters(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
+    """A decoder's parameters: about 12 * layers * width**2 + vocabulary * width of them."""
+    shapes: dict[str, Any] = {"embedding": (vocabulary, width)}
+    for layer in range(layers):
+        shapes[f"layer{layer}"] = {
+            "norm1": (width,),
+            "query": (width, width),
+            "key": (width, width),
+            "value": (width, width),
+            "out": (width, width),
+            "norm2": (width,),
+            "up": {"kernel": (width, 4 * width), "bias": (4 * width,)},
+            "down": {"kernel": (4 * width, width), "bias": (width,)},
+        }
+    leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    arrays = [0.02 * jax.random.normal(key, shape) for key, shape in zip(keys, leaves)]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def compiled_step(tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
+
+
+def timed(step: Callable[..., Any], carry: list[Any], grads: Any) -> float:
+    begin = time.perf_counter()
+    carry[:] = jax.block_until_ready(step(*carry, grads))
+    return time.perf_counter() - begin
+
+
+def measure(names: list[str], params: Any, rounds: int, console: Console) -> dict[str, Any]:
+    """Runs every step once a round; returns seconds and what the compiler says, by name."""
+    chosen = {name: tx for name, tx in optimizers().items() if name in names}
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    runs = {}
+    for name, tx in track(chosen.items(), "compiling", console=console, transient=True):
+        step = compiled_step(tx, params, grads)
+        carry = [jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)]
+        timed(step, carry, grads)
+        runs[name] = {"step": step, "carry": carry, "seconds": []}
+    for _ in track(range(rounds), "timing", console=console, transient=True):
+        for run in runs.values():
+            run["seconds"].append(timed(run["step"], run["carry"], grads))
+    return {
+        name: {
+            "seconds": run["seconds"],
+            "temporary_bytes": run["step"].memory_analysis().temp_size_in_bytes,
+            "copies": len(re.findall(r" copy\(", run["step"].as_text())),
+        }
+        for name, run in runs.items()
+    }
+
+
+def ratio(runs: dict[str, Any], name: str) -> float | None:
+    base = RATIOS.get(name)
+    if base is None or base not in runs:
+        return None
+    pairs = zip(runs[name]["seconds"], runs[base]["seconds"])
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--optimizers", default=",".join(optimizers()), help="comma list")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file")
+    options = parser.parse_args(argv)
+    names = options.optimizers.split(",")
+    unknown = set(names) - set(optimizers())
+    if unknown or options.rounds < 1:
+        parser.error(
+            f"unknown optimizer {sorted(unknown)[0]!r}; known are {', '.join(optimizers())}"
+            if unknown
+            else f"--rounds must be positive, got {options.rounds}"
+        )
+    console = Console()
+    params = parameters(options.width, options.layers, options.vocabulary)
+    total = sum(x.size for x in jax.tree.leaves(params))
+    console.print(f"{total / 1e6:.1f}M parameters on {jax.devices()[0].device_kind}")
+    runs = measure(names, params, options.rounds, console)
+
+    table = Table("optimizer", "median ms", "ratio", "to", "temporary MB", "copies")
+    for name, run in runs.items():
+        found = ratio(runs, name)
+        table.add_row(
+            name,
+            f"{1e3 * statistics.median(run['seconds']):.1f}",
+            "" if found is None else f"{found:.2f}",
+            "" if found is None else RATIOS[name],
+            f"{run['temporary_bytes'] / 1e6:.1f}",
+            str(run["copies"]),
+        )
+    console.print(table)
+    if options.out is not None:
+        ratios = {name: found for name in runs if (found := ratio(runs, name)) is not None}
+        store.write_json(
+            options.out,
+            {
+                "kind": "bench_update",
+                "parameters": total,
+                "ratios": ratios,
+                "runs": runs,
+                "environment": environment.environment(sys.argv),
+            },
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,225 @@
+"""Leaf-by-leaf arithmetic shared by every transformation.
+
+A rule is written for one leaf. `map_leaves` refuses what does not fit, lifts the leaf to the dtype
+that the rule computes in (at least float32), and casts each result back, so that neither updates
+nor state ever change dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+PyTree = Any
+StateT = TypeVar("StateT")
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+
+
+def leaves_with_names(tree: PyTree) -> list[tuple[str, Any]]:
+    """Returns `(name, leaf)` for each leaf; a name is a path such as `layers/0/kernel`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def check_params(params: PyTree) -> None:
+    """Refuses parameters that are not real floating point.
+
+    Raises:
+      TypeError: a leaf is an integer, a boolean or complex; the message has its path.
+    """
+    for name, leaf in leaves_with_names(params):
+        found = _dtype(leaf)
+        if jnp.issubdtype(found, jnp.complexfloating):
+            raise TypeError(
+                f"parameter '{name}' is complex ({found}); wrap the transformation in "
+                "optax.contrib.split_real_and_imaginary"
+            )
+        if not jnp.issubdtype(found, jnp.floating):
+            raise TypeError(
+                f"parameter '{name}' has dtype {found}: integer parameters cannot be optimized; "
+                "mask them (optax.masked, optax.partition)"
+            )
+
+
+def zeros_like(params: PyTree, dtype: Any = None, *, at_least_float32: bool = False) -> PyTree:
+    """Returns zeros shaped, sharded and, unless `dtype` says otherwise, typed like `params`.
+
+    Raises:
+      TypeError: see `check_params`.
+    """
+    check_params(params)
+
+    def zeros(leaf: Any) -> jax.Array:
+        target = dtype or _dtype(leaf)
+        if at_least_float32:
+            target = _at_least_float32(target)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.zeros(leaf.shape, target)
+        empty = jnp.zeros_like(leaf, target)
+        # Zeros alone depend on no input, and the partitioner replicates what depends on nothing.
+        # The select ties them to the parameter's sharding and is folded away after placement.
+        return jnp.where(jnp.zeros((), bool), jnp.asarray(leaf).astype(target), empty)
+
+    return jax.tree.map(zeros, params)
+
+
+def check_state(state: Any, expected: type[StateT]) -> StateT:
+    """Returns `state`, which must have been made by the right transformation.
+
+    Raises:
+      TypeError: `state` is no instance of `expected`.
+    """
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"expected a state of type {expected.__name__}, got {type(state).__name__}: "
+            "was it made by another transformation's init?"
+        )
+    return state
+
+
+def require_params(params: PyTree | None, method: str) -> PyTree:
+    """Returns `params`, which an update cannot do without.
+
+    Raises:
+      ValueError: `params` is None.
+    """
+    if params is None:
+        raise ValueError(f"{method} needs params; call update(updates, state, params)")
+    return params
+
+
+def check_updates(updates: PyTree, tree: PyTree, whose: str = "the tree given to init") -> None:
+    """Refuses updates whose paths or shapes are not those of `tree`.
+
+    Raises:
+      ValueError: the message has the first differing path, or both shapes.
+    """
+    found, expected = leaves_with_names(updates), leaves_with_names(tree)
+    names, wanted = [name for name, _ in found], [name for name, _ in expected]
+    if names != wanted:
+        missing = [f"'{name}' is missing" for name in wanted if name not in names]
+        extra = [f"'{name}' is not expected" for name in names if name not in wanted]
+        detail = [*missing, *extra, "the leaves come in another order"][0]
+        raise ValueError(f"updates do not match {whose}: {detail}")
+    for (name, gradient), (_, leaf) in zip(found, expected):
+        if jnp.shape(gradient) != jnp.shape(leaf):
+            raise ValueError(
+                f"updates leaf '{name}' has shape {jnp.shape(gradient)}, but in {whose} it has "
+                f"shape {jnp.shape(leaf)}"
+            )
+
+
+def map_leaves(
+    rule: Callable[..., tuple[jax.Array, ...]],
+    updates: PyTree,
+    *states: PyTree,
+    params: PyTree | None = None,
+    static: Sequence[Any] | None = None,
+) -> tuple[PyTree, ...]:
+    """Maps `rule` over the leaves and returns the new updates followed by the new states.
+
+    Args:
+      rule: `rule(gradient, *state_leaves, [parameter], [static]) -> (update, *new_state_leaves)`;
+        the array arguments all have one dtype, the widest of the leaf's own and float32.
+      updates: the gradients.
+      *states: trees with the parameters' structure and shapes, such as moments.
+      params: the parameters, if the rule needs them.
+      static: one value a leaf, in the order of `jax.tree.leaves`, if the rule needs any.
+
+    Returns:
+      The updates, each with its gradient's dtype, then the states, each with its own dtype.
+
+    Raises:
+      ValueError: a tree or a leaf does not match; the message has the path and both shapes.
+      TypeError: a gradient is not real floating point.
+    """
+    flat = leaves_with_names(updates)
+    others = [*states] if params is None else [*states, params]
+    for tree in others:
+        check_updates(updates, tree, "params" if tree is params else "the tree given to init")
+    columns = [jax.tree.leaves(tree) for tree in others]
+    results = []
+    for index, (name, gradient) in enumerate(flat):
+        _check_gradient(name, gradient)
+        arrays = [jnp.asarray(gradient)] + [jnp.asarray(column[index]) for column in columns]
+        compute = _at_least_float32(*(array.dtype for array in arrays))
+        extra = () if static is None else (static[index],)
+        new = rule(*(array.astype(compute) for array in arrays), *extra)
+        results.append(tuple(x.astype(old.dtype) for x, old in zip(new, arrays)))
+    outputs = list(zip(*results)) or [()] * (1 + len(states))
+    return tuple(
+        jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        for tree, leaves in zip([updates, *states], outputs)
+    )
+
+
+def broadcast_prefix(prefix: PyTree, tree: PyTree, what: str, is_leaf: Any = None) -> list[Any]:
+    """Returns, for each leaf of `tree`, the leaf of `prefix` that stands above it.
+
+    Raises:
+      ValueError: `prefix` is no prefix of `tree`; the message has the first differing path.
+    """
+    found: list[Any] = []
+    try:
+        jax.tree.map(
+            lambda value, subtree: found.extend([value] * len(jax.tree.leaves(subtree))),
+            prefix,
+            tree,
+            is_leaf=is_leaf,
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{what} does not match the parameters: {_first_difference(prefix, tree, is_leaf)}"
+        ) from error
+    return found
+
+
+def mask_leaves(mask: Mask, params: PyTree) -> list[bool]:
+    """Returns one boolean a leaf of `params`; no mask means every leaf.
+
+    Raises:
+      ValueError: the mask's tree does not match; the message has the first differing path.
+    """
+    if mask is None:
+        return [True] * len(jax.tree.leaves(params))
+    return broadcast_prefix(mask(params) if callable(mask) else mask, params, "mask")
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return jnp.result_type(leaf)
+
+
+def _at_least_float32(*dtypes: Any) -> np.dtype:
+    # Not jnp.promote_types, which strict dtype promotion forbids for bfloat16 and float32.
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
+
+
+def _check_gradient(name: str, gradient: Any) -> None:
+    dtype = getattr(gradient, "dtype", None)
+    dtype = _dtype(gradient) if dtype is None else dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"updates leaf '{name}' has dtype {dtype}; expected real floating point")
+
+
+def _first_difference(prefix: PyTree, tree: PyTree, is_leaf: Any) -> str:
+    def paths(of: PyTree, stop: Any) -> list[tuple[Any, ...]]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(of, is_leaf=stop)
+        return [path for path, _ in flat]
+
+    def show(path: tuple[Any, ...]) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    # What a wrapper such as optax.partition has masked out is there for whoever wrote the prefix.
+    given, wanted = paths(prefix, is_leaf), paths(tree, lambda x: isinstance(x, optax.MaskedNode))
+    for path in given:
+        if not any(other[: len(path)] == path for other in wanted):
+            return f"'{show(path)}' is no parameter"
+    for path in wanted:
+        if not any(path[: len(other)] == other for other in given):
+            return f"parameter '{show(path)}' is not covered"
+    return f"found {jax.tree.structure(prefix)}, expected {jax.tree.structure(tree)}"

@@ -1,0 +1,168 @@
+"""Extreme values, derivatives through a step, and bit-exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab.testing._registry import NotApplicableError, check
+from jaxopt_lab.testing._subject import Run, Subject, training_step
+from jaxopt_lab.testing._values import (
+    expect,
+    expect_equal,
+    expect_finite,
+    full_like,
+    kernel_and_bias,
+    normal_like,
+)
+
+_FINITE = {
+    "float16": (0.0, 1e-8, 1e-5, 1.0, 6e4),
+    "bfloat16": (0.0, 1e-8, 1e-5, 1.0, 6e4),
+    "float32": (0.0, 1e-45, 1e-30, 1e19),
+}
+_MAX_INT32 = np.iinfo(np.int32).max
+
+
+def _runs(subject: Subject, dtype: str, value: float) -> Iterator[Run]:
+    """Each step of three: a gradient of this value, one of it but at most 1, and one of 1."""
+    # Compiled, a fused chain of operations may round only once; eager, it rounds at each.
+    for step in (subject.step, training_step(subject.transform)):
+        params = kernel_and_bias(dtype)
+        state = subject.transform.init(params)
+        for size in (value, min(value, 1.0), 1.0):
+            params, state, updates = step(params, state, full_like(params, size))
+            yield Run(params, state, updates)
+
+
+def _add_finite(dtype: str, value: float) -> None:
+    promise = f"Finite updates and state in {dtype} after gradients of {value:g}"
+
+    @check("numerics", name=f"{dtype}_gradient_{value:g}", promise=promise)
+    def _(subject: Subject) -> None:
+        for run in _runs(subject, dtype, value):
+            expect_finite(run.updates, "updates")
+            expect_finite(run.state, "state")
+
+
+for _dtype, _values in _FINITE.items():
+    for _value in _values:
+        _add_finite(_dtype, _value)
+
+
+@check("numerics", name="float32_gradient_1e+25_updates")
+def _huge_updates(subject: Subject) -> None:
+    """Finite updates in float32 after a gradient of 1e25."""
+    for run in _runs(subject, "float32", 1e25):
+        expect_finite(run.updates, "updates")
+
+
+@check("numerics", name="float32_gradient_1e+25_state")
+def _huge_state(subject: Subject) -> None:
+    """Finite state in float32 after a gradient of 1e25 (whose square overflows)."""
+    for run in _runs(subject, "float32", 1e25):
+        expect_finite(run.state, "state")
+
+
+@check("numerics")
+def zero_weights(subject: Subject) -> None:
+    """Finite updates and state with zero weights and zero gradients."""
+    zeros = full_like(kernel_and_bias(), 0.0)
+    run = subject.run(zeros, zeros, zeros)
+    expect_finite(run.updates, "updates")
+    expect_finite(run.state, "state")
+
+
+def _is_counter(leaf: Any) -> bool:
+    return np.shape(leaf) == () and jnp.result_type(leaf) == np.int32
+
+
+@check("numerics")
+def counter_at_maximum(subject: Subject) -> None:
+    """A counter at the int32 maximum does not wrap, and updates stay finite."""
+    params = kernel_and_bias()
+    state = subject.transform.init(params)
+    if not any(_is_counter(leaf) for leaf in jax.tree.leaves(state)):
+        raise NotApplicableError("keeps no int32 counter")
+    state = jax.tree.map(
+        lambda leaf: jnp.asarray(_MAX_INT32, jnp.int32) if _is_counter(leaf) else leaf, state
+    )
+    for _ in range(2):
+        _, state, updates = subject.step(params, state, normal_like(params))
+        expect_finite(updates, "updates")
+        for leaf in jax.tree.leaves(state):
+            expect(not _is_counter(leaf) or int(leaf) >= 0, f"a counter wrapped to {leaf}")
+
+
+@check("numerics")
+def nan_stays_in_its_leaf(subject: Subject) -> None:
+    """NaN in the gradient of one leaf leaves the updates of the others finite."""
+    params = kernel_and_bias()
+    gradient = normal_like(params)
+    gradient["bias"] = jnp.full_like(gradient["bias"], jnp.nan)
+    run = subject.run(params, gradient, gradient)
+    expect_finite(run.updates["kernel"], "updates['kernel']")
+
+
+@check("numerics")
+def nonfinite_gradients_accepted(subject: Subject) -> None:
+    """NaN and infinite gradients raise nothing, eager or compiled."""
+    params = kernel_and_bias()
+    for value in (np.nan, np.inf, -np.inf):
+        gradient = normal_like(params)
+        gradient["bias"] = gradient["bias"].at[0].set(value)
+        for jit in (True, False):
+            subject.run(params, gradient, jit=jit)
+
+
+def _slope(subject: Subject, scale: float, steps: int) -> jax.Array:
+    """The derivative of the weights' squared norm by the size of the gradients before it."""
+    params, step = kernel_and_bias(), training_step(subject.transform)
+
+    @jax.jit
+    @jax.grad
+    def slope(scale: jax.Array) -> Any:
+        weights, state = params, subject.transform.init(params)
+        for _ in range(steps):
+            gradient = jax.tree.map(lambda leaf: scale * leaf, weights)
+            weights, state, _ = step(weights, state, gradient)
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(weights))
+
+    return slope(jnp.float32(scale))
+
+
+@check("numerics")
+def differentiable(subject: Subject) -> None:
+    """The derivative through three steps exists and is finite."""
+    expect_finite(_slope(subject, 0.5, 3), "the derivative")
+
+
+@check("numerics")
+def differentiable_at_zero_gradient(subject: Subject) -> None:
+    """The derivative through three steps is finite where the gradients are zero."""
+    expect_finite(_slope(subject, 0.0, 3), "the derivative")
+
+
+@check("numerics")
+def resume_bit_exact(subject: Subject) -> None:
+    """Resumed from NumPy copies of the state at steps 1, 7 and 19 of 20, the end is bit-equal."""
+    params = kernel_and_bias()
+    gradients = [normal_like(params, 100 + 2 * index) for index in range(20)]
+
+    def finish(params: Any, state: Any, start: int) -> tuple[Any, list[Any]]:
+        path = [(params, state)]
+        for gradient in gradients[start:]:
+            params, state, _ = subject.step(params, state, gradient)
+            path.append((params, state))
+        return (params, state), path
+
+    expected, path = finish(params, subject.transform.init(params), 0)
+    for index in (1, 7, 19):
+        # NumPy holds no typed random keys: a state with one raises here, and cannot be saved so.
+        saved = jax.tree.map(np.array, path[index])
+        weights, state = jax.tree.map(jnp.asarray, saved)
+        expect_equal(finish(weights, state, index)[0], expected, f"resumed at step {index}: ")

@@ -1,0 +1,224 @@
+r"""AdamP: Adam whose step does not lengthen scale-invariant weights.
+
+    m_t = b1 m_{t-1} + (1 - b1) g_t,  v_t = b2 v_{t-1} + (1 - b2) g_t^2
+    p_t = m_t / (sqrt(v_t) / sqrt(1 - b2^t) + eps)
+    update = projected(p_t) / (1 - b1^t) + rho_t * weight_decay * theta_{t-1}
+
+where the projection takes out the part along the weights if the gradient is nearly orthogonal to
+them, and then rho_t = wd_ratio, else 1 (see `_projection`).
+
+Heo et al., "AdamP", ICLR 2021, arXiv:2006.08217, Algorithm 2; the authors' adamp.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxopt_lab import _hyperparams, _matrices, _tree
+from jaxopt_lab.transforms import _projection
+
+# What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
+CONTRACT_EXCEPTIONS = {
+    "float32_gradient_1e+25_state": "the square of a gradient above 1.8e19 overflows float32",
+}
+
+
+class ScaleByAdampState(NamedTuple):
+    """State of `scale_by_adamp`: 8 bytes a parameter in float32."""
+
+    count: jax.Array  # steps taken; int32, shape ()
+    mu: optax.Updates  # m; shapes of the parameters, dtype `mu_dtype` or the parameter's
+    nu: optax.Updates  # v; at least float32
+
+
+def scale_by_adamp(
+    b1: _hyperparams.Scalar = 0.9,
+    b2: _hyperparams.Scalar = 0.999,
+    eps: _hyperparams.Scalar = 1e-8,
+    weight_decay: _hyperparams.Scalar = 0.0,
+    mask: _tree.Mask = None,
+    *,
+    delta: _hyperparams.Scalar = 0.1,
+    wd_ratio: _hyperparams.Scalar = 0.1,
+    nesterov: bool = False,
+    dimension_numbers: _matrices.DimensionNumbers = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""Rescales the gradient by AdamP.
+
+    .. math::
+      p_t &= \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon} \\
+      u_t &= \frac{\Pi(p_t)}{1 - \beta_1^t} + \rho_t \lambda \theta_{t-1}
+
+    with Adam's moments. :math:`\Pi` looks at each kernel as one vector an output channel, then as
+    a single vector: the first view of dimension :math:`D` in which the largest cosine between
+    gradient and weights is below :math:`\delta / \sqrt D` has the direction's component along the
+    weights removed, and :math:`\rho_t` is `wd_ratio`; if there is none, :math:`\Pi(p) = p` and
+    :math:`\rho_t = 1`. The decay is part of the rule because :math:`\rho_t` is decided here.
+
+    Args:
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root of the second moment and to the norms; positive.
+      weight_decay: decoupled decay rate :math:`\lambda`.
+      mask: tree of booleans, or a function of the parameters that returns one: what decays.
+      delta: threshold of the cosine, times the root of the vector's dimension.
+      wd_ratio: factor of the weight decay of projected weights, in [0, 1].
+      nesterov: use :math:`\beta_1 m_t + (1 - \beta_1) g_t` in place of :math:`m_t`.
+      dimension_numbers: which axes are inputs and outputs: a tree of
+        `optax.contrib.MuonDimensionNumbers` (None for a leaf that is no matrix), or a function of
+        the parameters that returns one. By default the last axis is the output and all others are
+        inputs, as in dense (in, out) and convolution (height, width, in, out) kernels; an
+        attention kernel (embed, heads, head_dim) wants `MuonDimensionNumbers(0, (1, 2))`, a
+        stack of layers (layers, in, out) `MuonDimensionNumbers(1, 2)`. Scalars and vectors follow
+        plain Adam.
+      mu_dtype: dtype of the first moment; by default the parameter's.
+
+    Returns:
+      A `GradientTransformation`; its update needs `params`.
+
+    Raises:
+      ValueError: a hyper-parameter out of range, axes that a parameter does not have, missing
+        `params`, or gradients that do not match.
+      TypeError: parameters or gradients that are not real floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = scale_by_adamp()
+      >>> params = jnp.array([[3.0], [4.0]])  # one output channel
+      >>> gradient = jnp.array([[4.0], [-3.0]])  # at right angles to it
+      >>> updates, _ = tx.update(gradient, tx.init(params), params)
+      >>> f"{jnp.vdot(updates, params):.3f}"  # Adam's direction (1, -1) would give -1
+      '0.000'
+
+    References:
+      Heo et al., `AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant
+      Weights <https://arxiv.org/abs/2006.08217>`_, ICLR 2021, Algorithm 2.
+    """
+    _hyperparams.check_decay(b1=b1, b2=b2)
+    _hyperparams.check_positive(eps=eps)
+    _hyperparams.check_non_negative(weight_decay=weight_decay, delta=delta)
+    _hyperparams.check_fraction(wd_ratio=wd_ratio)
+    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+
+    def static(params: Any) -> list[tuple[_matrices.MatrixAxes | None, bool]]:
+        axes = _matrices.matrix_axes(
+            dimension_numbers, params, default=_projection.last_axis_is_output
+        )
+        return list(zip(axes, _tree.mask_leaves(mask, params)))
+
+    def init_fn(params: optax.Params) -> ScaleByAdampState:
+        static(params)
+        return ScaleByAdampState(
+            count=jnp.zeros((), jnp.int32),
+            mu=_tree.zeros_like(params, mu_dtype),
+            nu=_tree.zeros_like(params, at_least_float32=True),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByAdampState]:
+        state = _tree.check_state(state, ScaleByAdampState)
+        params = _tree.require_params(params, "adamp")
+        count = _hyperparams.increment(state.count)
+
+        def rule(
+            g: jax.Array,
+            m: jax.Array,
+            v: jax.Array,
+            theta: jax.Array,
+            axes_and_decays: tuple[_matrices.MatrixAxes | None, bool],
+        ) -> tuple[jax.Array, ...]:
+            axes, decays = axes_and_decays
+            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
+            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+
+            def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+                m = b1 * m + (1 - b1) * g
+                v = b2 * v + (1 - b2) * g * g
+                momentum = b1 * m + (1 - b1) * g if nesterov else m
+                return momentum / (_hyperparams.sqrt(v) / jnp.sqrt(c2) + eps), m, v
+
+            p, m_new, v_new = direction(g, m, v)
+            rho = 1.0
+            if axes is not None and theta.size > 0:
+                operands = _projection.apart(direction, p, theta, g, m, v)
+                radial, projects = _projection.radial_part(*operands, axes, delta=delta, eps=eps)
+                p = p - radial * theta
+                rho = jnp.where(projects, wd_ratio, 1.0)
+            u = p / c1
+            return (u + weight_decay * rho * theta if decays else u), m_new, v_new
+
+        updates, mu, nu = _tree.map_leaves(
+            rule, updates, state.mu, state.nu, params=params, static=static(params)
+        )
+        return updates, ScaleByAdampState(count, mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def adamp(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: _hyperparams.Scalar = 0.9,
+    b2: _hyperparams.Scalar = 0.999,
+    eps: _hyperparams.Scalar = 1e-8,
+    weight_decay: _hyperparams.Scalar = 0.0,
+    mask: _tree.Mask = None,
+    *,
+    delta: _hyperparams.Scalar = 0.1,
+    wd_ratio: _hyperparams.Scalar = 0.1,
+    nesterov: bool = False,
+    dimension_numbers: _matrices.DimensionNumbers = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    """AdamP with decoupled weight decay.
+
+    Args:
+      learning_rate: step size or schedule.
+      b1: see `scale_by_adamp`.
+      b2: see `scale_by_adamp`.
+      eps: see `scale_by_adamp`.
+      weight_decay: decoupled decay, multiplied by the learning rate, and by `wd_ratio` where the
+        weights look scale-invariant.
+      mask: tree of booleans, or a function of the parameters that returns one: what decays.
+      delta: see `scale_by_adamp`.
+      wd_ratio: see `scale_by_adamp`.
+      nesterov: see `scale_by_adamp`.
+      dimension_numbers: see `scale_by_adamp`.
+      mu_dtype: dtype of the first moment; by default the parameter's.
+
+    Returns:
+      A `GradientTransformation`; its update needs `params`.
+
+    Raises:
+      ValueError: see `scale_by_adamp`; also a negative `learning_rate`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = adamp(0.1, weight_decay=1e-2)
+      >>> params = {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}
+      >>> grads = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> f"{optax.apply_updates(params, updates)['kernel'][0, 0]:.3f}"
+      '0.899'
+
+    See Also:
+      `scale_by_adamp` for the bare rule and the source.
+    """
+    rule = scale_by_adamp(
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        mask,
+        delta=delta,
+        wd_ratio=wd_ratio,
+        nesterov=nesterov,
+        dimension_numbers=dimension_numbers,
+        mu_dtype=mu_dtype,
+    )
+    return _hyperparams.ready_made(rule, learning_rate, method="adamp")

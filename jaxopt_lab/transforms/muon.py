@@ -1,0 +1,404 @@
+r"""Muon: momentum, orthogonalised by Newton-Schulz.
+
+    b_t = beta b_{t-1} + (1 - beta) g_t
+    u_t = beta b_t + (1 - beta) g_t with Nesterov, else b_t
+    update = scale * NS(u_t), with NS(U) close to W V^T for the singular value decomposition W S V^T
+
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (KellerJordan/Muon),
+and Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982 (Moonlight).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxopt_lab import _compat, _hyperparams, _matrices, _tree
+
+NS_COEFFS = (3.4445, -4.7750, 2.0315)
+
+# What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
+CONTRACT_EXCEPTIONS = {
+    "float32_gradient_1e+25_state": "the square of a gradient above 1.8e19 overflows float32",
+}
+
+
+class ScaleByMuonState(NamedTuple):
+    """State of `scale_by_muon`: 4 bytes a parameter in float32."""
+
+    mu: optax.Updates  # b; shapes of the parameters, dtype `mu_dtype` or the parameter's
+
+
+class MuonAdamState(NamedTuple):
+    """State of the Adam that `muon` runs on what is no matrix: 8 bytes a parameter in float32."""
+
+    count: jax.Array  # steps taken; int32, shape ()
+    mu: optax.Updates  # first moment; shapes of the parameters, dtype `mu_dtype` or theirs
+    nu: optax.Updates  # second moment; at least float32
+
+
+def scale_by_muon(
+    beta: _hyperparams.Scalar = 0.95,
+    eps: _hyperparams.Scalar = 1e-7,
+    *,
+    nesterov: bool = True,
+    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
+    ns_steps: int = 5,
+    ns_dtype: Any = None,
+    consistent_rms: _hyperparams.Scalar | None = None,
+    dimension_numbers: _matrices.DimensionNumbers = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""Replaces each matrix of gradients by its orthogonalised momentum.
+
+    .. math::
+      b_t &= \beta b_{t-1} + (1 - \beta) g_t, \quad
+      u_t = \beta b_t + (1 - \beta) g_t \text{ (Nesterov) or } b_t \\
+      X_0 &= \frac{u_t}{\|u_t\|_F + \epsilon}, \quad
+      X_{k+1} = a X_k + (b A_k + c A_k^2) X_k, \quad A_k = X_k X_k^\top \\
+      \text{update} &= \sqrt{\max(1, \tfrac{out}{in})}\, X_5 \quad \text{or} \quad
+      \text{consistent_rms} \sqrt{\max(in, out)}\, X_5
+
+    Five iterations take singular values from [0.003, 1] to [0.68, 1.2]; they do not converge to 1,
+    by design. Matrices of equal shape, from whatever leaves, are orthogonalised as one batch.
+
+    `optax.contrib.muon` differs: it corrects the bias of momentum and gradient apart, which changes
+    their mix in the first steps.
+
+    Args:
+      beta: decay rate of the momentum, in [0, 1).
+      eps: added to the Frobenius norm; positive.
+      nesterov: orthogonalise the look-ahead momentum.
+      ns_coeffs: the coefficients (a, b, c) of the iteration.
+      ns_steps: number of iterations, at least 1.
+      ns_dtype: dtype of the iteration. By default that of the momentum but at least float32, with
+        exact matrix products; `jax.numpy.bfloat16` is the authors' choice and several times
+        faster on accelerators.
+      consistent_rms: root mean square of a full-rank update, 0.2 in Moonlight, which lets AdamW's
+        learning rate and weight decay carry over; by default Jordan's shape factor.
+      dimension_numbers: which axes are the matrix: a tree of `optax.contrib.MuonDimensionNumbers`,
+        or a function of the parameters that returns one; all other axes count matrices. By default
+        see `muon_dimension_numbers`; every leaf must have some.
+      mu_dtype: dtype of the momentum; by default the parameter's.
+
+    Returns:
+      A `GradientTransformation`; its update needs no `params`.
+
+    Raises:
+      ValueError: a hyper-parameter out of range, a leaf that is no matrix, or gradients that do
+        not match.
+      TypeError: parameters or gradients that are not real floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = scale_by_muon()
+      >>> params = jnp.zeros((2, 2))
+      >>> updates, _ = tx.update(jnp.array([[3.0, 0.0], [0.0, 0.1]]), tx.init(params))
+      >>> [f"{u:.1f}" for u in jnp.linalg.svdvals(updates)]  # of 3 and 0.1
+      ['1.1', '0.7']
+
+    References:
+      Jordan et al., `Muon: An optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et al., `Muon is Scalable for LLM
+      Training <https://arxiv.org/abs/2502.16982>`_, 2025, equation 4.
+    """
+    _hyperparams.check_decay(beta=beta)
+    _hyperparams.check_positive(eps=eps)
+    _hyperparams.check_positive_integer(ns_steps=ns_steps)
+    if consistent_rms is not None:
+        _hyperparams.check_positive(consistent_rms=consistent_rms)
+    if len(ns_coeffs) != 3:
+        raise ValueError(f"ns_coeffs must be three numbers, got {ns_coeffs!r}")
+    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+
+    def all_axes(params: optax.Params) -> list[_matrices.MatrixAxes]:
+        axes = _matrices.matrix_axes(dimension_numbers, params, default=muon_dimension_numbers)
+        for (name, leaf), found in zip(_tree.leaves_with_names(params), axes):
+            if found is None:
+                raise ValueError(
+                    f"scale_by_muon has no matrix axes for '{name}' of shape {jnp.shape(leaf)}; "
+                    "give them in dimension_numbers, or use muon, which leaves it to Adam"
+                )
+        return axes  # type: ignore[return-value]
+
+    def init_fn(params: optax.Params) -> ScaleByMuonState:
+        all_axes(params)
+        return ScaleByMuonState(mu=_tree.zeros_like(params, mu_dtype))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByMuonState]:
+        del params
+        state = _tree.check_state(state, ScaleByMuonState)
+        # The look-ahead leaves its leaf's gradient dtype only after the matrices were collected.
+        momenta: list[jax.Array] = []
+
+        def momentum(g: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+            b = beta * b + (1 - beta) * g
+            momenta.append(beta * b + (1 - beta) * g if nesterov else b)
+            return g, b
+
+        _, mu = _tree.map_leaves(momentum, updates, state.mu)
+        axes = all_axes(updates)
+        matrices = [_matrices.to_matrices(u, a) for u, a in zip(momenta, axes)]
+
+        def iterate(batch: jax.Array) -> jax.Array:
+            return _newton_schulz(batch, eps, ns_coeffs, ns_steps, ns_dtype)
+
+        orthogonal = _orthogonalize(matrices, iterate)
+
+        def scaled(g: jax.Array, index: int) -> tuple[jax.Array]:
+            _, fan_in, fan_out = matrices[index].shape
+            if consistent_rms is None:
+                scale = max(1.0, fan_out / fan_in) ** 0.5
+            else:
+                scale = consistent_rms * max(fan_in, fan_out) ** 0.5
+            return (_matrices.from_matrices(scale * orthogonal[index], axes[index], g.shape),)
+
+        (updates,) = _tree.map_leaves(scaled, updates, static=range(len(momenta)))
+        return updates, ScaleByMuonState(mu=mu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    beta: _hyperparams.Scalar = 0.95,
+    eps: _hyperparams.Scalar = 1e-7,
+    weight_decay: _hyperparams.Scalar = 0.0,
+    mask: _tree.Mask = None,
+    *,
+    nesterov: bool = True,
+    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
+    ns_steps: int = 5,
+    ns_dtype: Any = None,
+    consistent_rms: _hyperparams.Scalar | None = None,
+    dimension_numbers: _matrices.DimensionNumbers = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: _hyperparams.Scalar = 0.9,
+    adam_b2: _hyperparams.Scalar = 0.95,
+    adam_eps: _hyperparams.Scalar = 1e-10,
+    adam_eps_in_root: bool = True,
+    adam_weight_decay: _hyperparams.Scalar | None = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    """Muon on hidden matrices, Adam on everything else, both with decoupled weight decay.
+
+    Jordan's setting is `muon(0.02, adam_learning_rate=3e-4)`; Moonlight's, with AdamW's learning
+    rate and decay for all, `muon(1e-3, weight_decay=0.1, consistent_rms=0.2, adam_eps=1e-8)`.
+
+    Args:
+      learning_rate: step size or schedule of the matrices.
+      beta: see `scale_by_muon`.
+      eps: see `scale_by_muon`.
+      weight_decay: decoupled decay, multiplied by the learning rate but not by the shape factor.
+      mask: tree of booleans, or a function of the parameters that returns one: what decays.
+      nesterov: see `scale_by_muon`; Adam is the plain one in any case.
+      ns_coeffs: see `scale_by_muon`.
+      ns_steps: see `scale_by_muon`.
+      ns_dtype: see `scale_by_muon`.
+      consistent_rms: see `scale_by_muon`.
+      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers`, with None for what goes to
+        Adam, or a function of the parameters that returns one; by default
+        `muon_dimension_numbers`.
+      adam_learning_rate: step size or schedule of Adam; by default `learning_rate`.
+      adam_b1: Adam's first decay rate, in [0, 1).
+      adam_b2: Adam's second decay rate, in [0, 1).
+      adam_eps: added to the root of Adam's second moment; positive.
+      adam_eps_in_root: whether that root is the bias-corrected one, as in Adam and in Jordan's
+        code; Moonlight's adds `adam_eps` before the correction.
+      adam_weight_decay: decoupled decay of Adam's parameters; by default `weight_decay`.
+      mu_dtype: dtype of the momentum and of Adam's first moment; by default the parameter's.
+
+    Returns:
+      A `GradientTransformation`; its update needs `params` if a weight decay is not 0.
+
+    Raises:
+      ValueError: see `scale_by_muon`; also a negative learning rate or weight decay.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = muon(0.02, adam_learning_rate=1e-3)
+      >>> params = {"kernel": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}
+      >>> grads = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> f"{updates['kernel'][0, 0]:.4f} {updates['bias'][0]:.4f}"
+      '-0.0137 -0.0010'
+
+    See Also:
+      `scale_by_muon` for the bare rule and the source.
+    """
+    if adam_weight_decay is None:
+        adam_weight_decay = weight_decay
+    if adam_learning_rate is None:
+        adam_learning_rate = learning_rate
+
+    def numbers(params: optax.Params) -> Any:
+        given = muon_dimension_numbers if dimension_numbers is None else dimension_numbers
+        return given(params) if callable(given) else given
+
+    def labels(params: optax.Params) -> Any:
+        axes = _matrices.matrix_axes(numbers, params, default=muon_dimension_numbers)
+        names = ["adam" if found is None else "muon" for found in axes]
+        return jax.tree.unflatten(jax.tree.structure(params), names)
+
+    matrix_rule = scale_by_muon(
+        beta,
+        eps,
+        nesterov=nesterov,
+        ns_coeffs=ns_coeffs,
+        ns_steps=ns_steps,
+        ns_dtype=ns_dtype,
+        consistent_rms=consistent_rms,
+        dimension_numbers=numbers,
+        mu_dtype=mu_dtype,
+    )
+    adam_rule = _scale_by_adam(adam_b1, adam_b2, adam_eps, adam_eps_in_root, mu_dtype)
+    both = optax.partition(
+        {
+            "muon": _hyperparams.ready_made(
+                matrix_rule, learning_rate, weight_decay, mask, method="muon"
+            ),
+            "adam": _hyperparams.ready_made(
+                adam_rule, adam_learning_rate, adam_weight_decay, mask, method="muon"
+            ),
+        },
+        labels,
+    )
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        state = _tree.check_state(state, optax.transforms.PartitionState)
+        # Each leaf has its first moment in one of the two; the other holds a MaskedNode.
+        moments = [state.inner_states[label].inner_state[0].mu for label in ("muon", "adam")]
+        is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        all_moments = jax.tree.map(
+            lambda m, a: a if is_masked(m) else m, *moments, is_leaf=is_masked
+        )
+        _tree.check_updates(updates, all_moments)
+        return both.update(updates, state, params)
+
+    return optax.GradientTransformation(both.init, update_fn)
+
+
+def muon_dimension_numbers(params: optax.Params) -> Any:
+    """Which leaves Muon takes by default, and which of their axes are the matrix.
+
+    Kernels with two axes (in, out) and with four (height, width, in, out) are matrices, unless a
+    part of their path is `embedding`, `embed`, `unembed`, `lm_head`, `head`, `logits` or `output`:
+    embeddings and the output layer belong to Adam. So does everything else, in particular kernels
+    with three axes, whose roles cannot be known: attention kernels (embed, heads, head_dim) and
+    stacked layers (layers, in, out) need explicit numbers.
+
+    Args:
+      params: the parameters; only shapes and paths are looked at.
+
+    Returns:
+      A tree like `params` of `optax.contrib.MuonDimensionNumbers` or None.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> muon_dimension_numbers({"embed": jnp.zeros((9, 4)), "up": jnp.zeros((4, 8))})
+      {'embed': None, 'up': MuonDimensionNumbers(reduction_axis=(0,), output_axis=1)}
+    """
+    not_hidden = re.compile(r"(un)?embed(ding)?|(lm_)?head|logits|output")
+
+    def numbers(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if jnp.ndim(x) not in (2, 4) or any(not_hidden.fullmatch(name) for name in names):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(jnp.ndim(x) - 1)), jnp.ndim(x) - 1)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def _orthogonalize(
+    matrices: list[jax.Array], iterate: Callable[[jax.Array], jax.Array]
+) -> list[jax.Array]:
+    """Applies `iterate` to (n, rows, cols) stacks of matrices, those of equal type as one."""
+    batches: dict[Any, list[int]] = defaultdict(list)
+    # The iteration commutes with transposition, and is cheapest with the short side first.
+    wide = [jnp.swapaxes(x, 1, 2) if x.shape[1] > x.shape[2] else x for x in matrices]
+    for index, x in enumerate(wide):
+        batches[_compat.type_apart_from_leading_axis(x)].append(index)
+    results = list(matrices)
+    for members in batches.values():
+        batch = iterate(jnp.concatenate([_compat.unshard(wide[index]) for index in members]))
+        start = 0
+        for index in members:
+            stop = start + wide[index].shape[0]
+            x = _compat.reshard_like(batch[start:stop], wide[index])
+            results[index] = x if x.shape == matrices[index].shape else jnp.swapaxes(x, 1, 2)
+            start = stop
+    return results
+
+
+def _newton_schulz(
+    x: jax.Array,
+    eps: _hyperparams.Scalar,
+    ns_coeffs: tuple[float, float, float],
+    ns_steps: int,
+    ns_dtype: Any,
+) -> jax.Array:
+    """The iteration on a batch (n, rows, cols) with rows <= cols."""
+    a, b, c = ns_coeffs
+    norm = _hyperparams.sqrt(jnp.sum(jnp.square(x), (1, 2), keepdims=True))
+
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left, right, precision="highest")
+
+    def iteration(_: Any, x: jax.Array) -> jax.Array:
+        gram = product(x, jnp.swapaxes(x, 1, 2))
+        return a * x + product(b * gram + c * product(gram, gram), x)
+
+    x = x / (norm + eps)
+    return jax.lax.fori_loop(0, ns_steps, iteration, x.astype(ns_dtype or x.dtype)).astype(x.dtype)
+
+
+def _scale_by_adam(
+    b1: _hyperparams.Scalar,
+    b2: _hyperparams.Scalar,
+    eps: _hyperparams.Scalar,
+    eps_in_root: bool,
+    mu_dtype: Any,
+) -> optax.GradientTransformation:
+    """Adam as the references run it beside Muon, with this project's guards on trees and dtypes."""
+    _hyperparams.check_decay(adam_b1=b1, adam_b2=b2)
+    _hyperparams.check_positive(adam_eps=eps)
+    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+
+    def init_fn(params: optax.Params) -> MuonAdamState:
+        return MuonAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=_tree.zeros_like(params, mu_dtype),
+            nu=_tree.zeros_like(params, at_least_float32=True),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, MuonAdamState]:
+        del params
+        state = _tree.check_state(state, MuonAdamState)
+        count = _hyperparams.increment(state.count)
+
+        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
+            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * jnp.square(g)
+            root = jnp.sqrt(c2)
+            if eps_in_root:
+                return (m / c1) / (_hyperparams.sqrt(v) / root + eps), m, v
+            return (m / c1) * root / (_hyperparams.sqrt(v) + eps), m, v
+
+        updates, mu, nu = _tree.map_leaves(rule, updates, state.mu, state.nu)
+        return updates, MuonAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)

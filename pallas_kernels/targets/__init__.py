@@ -1,0 +1,35 @@
+"""Compile for chips that are not there, and read what their compilers say.
+
+The real compilers for NVIDIA GPUs and for TPUs come with ordinary wheels and run without the chip::
+
+    compiled = compile_for(step, params, state, grads, chip="h200", donate_argnums=(0, 1))
+    memory_traffic(compiled).total_bytes      # bytes of device memory that one step moves
+    compiled.memory_analysis()                # arguments, outputs, temporaries
+
+In a test, `compile_in_child` does the same in a process of its own, so that a compiler that aborts
+ends one check and not the run. On the command line: ``python -m pallas_kernels.targets --help``.
+"""
+
+from pallas_kernels.targets.chips import CHIPS, Gpu, Tpu
+from pallas_kernels.targets.compile import (
+    ENVIRONMENT,
+    abstract_devices,
+    compile_for,
+    missing_compiler,
+)
+from pallas_kernels.targets.isolation import compile_in_child
+from pallas_kernels.targets.traffic import Kernel, MemoryTraffic, memory_traffic
+
+__all__ = [
+    "CHIPS",
+    "ENVIRONMENT",
+    "Gpu",
+    "Kernel",
+    "MemoryTraffic",
+    "Tpu",
+    "abstract_devices",
+    "compile_for",
+    "compile_in_child",
+    "memory_traffic",
+    "missing_compiler",
+]

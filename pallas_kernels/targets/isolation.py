@@ -1,0 +1,144 @@
+"""Compile in a process of its own, which may abort without taking the caller with it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels.targets.chips import find_chip
+from pallas_kernels.targets.compile import ENVIRONMENT, compile_for, missing_compiler
+from pallas_kernels.targets.traffic import memory_traffic
+
+_CHILD = "from pallas_kernels.targets import isolation; isolation._child()"
+
+
+def compile_in_child(
+    function: str,
+    chip: str,
+    *,
+    topology: str | None = None,
+    trip_counts: Mapping[str, int] | None = None,
+    timeout: float = 300,
+) -> dict[str, Any]:
+    """Compiles a case for `chip` in a child process and reports what it needs and moves.
+
+    Args:
+      function: ``"package.module:function"``. The function takes no arguments and returns
+        ``(fn, args, donate_argnums)``, as `compile_for` takes them. The child imports it with this
+        process's ``sys.path``, under `ENVIRONMENT`.
+      chip: A name in `CHIPS`.
+      topology: As for `compile_for`.
+      trip_counts: As for `memory_traffic`.
+      timeout: Seconds until the child is ended.
+
+    Returns:
+      A JSON-able dictionary::
+
+        {"function", "chip", "jax_version",
+         "memory": {"argument", "output", "alias", "temp", "generated_code"},  # bytes
+         "traffic": {"total_bytes",
+                     "kernels": [{"name", "opcode", "operand_bytes", "result_bytes", "times"}]}}
+
+    Raises:
+      ValueError: `function` cannot be imported or does not return what is expected, or `chip`,
+        `topology` or `trip_counts` is wrong.
+      RuntimeError: The compiler is not installed, refused the program, or ended its process.
+      TimeoutError: The child did not end in time.
+    """
+    find_chip(chip)
+    reason = missing_compiler(chip)
+    if reason is not None:
+        raise RuntimeError(reason)
+    request = {
+        "function": function,
+        "chip": chip,
+        "topology": topology,
+        "trip_counts": dict(trip_counts or {}),
+    }
+    # A cache on disk would let one target be answered by what was compiled for another.
+    environment = os.environ | dict(ENVIRONMENT) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        try:
+            child = subprocess.run(
+                [sys.executable, "-c", _CHILD, json.dumps(request), str(answer)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(
+                f"{function} did not compile for chip={chip!r} within {timeout} seconds"
+            ) from error
+        if not answer.exists():
+            raise RuntimeError(
+                f"the process that compiled {function} for chip={chip!r} ended with exit code "
+                f"{child.returncode}; its last output was:\n{child.stdout[-4000:]}"
+            )
+        result = json.loads(answer.read_text())
+    if "error" in result:
+        raise (ValueError if result["is_value_error"] else RuntimeError)(result["error"])
+    return result
+
+
+def _child() -> None:
+    """Answers one request of `compile_in_child`."""
+    request, path = json.loads(sys.argv[1]), sys.argv[2]
+    try:
+        answer = _compile(**request)
+    except Exception as error:
+        answer = {
+            "error": f"{request['function']} for chip={request['chip']!r}: {error}",
+            "is_value_error": isinstance(error, ValueError),
+        }
+    Path(path).write_text(json.dumps(answer))
+
+
+def _compile(
+    function: str, chip: str, topology: str | None, trip_counts: Mapping[str, int]
+) -> dict[str, Any]:
+    fn, args, donate_argnums = _case(function)
+    compiled = compile_for(fn, *args, chip=chip, topology=topology, donate_argnums=donate_argnums)
+    traffic = memory_traffic(compiled, trip_counts)
+    memory = compiled.memory_analysis()
+    sizes = ("argument", "output", "alias", "temp", "generated_code")
+    return {
+        "function": function,
+        "chip": chip,
+        "jax_version": jax.__version__,
+        "memory": {size: getattr(memory, f"{size}_size_in_bytes") for size in sizes},
+        "traffic": {
+            "total_bytes": traffic.total_bytes,
+            "kernels": [kernel._asdict() for kernel in traffic.kernels],
+        },
+    }
+
+
+def _case(function: str) -> tuple[Callable[..., Any], Sequence[Any], int | Sequence[int]]:
+    module, _, name = function.partition(":")
+    if not module or not name:
+        raise ValueError("expected the function as 'package.module:function'")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot be imported: {error}") from error
+    case = make()
+    if not (isinstance(case, tuple) and len(case) == 3 and callable(case[0])):
+        raise ValueError(
+            f"returned {type(case).__name__}; expected a tuple (fn, args, donate_argnums)"
+        )
+    return case

@@ -1,0 +1,99 @@
+"""The house: who imports whom, how long files are, and that public names explain themselves."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxopt_lab
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted(
+    path
+    for package in ("jaxopt_lab", "pallas_kernels", "experiments")
+    for path in (ROOT / package).rglob("*.py")
+)
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+STANDARD = set(sys.stdlib_module_names)
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def code_lines(path: pathlib.Path) -> int:
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = set()
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return sum(
+        number not in docstrings and bool(line.strip()) and not line.strip().startswith("#")
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arrows_point_one_way(name):
+    package, *inside = pathlib.Path(name).with_suffix("").parts
+    outside = {module.split(".")[0] for module in imports(ROOT / name)} - STANDARD - {package}
+    if package == "jaxopt_lab":
+        assert outside <= {"jax", "optax", "numpy"}
+    elif package == "pallas_kernels":
+        assert outside <= {"jax", "jaxlib", "numpy"}
+    else:
+        assert "tests" not in outside
+    own = {tuple(m.split(".")[1:]) for m in imports(ROOT / name) if m.split(".")[0] == package}
+    if package == "jaxopt_lab" and len(inside) > 1:
+        for target in own:
+            private_at_the_root = target[0].startswith("_")
+            assert private_at_the_root or target[0] == inside[0], f"{name} imports {target}"
+            if inside[0] == "transforms" and not private_at_the_root:
+                assert target[1].startswith("_"), f"{name} imports another method: {target}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_short(name):
+    assert code_lines(ROOT / name) <= 300
+
+
+def test_only_distributed_mentions_an_axis_name():
+    for name in NAMES:
+        parts = pathlib.Path(name).parts
+        if parts[0] == "jaxopt_lab" and parts[1] not in ("distributed", "testing"):
+            assert "axis_name" not in (ROOT / name).read_text(), name
+
+
+def test_public_names_explain_themselves():
+    for name in jaxopt_lab.__all__:
+        value = getattr(jaxopt_lab, name)
+        assert value.__doc__, name
+        if callable(value) and not isinstance(value, type):
+            sections = ["Args:", "Returns:", "Examples:"]
+            sections += ["References:"] if name.startswith("scale_by_") else []
+            for section in sections:
+                assert section in value.__doc__, f"{name} has no section {section}"
+
+
+def test_importing_is_quiet_and_starts_nothing():
+    program = (
+        "import warnings; warnings.simplefilter('error'); import jaxopt_lab, pallas_kernels, jax\n"
+        "assert not jax._src.xla_bridge._backends, 'a backend was started'"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,320 @@
+"""For each check of the contract a transformation that breaks its promise."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from tests.testing.reference import MomentumState, healthy
+
+
+def stateless(rule: Callable[..., Any]) -> optax.GradientTransformation:
+    """`rule(gradients, params)` gives the updates."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return rule(updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def leafwise(rule: Callable[[jax.Array], Any]) -> optax.GradientTransformation:
+    return stateless(lambda gradients, params: jax.tree.map(rule, gradients))
+
+
+def stateful(init: Callable[..., Any], next_state: Callable[..., Any]) -> Any:
+    """Passes gradients through; `next_state(gradients, state)` follows `init(params)`."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return updates, next_state(updates, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def counts_traces() -> optax.GradientTransformation:
+    """The number of traces so far, hidden in the closure, scales the updates."""
+    inner, calls = healthy(), [0]
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        calls[0] += 1
+        updates, state = inner.update(updates, state, params)
+        return jax.tree.map(lambda u: (u * calls[0]).astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def two_leaves_only() -> optax.GradientTransformation:
+    inner = healthy()
+
+    def init(params: Any) -> Any:
+        if len(jax.tree.leaves(params)) != 2:
+            raise ValueError("expected two leaves")
+        return inner.init(params)
+
+    return optax.GradientTransformation(init, inner.update)
+
+
+def moving_state() -> optax.GradientTransformation:
+    """The momentum is in float16 from the first update on."""
+    return stateful(
+        lambda params: optax.tree.zeros_like(params),
+        lambda gradients, state: optax.tree.cast(gradients, jnp.float16),
+    )
+
+
+def momentum_of(dtype_of: Callable[[Any, Any], Any]) -> optax.GradientTransformation:
+    return stateful(
+        lambda params: optax.tree.zeros_like(params),
+        lambda gradients, state: jax.tree.map(
+            lambda g, m: g.astype(dtype_of(g, m)), gradients, state
+        ),
+    )
+
+
+def zips_leaves() -> optax.GradientTransformation:
+    return stateful(
+        lambda params: [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(params)],
+        lambda gradients, state: [
+            g + m for g, m in zip(jax.tree.leaves(gradients), state, strict=False)
+        ],
+    )
+
+
+def loops_until_small() -> optax.GradientTransformation:
+    def halve(leaf: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: jnp.max(jnp.abs(x)) > 1, lambda x: x / 2, leaf)
+
+    return leafwise(halve)
+
+
+def with_eager_raise() -> optax.GradientTransformation:
+    def rule(gradients: Any, params: Any) -> Any:
+        for leaf in jax.tree.leaves(gradients):
+            if not isinstance(leaf, Tracer) and not np.isfinite(leaf).all():
+                raise FloatingPointError("gradient is not finite")
+        return gradients
+
+    return stateless(rule)
+
+
+def no_extra_arguments() -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any = None) -> Any:
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def shared_buffer() -> optax.GradientTransformation:
+    def init(params: Any) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return {"mu": zeros, "nu": zeros}
+
+    return stateful(init, lambda gradients, state: jax.tree.map(jnp.copy, state))
+
+
+def float_rate(learning_rate: Any) -> optax.GradientTransformation:
+    return optax.sgd(float(learning_rate))
+
+
+def negated_rate(learning_rate: Any) -> optax.GradientTransformation:
+    return leafwise(lambda g: -learning_rate * g)
+
+
+def needs_params(gradients: Any, params: Any) -> Any:
+    return jax.tree.map(lambda g, p: g + p.astype(g.dtype), gradients, params)
+
+
+def normalised_by_all(gradients: Any, params: Any) -> Any:
+    norm = optax.tree.norm(gradients)
+    return jax.tree.map(lambda g: (g / norm).astype(g.dtype), gradients)
+
+
+def unpacked_state() -> optax.GradientTransformation:
+    def next_state(gradients: Any, state: Any) -> Any:
+        count, moments = state
+        return MomentumState(count, moments)
+
+    return stateful(healthy().init, next_state)
+
+
+def _stacked_maximum(gradients: Any, params: Any) -> Any:
+    largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in jax.tree.leaves(gradients)]))
+    return jax.tree.map(lambda leaf: leaf + 0 * largest, gradients)
+
+
+def _with_none(gradients: Any, params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf * 1, gradients, is_leaf=lambda leaf: leaf is None)
+
+
+def _by_position(gradients: Any, params: Any) -> Any:
+    leaves, structure = jax.tree.flatten(gradients)
+    return structure.unflatten([leaf * (index + 1) for index, leaf in enumerate(leaves)])
+
+
+def _one_dtype(gradients: Any, params: Any) -> Any:
+    return optax.tree.cast(gradients, jax.tree.leaves(gradients)[0].dtype)
+
+
+def _as_dict(gradients: Any, params: Any) -> Any:
+    return {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(gradients))}
+
+
+def cast_updates(dtype: str) -> Callable[[], optax.GradientTransformation]:
+    def make() -> optax.GradientTransformation:
+        return leafwise(lambda g: g.astype(dtype))
+
+    return make
+
+
+def _half_power(power: int) -> Callable[[], optax.GradientTransformation]:
+    """Computes in float16 whatever comes in."""
+    return lambda: leafwise(lambda g: (g.astype(jnp.float16) ** power).astype(g.dtype))
+
+
+def _unguarded_root() -> optax.GradientTransformation:
+    def rule(g: jax.Array) -> jax.Array:
+        return g / jnp.sqrt(jnp.square(g.astype(jnp.float16))).astype(g.dtype)
+
+    return leafwise(rule)
+
+
+def _pole_at_one() -> optax.GradientTransformation:
+    return leafwise(lambda g: 1 / (1 - g))
+
+
+def _slope_of_root() -> optax.GradientTransformation:
+    return leafwise(lambda g: g / (jnp.sqrt(g * g) + 1e-8))
+
+
+def _cubed_state() -> optax.GradientTransformation:
+    return stateful(
+        optax.tree.zeros_like, lambda gradients, state: jax.tree.map(lambda g: g**3, gradients)
+    )
+
+
+def _trust_ratio(gradients: Any, params: Any) -> Any:
+    return jax.tree.map(lambda g, p: g * jnp.linalg.norm(p) / jnp.linalg.norm(g), gradients, params)
+
+
+def _wrapping_counter() -> optax.GradientTransformation:
+    return stateful(lambda params: jnp.zeros((), jnp.int32), lambda gradients, state: state + 1)
+
+
+def _key_in_state() -> optax.GradientTransformation:
+    return stateful(lambda params: jax.random.key(0), lambda gradients, state: state)
+
+
+def _fixed_state() -> optax.GradientTransformation:
+    return stateful(lambda params: jnp.zeros((4, 5)), lambda gradients, state: state)
+
+
+def _fresh_zeros() -> optax.GradientTransformation:
+    return stateful(
+        lambda params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params),
+        lambda gradients, state: state,
+    )
+
+
+def _init_by(function: Callable[[Any], Any]) -> Callable[[], optax.GradientTransformation]:
+    return lambda: stateful(
+        lambda params: jax.tree.map(function, params), lambda gradients, state: state
+    )
+
+
+def _real_part() -> optax.GradientTransformation:
+    return leafwise(jnp.real)
+
+
+def _each(names: str, make: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return dict.fromkeys(names.split(), make)
+
+
+# The name of a check, and a constructor of something that breaks its promise.
+BROKEN: dict[str, Callable[..., Any]] = {
+    **_each(
+        "dict_tree list_tree tuple_tree namedtuple_tree dataclass_tree ordered_dict_tree "
+        "nested_tree bare_array",
+        lambda: stateless(_as_dict),
+    ),
+    "empty_tree": lambda: stateless(_stacked_maximum),
+    "none_leaf": lambda: stateless(_with_none),
+    "scalar_leaf": lambda: leafwise(lambda g: g / g.shape[0]),
+    "length_one_leaf": lambda: leafwise(lambda g: g / jnp.sqrt(jnp.sum((g - jnp.mean(g)) ** 2))),
+    **_each("empty_leaf empty_matrix_leaf", lambda: leafwise(lambda g: g / jnp.max(g))),
+    **_each("three_axes_leaf four_axes_leaf", lambda: leafwise(lambda g: g if g.ndim < 3 else g.T)),
+    "nesting_invariance": lambda: stateless(_by_position),
+    **_each("numpy_leaves python_float_leaves", optax.identity),
+    "random_trees": cast_updates("float32"),
+    "float32_updates": cast_updates("float16"),
+    **_each("bfloat16_updates float16_updates float64_updates", cast_updates("float32")),
+    "mixed_dtypes": lambda: stateless(_one_dtype),
+    **_each(
+        "float32_gradients_bfloat16_weights float32_gradients_float16_weights "
+        "float32_gradients_float64_weights",
+        lambda: momentum_of(lambda g, m: g.dtype),
+    ),
+    **_each(
+        "strict_dtype_promotion_float32 strict_dtype_promotion_bfloat16 "
+        "strict_dtype_promotion_mixed",
+        lambda: leafwise(lambda g: g * jnp.ones((), jnp.int32)),
+    ),
+    "strict_rank_promotion": lambda: leafwise(lambda g: g * jnp.ones(g.shape[-1:])),
+    **_each(
+        "float16_gradient_0 float16_gradient_1e-08 float16_gradient_1e-05 bfloat16_gradient_0 "
+        "bfloat16_gradient_1e-08 bfloat16_gradient_1e-05 float32_gradient_0 "
+        "float32_gradient_1e-45 float32_gradient_1e-30",
+        _unguarded_root,
+    ),
+    **_each("float16_gradient_1 bfloat16_gradient_1", _pole_at_one),
+    **_each(
+        "float16_gradient_60000 bfloat16_gradient_60000 float32_gradient_1e+19 "
+        "float32_gradient_1e+25_updates",
+        _half_power(3),
+    ),
+    "float32_gradient_1e+25_state": _cubed_state,
+    "zero_weights": lambda: stateless(_trust_ratio),
+    "counter_at_maximum": _wrapping_counter,
+    "nan_stays_in_its_leaf": lambda: stateless(normalised_by_all),
+    "nonfinite_gradients_accepted": with_eager_raise,
+    "differentiable": loops_until_small,
+    "differentiable_at_zero_gradient": _slope_of_root,
+    "resume_bit_exact": _key_in_state,
+    "extra_arguments": no_extra_arguments,
+    **_each("masked partition multi_transform freeze partition_empty_label", two_leaves_only),
+    **_each("chain multi_steps_float32 multi_steps_bfloat16", counts_traces),
+    "inject_hyperparams": functools.partial(float_rate, 0.1),
+    "inject_hyperparams_bfloat16": functools.partial(optax.sgd, 0.1),
+    "inject_hyperparams_rounded": functools.partial(optax.adam, 0.1),
+    "learning_rate_schedule": functools.partial(negated_rate, 0.1),
+    "apply_if_finite": moving_state,
+    "tree_map_params": _fixed_state,
+    "donation_after_eager_init": shared_buffer,
+    **_each(
+        "jit_equals_eager donation_after_jitted_init vmap scan_carry lowering_deterministic",
+        counts_traces,
+    ),
+    **_each("cond_branches compiles_once compiles_once_with_schedule", moving_state),
+    "init_on_shape_structs": _init_by(lambda leaf: 0 * leaf),
+    "init_under_eval_shape": _init_by(np.zeros_like),
+    **_each(
+        "shard_map shard_map_unchecked pmap sharded_rows sharded_columns sharded_replicated "
+        "explicit_axes",
+        counts_traces,
+    ),
+    **_each("sharded_state_eager_init sharded_state_jitted_init", _fresh_zeros),
+    "gradient_shape_refused": functools.partial(optax.trace, 0.9),
+    **_each("missing_leaf_refused extra_leaf_refused", zips_leaves),
+    **_each(
+        "integer_gradient_refused integer_weights_refused bool_weights_refused",
+        functools.partial(optax.trace, 0.9),
+    ),
+    "complex_weights": _real_part,
+    "missing_params": lambda: stateless(needs_params),
+    "foreign_state_refused": unpacked_state,
+}

@@ -1,0 +1,153 @@
+"""The reference trajectories under tests/golden, and each one's settings as our arguments.
+
+A case is found by listing the folder, and its own hyper-parameters are mapped by name, so that a
+new file runs without a change here; a hyper-parameter or method that maps to nothing is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import optax
+
+import jaxopt_lab
+
+GOLDEN = pathlib.Path(
+    os.environ.get("JAXOPT_LAB_GOLDEN", pathlib.Path(__file__).parents[1] / "golden")
+)
+
+# What describes the gradient stream and not the rule.
+_STREAM = {"steps", "huge_gradient_steps", "zero_gradient_steps", "parameter_order"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One reference run, in JAX layout (in, out) and HWIO."""
+
+    name: str
+    method: str
+    hyperparams: Mapping[str, Any]
+    init: dict[str, np.ndarray]
+    grads: list[dict[str, np.ndarray]]  # one tree a step
+    expected: dict[int, dict[str, np.ndarray]]  # parameters after step t
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in (GOLDEN / "optimizers").glob("*.npz"))
+
+
+def load(name: str) -> Case:
+    with np.load(GOLDEN / "optimizers" / f"{name}.npz") as file:
+        meta = json.loads(str(file["meta"]))
+        arrays = {key: file[key] for key in file.files if key != "meta"}
+    init = {k.split("/")[1]: _to_jax(v) for k, v in arrays.items() if k.startswith("init/")}
+    grads = {k.split("/")[1]: v for k, v in arrays.items() if k.startswith("grads/")}
+    steps = len(next(iter(grads.values())))
+    expected: dict[int, dict[str, np.ndarray]] = {}
+    for key, value in arrays.items():
+        if key.startswith("params/"):
+            _, step, leaf = key.split("/")
+            expected.setdefault(int(step), {})[leaf] = _to_jax(value)
+    return Case(
+        name=name,
+        method=meta["method"],
+        hyperparams={k: v for k, v in meta["hyperparameters"].items() if k not in _STREAM},
+        init=init,
+        grads=[{k: _to_jax(v[t]) for k, v in grads.items()} for t in range(steps)],
+        expected=expected,
+    )
+
+
+def rule_of(case: Case) -> str:
+    """The name of our ready-made transformation for the case."""
+    return _METHODS[case.method][0]
+
+
+def transformation(case: Case, namespace: Any = jaxopt_lab) -> optax.GradientTransformation:
+    """Builds the case's optimizer from `namespace`, by default this package."""
+    if case.method not in _METHODS:
+        raise KeyError(f"{case.name}: no rule is mapped to the method {case.method!r}")
+    name, mapping = _METHODS[case.method]
+    unknown = set(case.hyperparams) - set(mapping)
+    if unknown:
+        raise KeyError(f"{case.name}: hyper-parameters {sorted(unknown)} map to no argument")
+    arguments: dict[str, Any] = {}
+    for key, value in case.hyperparams.items():
+        target = mapping[key]
+        arguments.update(target(value, case) if callable(target) else {target: value})
+    return getattr(namespace, name)(**arguments)
+
+
+def _to_jax(array: np.ndarray) -> np.ndarray:
+    """PyTorch's (out, in, ...) to JAX's (..., in, out)."""
+    return np.transpose(array, (*range(2, array.ndim), 1, 0)) if array.ndim > 1 else array
+
+
+def _same(*keys: str) -> dict[str, str]:
+    return {key: key for key in keys}
+
+
+def _ns_eps_of_a_sum(value: float, case: Case) -> dict[str, Any]:
+    # Moonlight sums gradients where we average them: its momentum is ours over 1 - momentum, and
+    # so the same epsilon weighs 1 - momentum times as much.
+    return {"eps": value * (1 - case.hyperparams["momentum"])}
+
+
+_ADAM = _same("b1", "b2", "eps", "weight_decay") | {"lr": "learning_rate"}
+_SGDP = _same(
+    "momentum",
+    "weight_decay",
+    "dampening",
+    "nesterov",
+    "eps",
+    "delta",
+    "wd_ratio",
+    "project_momentum",
+) | {"lr": "learning_rate"}
+
+Target = str | Callable[[Any, Case], dict[str, Any]]
+_METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
+    "lion": ("lion", _same("b1", "b2", "weight_decay") | {"lr": "learning_rate"}),
+    "adabelief": (
+        "adabelief",
+        _ADAM | _same("amsgrad", "rectify", "degenerated_to_sgd", "weight_decouple", "fixed_decay"),
+    ),
+    "adamp": ("adamp", _ADAM | _same("delta", "wd_ratio", "nesterov")),
+    "sgdp": ("sgdp", _SGDP),
+    "exadam": ("exadam", _ADAM | _same("dynamic_step_size")),
+    "diffgrad": ("diffgrad", _ADAM),
+    "muon_keller": (
+        "muon",
+        _same("nesterov", "ns_coeffs", "ns_steps", "weight_decay")
+        | _same("adam_b1", "adam_b2", "adam_eps", "adam_weight_decay")
+        | {
+            "lr": "learning_rate",
+            "adam_lr": "adam_learning_rate",
+            "momentum": "beta",
+            "ns_eps": "eps",
+        },
+    ),
+    "muon_moonlight": (
+        "muon",
+        _same("nesterov", "ns_coeffs", "ns_steps")
+        | {
+            "lr": "learning_rate",
+            "wd": "weight_decay",
+            "momentum": lambda value, case: {
+                "beta": value,
+                "consistent_rms": 0.2,
+                "adam_eps_in_root": False,
+            },
+            "ns_eps": _ns_eps_of_a_sum,
+            "adamw_b1": "adam_b1",
+            "adamw_b2": "adam_b2",
+            "adamw_eps": "adam_eps",
+        },
+    ),
+}

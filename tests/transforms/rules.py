@@ -1,0 +1,50 @@
+"""The rules and their settings that the table-driven tests run over; one line adds a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+import jaxopt_lab
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A ready-made transformation with arguments that exercise it."""
+
+    make: Callable[..., optax.GradientTransformation]
+    arguments: Mapping[str, Any]
+    note: str = ""
+
+    def __str__(self) -> str:
+        return self.make.__name__ + (f"-{self.note}" if self.note else "")
+
+    def __call__(self, **changes: Any) -> optax.GradientTransformation:
+        return self.make(**{**self.arguments, **changes})
+
+    @property
+    def exceptions(self) -> Mapping[str, str]:
+        """What the rule declares, beside itself, not to promise."""
+        return getattr(sys.modules[self.make.__module__], "CONTRACT_EXCEPTIONS", {})
+
+
+_DECAY = {"learning_rate": 0.01, "weight_decay": 0.1}
+
+RULES = [
+    Rule(jaxopt_lab.adabelief, _DECAY),
+    Rule(jaxopt_lab.adabelief, {**_DECAY, "amsgrad": True, "rectify": True}, "rectified"),
+    Rule(jaxopt_lab.adamp, _DECAY),
+    Rule(jaxopt_lab.diffgrad, _DECAY),
+    Rule(jaxopt_lab.exadam, _DECAY),
+    Rule(jaxopt_lab.lion, _DECAY),
+    Rule(jaxopt_lab.muon, _DECAY),
+    Rule(jaxopt_lab.sgdp, {**_DECAY, "momentum": 0.9}),
+    Rule(jaxopt_lab.clip_coordinates, {"fraction": 0.25}),
+]
+
+# Without the variants and without what is no optimizer by itself.
+OPTIMIZERS = [r for r in RULES if not r.note and "learning_rate" in r.arguments]
