@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
                 "parameters": total,
                 "ratios": ratios,
                 "runs": runs,
-                "environment": environment.environment(sys.argv),
+                "environment": environment.environment(sys.argv[1:]),
             },
         )
     return 0

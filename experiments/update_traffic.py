@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     reason = targets.missing_compiler(options.chip)
     if reason is not None:
         parser.error(reason)
+    os.environ.update(targets.ENVIRONMENT)  # keeps jax from looking for the chip in this process
     table = Table("step", "bytes per parameter", "floor")
     found = {}
     for rule, floor in FLOOR.items():
@@ -105,13 +107,15 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(rule, f"{found[rule]:.2f}", str(floor))
     Console().print(table)
     if options.out is not None:
-        record = {
+        record: dict[str, Any] = {
             "kind": "update_traffic",
             "chip": options.chip,
             "bytes_per_parameter": found,
             "floor": FLOOR,
         }
-        store.write_json(options.out, record | {"environment": environment.environment(sys.argv)})
+        store.write_json(
+            options.out, record | {"environment": environment.environment(sys.argv[1:])}
+        )
     return 0
 
 

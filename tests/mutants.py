@@ -163,7 +163,7 @@ MUTANTS = [
     Mutant("muon", "c * product(gram, gram)", "b * product(gram, gram)"),
     Mutant("muon", "x / (norm + eps)", "x / jnp.maximum(norm, eps)"),
     Mutant("muon", "x / (norm + eps)", "x / (norm**2 + eps)"),
-    Mutant("muon", "sum(jnp.square(x), (1, 2)", "sum(jnp.square(x), (0, 1, 2)"),
+    Mutant("muon", "sum(jnp.square(x), (-2, -1)", "sum(jnp.square(x), (-1,)"),
     Mutant("muon", "sqrt(v) / root + eps)", "sqrt(v) + eps)"),
     Mutant("muon", "* root / (_hyper", "/ root / (_hyper"),
     Mutant("muon", "sqrt(v) + eps), m, v", "sqrt(v) + eps * root), m, v"),

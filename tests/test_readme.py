@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from experiments import readme_tables
+from jaxopt_lab import testing
 
 README = readme_tables.README.read_text()
 
@@ -23,6 +24,10 @@ def test_commands_are_the_two_that_are_promised():
         assert all(
             line.startswith((".venv/", "python3 -m venv")) for line in commands[1].split("\n")[:-1]
         )
+
+
+def test_number_of_checks():
+    assert f"{len(testing.contract_checks())} checks" in README
 
 
 @pytest.mark.parametrize("number", range(README.count("```python")))

@@ -117,15 +117,23 @@ def verdict(rows: Sequence[Mapping[str, Any]], target: float | None, unit: str) 
                 f"{quantity}: {first[key]:{form}}{against}."
             )
     finished = [r for r in rows if r["final_loss"] is not None]
+    if baseline not in finished:
+        return [*lines, f"{BASELINE} diverged at every learning rate."]
     lowest = min(finished, key=lambda r: r["final_loss"])
     lines.append(f"The lowest final loss is that of {lowest['optimizer']}: {loss_text(lowest)}.")
-    behind = [
-        r["optimizer"]
-        for r in finished
-        if r is not baseline and r["final_loss"] >= baseline["final_loss"]
-    ]
-    if behind:
-        lines.append(f"Not better than {BASELINE} in final loss: {', '.join(behind)}.")
+    worse, alike = [], []
+    for r in finished:
+        if r is not baseline:
+            gap = r["final_loss"] - baseline["final_loss"]
+            margin = (r["final_loss_spread"] or 0.0) + (baseline["final_loss_spread"] or 0.0)
+            if abs(gap) <= margin:
+                alike.append(r["optimizer"])
+            elif gap > 0:
+                worse.append(r["optimizer"])
+    if alike:
+        lines.append(f"Within the spread of the seeds of {BASELINE}: {', '.join(alike)}.")
+    if worse:
+        lines.append(f"Worse than {BASELINE} in final loss: {', '.join(worse)}.")
     edges = [r["optimizer"] for r in rows if r["learning_rate_at_edge"]]
     if edges:
         lines.append(

@@ -148,8 +148,14 @@ def scale_by_muon(
         axes = all_axes(updates)
         matrices = [_matrices.to_matrices(u, a) for u, a in zip(momenta, axes)]
 
+        def newton_schulz(x: jax.Array) -> jax.Array:
+            return _newton_schulz(x, eps, ns_coeffs, ns_steps, ns_dtype)
+
         def iterate(batch: jax.Array) -> jax.Array:
-            return _newton_schulz(batch, eps, ns_coeffs, ns_steps, ns_dtype)
+            # A CPU has its cores busy with one matrix, and keeps one in its cache.
+            return jax.lax.platform_dependent(
+                batch, cpu=lambda x: jax.lax.map(newton_schulz, x), default=newton_schulz
+            )
 
         orthogonal = _orthogonalize(matrices, iterate)
 
@@ -347,15 +353,15 @@ def _newton_schulz(
     ns_steps: int,
     ns_dtype: Any,
 ) -> jax.Array:
-    """The iteration on a batch (n, rows, cols) with rows <= cols."""
+    """The iteration on matrices (..., rows, cols) with rows <= cols."""
     a, b, c = ns_coeffs
-    norm = _hyperparams.sqrt(jnp.sum(jnp.square(x), (1, 2), keepdims=True))
+    norm = _hyperparams.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True))
 
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.matmul(left, right, precision="highest")
 
     def iteration(_: Any, x: jax.Array) -> jax.Array:
-        gram = product(x, jnp.swapaxes(x, 1, 2))
+        gram = product(x, jnp.swapaxes(x, -2, -1))
         return a * x + product(b * gram + c * product(gram, gram), x)
 
     x = x / (norm + eps)

@@ -23,7 +23,7 @@ from experiments.parts import study as study_module
 from experiments.parts.digits import convolution_by_matmul, digits
 from experiments.parts.language_model import SIZES, LanguageModel, language_model
 from experiments.parts.optimizers import Candidate
-from experiments.parts.summary import default_target, row, steps_to
+from experiments.parts.summary import default_target, row, steps_to, verdict
 from experiments.parts.training import TrainLoop, train
 
 TINY = ["--workload", "digits", "--optimizers", "adamw,lion", "--budget", "20", "--batch-size", "8",
@@ -404,3 +404,21 @@ def test_steps_to_target_are_those_of_the_mean_over_seeds() -> None:
     assert line["steps_to_target"] is None
     assert line["seconds_per_step"] == 0.2
     assert line["final_loss"] == 2.0
+
+
+def test_verdict_calls_a_difference_only_what_exceeds_the_spread():
+    def entry(name, loss, spread=0.01):
+        return {
+            "optimizer": name,
+            "final_loss": loss,
+            "final_loss_spread": spread,
+            "steps_to_target": None,
+            "learning_rate_at_edge": False,
+        }
+
+    rows = [entry("adamw", 1.0), entry("near", 1.015), entry("far", 1.03), entry("better", 0.9)]
+    lines = "\n".join(verdict(rows, 0.5, "nats"))
+    assert "Within the spread of the seeds of adamw: near." in lines
+    assert "Worse than adamw in final loss: far." in lines
+    diverged = [entry("adamw", None), entry("near", 1.0)]
+    assert verdict(diverged, 0.5, "nats") == ["adamw diverged at every learning rate."]

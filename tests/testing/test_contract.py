@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
+import jaxopt_lab
 from jaxopt_lab import testing
-from tests.transforms.rules import RULES
+from tests.transforms.rules import OPTIMIZERS, RULES
+
+
+def test_every_optimizer_is_listed():
+    made = {
+        name
+        for name in jaxopt_lab.__all__
+        if "learning_rate" in inspect.signature(getattr(jaxopt_lab, name)).parameters
+    }
+    assert made == {rule.make.__name__ for rule in OPTIMIZERS}
 
 
 @pytest.mark.slow
