@@ -110,7 +110,11 @@ def run_oracle(
 
 
 def test_every_reference_file_is_present() -> None:
-    assert dict(Counter(method for _, method in FILES)) == FILES_PER_METHOD, f"looked in {ROOT}"
+    found = Counter(method for _, method in FILES)
+    if "JAXOPT_LAB_GOLDEN" in os.environ:  # another root has as many as it likes
+        assert found, f"looked in {ROOT}"
+    else:
+        assert dict(found) == FILES_PER_METHOD, f"looked in {ROOT}"
 
 
 @pytest.mark.parametrize(
