@@ -19,12 +19,14 @@ ENVIRONMENT = MappingProxyType(
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
 )
 """Environment variables to set before the process imports jax.
 
 Without the first two, the CUDA plugin looks for the CUDA libraries when jax starts, does not find
-them and leaves its compiler unregistered; the third keeps libtpu from asking a cloud for its host.
+them and leaves its compiler unregistered; the third keeps libtpu from asking a cloud for its host,
+the last from refusing a second process, which is right for a chip and not for a compiler.
 """
 
 Device = Any  # a `jax.Device`, which type checkers take for a variable
@@ -59,7 +61,7 @@ def abstract_devices(chip: str, topology: str | None = None) -> Sequence[Device]
 
     Raises:
       ValueError: `chip` is not known, or its compiler does not accept `topology`.
-      RuntimeError: The compiler is not installed, or jax started without it.
+      RuntimeError: The compiler is not installed or does not start, or jax started without it.
     """
     reason = missing_compiler(chip)
     if reason is not None:
@@ -154,6 +156,8 @@ def _devices(chip: str, topology: str) -> Sequence[Device]:
             "imported, or use compile_in_child"
         ) from error
     except jax.errors.JaxRuntimeError as error:
+        if str(error).startswith("ABORTED"):
+            raise RuntimeError(f"the compiler for chip={chip!r} did not start: {error}") from error
         raise ValueError(f"topology={topology!r} is not one of chip={chip!r}: {error}") from error
 
 

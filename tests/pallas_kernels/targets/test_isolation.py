@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import json
 
 import pytest
@@ -42,3 +43,10 @@ def test_failure_is_an_error_of_the_caller(chip, function, error, message):
 def test_child_that_does_not_end_is_ended(chip):
     with pytest.raises(TimeoutError, match=r"within 0\.5 seconds"):
         compile_in_child(f"{CASES}:sleep", chip, timeout=0.5)
+
+
+@pytest.mark.parametrize("chip", [needs.on("h200"), needs.on("v5e")])
+def test_children_run_side_by_side(chip):
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        reports = list(pool.map(compile_in_child, [f"{CASES}:sgd"] * 3, [chip] * 3))
+    assert len({report["traffic"]["total_bytes"] for report in reports}) == 1
