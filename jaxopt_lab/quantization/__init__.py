@@ -1,0 +1,23 @@
+"""Compact optimizer state, and bfloat16 parameters that do not lose small updates."""
+
+from jaxopt_lab.quantization.codecs import Codec, bfloat16, dynamic_code, int8
+from jaxopt_lab.quantization.quantize_state import QuantizedState, quantize_state
+from jaxopt_lab.quantization.rounding import (
+    apply_updates_compensated,
+    apply_updates_stochastic,
+    init_compensation,
+    stochastic_round,
+)
+
+__all__ = [
+    "Codec",
+    "QuantizedState",
+    "apply_updates_compensated",
+    "apply_updates_stochastic",
+    "bfloat16",
+    "dynamic_code",
+    "init_compensation",
+    "int8",
+    "quantize_state",
+    "stochastic_round",
+]
