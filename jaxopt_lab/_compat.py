@@ -18,14 +18,14 @@ def unshard(x: jax.Array) -> jax.Array:
     """Gathers an array whose sharding is part of its type (explicit mesh axes); else returns it."""
     if not _explicit(x):
         return x
-    return jax.sharding.reshard(x, PartitionSpec())
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
 
 
 def reshard_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """Gives `x` the sharding of `like`, where that is part of the type."""
     if not _explicit(like):
         return x
-    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec)
+    return jax.sharding.reshard(x, jax.typeof(like).sharding)
 
 
 def _varying_axes(aval: Any) -> Any:

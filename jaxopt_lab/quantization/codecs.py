@@ -17,9 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _compat, _hyperparams
 from jaxopt_lab.quantization.rounding import stochastic_round
 
 _CODES = ("linear", "dynamic")
@@ -132,7 +131,8 @@ class Int8:
         return self.signed is not False
 
     def _split(self, x: jax.Array) -> jax.Array:
-        flat = _replicated(x).reshape(-1)
+        # Blocks do not follow the axes of an array.
+        flat = _compat.unshard(x).reshape(-1)
         count = -(-x.size // self.block_size)
         padding = count * self.block_size - x.size
         return jnp.pad(flat, (0, padding)).reshape(count, self.block_size)
@@ -191,19 +191,9 @@ def _dynamic_levels(codes: jax.Array, signed: bool) -> jax.Array:
     return jnp.where(signed_index < 0, -levels, levels)
 
 
-def _replicated(x: jax.Array) -> jax.Array:
-    # Blocks do not follow the axes of an array, so that a mesh with explicit axes must be told.
-    sharding = jax.typeof(x).sharding
-    if not sharding.mesh.are_all_axes_explicit or sharding.mesh.empty:
-        return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
 def _unsplit(blocks: jax.Array, like: jax.Array) -> jax.Array:
     x = blocks.reshape(-1)[: like.size].reshape(like.shape)
-    sharding = jax.typeof(like).sharding
-    if sharding.mesh.are_all_axes_explicit and not sharding.mesh.empty:
-        return jax.sharding.reshard(x, sharding)
+    x = _compat.reshard_like(x, like)
     # Folded away after placement; it ties the result to the sharding of `like`.
     return jnp.where(jnp.zeros((), bool), like.astype(x.dtype), x)
 
