@@ -11,16 +11,18 @@ Interrupt it at any time; the same command goes on with the runs that are missin
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from experiments.parts import UserError
+from experiments.parts.command_line import Parser, exit_code, positive
 
 if TYPE_CHECKING:
+    import argparse
+
     from experiments.parts.study import Run, Study
     from experiments.parts.workload import Workload
 
@@ -51,17 +53,11 @@ METHOD = (
 )
 
 
-class _OneLineErrors(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = _OneLineErrors(
+    p = Parser(
         prog="python -m experiments.compare",
         description="Train a model with several optimizers: which reaches the target loss first?",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument(
         "--optimizers",
@@ -85,15 +81,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="UTF-8 text for the language model (the topics of Python's documentation)",
     )
-    p.add_argument("--seeds", type=_positive, default=2, help="seeds at the best learning rate")
-    p.add_argument("--rates", type=_positive, default=3, help="learning rates in each search")
+    p.add_argument("--seeds", type=positive, default=2, help="seeds at the best learning rate")
+    p.add_argument("--rates", type=positive, default=3, help="learning rates in each search")
     p.add_argument(
         "--budget",
-        type=_positive,
+        type=positive,
         metavar="STEPS",
         help="steps of one run, a multiple of 20 (language_model 400, digits 300)",
     )
-    p.add_argument("--batch-size", type=_positive, help="examples per step (by size)")
+    p.add_argument("--batch-size", type=positive, help="examples per step (by size)")
     p.add_argument(
         "--target",
         type=float,
@@ -109,8 +105,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    began = time.monotonic()
-    try:
+
+    def action() -> None:
+        began = time.monotonic()
         options = parser().parse_args(arguments)
         # Importing jax and flax takes seconds on a cold disk; nobody should wonder.
         print("compare: loading jax, optax and flax ...", flush=True)
@@ -118,14 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _list()
         else:
             _compare(options, arguments, began)
-    except UserError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ncompare: interrupted; finished runs are kept, the same command goes on from here",
-              file=sys.stderr)  # fmt: skip
-        return 130
-    return 0
+
+    return exit_code("compare", action)
 
 
 def _compare(options: argparse.Namespace, arguments: list[str], began: float) -> None:
@@ -274,12 +265,6 @@ def _list() -> None:
     for name, size in SIZES.items():
         print(f"  {name:6} {size.layers} layers, width {size.width}, context {size.context}, "
               f"batch {size.batch_size}, learning rate {size.learning_rate:g}")  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
 
 
 if __name__ == "__main__":

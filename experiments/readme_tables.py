@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import jaxopt_lab
-from experiments import compare
+from experiments import compare, memory
 from experiments.parts import store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,6 +53,22 @@ WHEN = {
         "[Liu et al. 2025](https://arxiv.org/abs/2502.16982)",
         "hidden matrices of transformers and CNNs; fewest steps, at the price of matrix products",
     ),
+    "frugal_adamw": (
+        "[Zmushko et al. 2025](https://arxiv.org/abs/2411.07837)",
+        "a quarter of Adam's state (by `density`), the rest moves by its sign; pre-training",
+    ),
+    "galore_adamw": (
+        "[Zhao et al. 2024](https://arxiv.org/abs/2403.03507)",
+        "updates of low rank (here 128 of 512); the published code's rule, not `optax.contrib`'s",
+    ),
+    "dct_adamw": (
+        "[Modoranu et al. 2025](https://arxiv.org/abs/2505.17967)",
+        "the same without a decomposition: columns of a fixed cosine basis",
+    ),
+    "badam": (
+        "[Luo et al. 2024](https://arxiv.org/abs/2404.02827)",
+        "fine-tuning one layer at a time (here 8 equal layers)",
+    ),
     "clip_coordinates": (
         "[Pan and Li 2023](https://arxiv.org/abs/2306.00204)",
         "before SGD on transformers: takes the few largest coordinates back",
@@ -60,11 +77,9 @@ WHEN = {
 
 
 def state_bytes_per_parameter(tx: optax.GradientTransformation) -> float:
-    """Bytes of the state's arrays for a float32 matrix, by parameter."""
-    params = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
-    state = jax.eval_shape(tx.init, params)
-    arrays = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim > 0)
-    return arrays / params["kernel"].size
+    """Bytes of the state's arrays for float32 matrices, by parameter."""
+    params = {f"layer{index}": jax.ShapeDtypeStruct((512, 512), jnp.float32) for index in range(8)}
+    return jaxopt_lab.state_bytes(tx, params).bytes_per_parameter
 
 
 def methods() -> str:
@@ -81,18 +96,29 @@ def methods() -> str:
 def comparison() -> str:
     """The table of the main job's committed run."""
     results = store.read_json(RESULTS / "compare.json", "compare")
-    lines = [f"| {' | '.join(compare.HEADER)} |", "| --- |" + " --: |" * (len(compare.HEADER) - 1)]
-    lines += [f"| {' | '.join(cells)} |" for cells in map(compare.row_cells, results["table"])]
-    return "\n".join(lines)
+    return _table(compare.HEADER, map(compare.row_cells, results["table"]))
+
+
+def budgets() -> str:
+    """The table of the committed run on optimizer state."""
+    results = store.read_json(RESULTS / "memory.json", "memory")
+    return _table(memory.HEADER, map(memory.row_cells, results["table"]))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "| --- |" + " --: |" * (len(header) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def cost() -> str:
     """Bytes moved on an H200 beside time on a CPU, from the committed runs of both scripts."""
     traffic = store.read_json(RESULTS / "update_traffic_h200.json", "update_traffic")
-    ratios = store.read_json(RESULTS / "bench_update_cpu.json", "bench_update")["ratios"]
+    bench = store.read_json(RESULTS / "bench_update_cpu.json", "bench_update")
+    ratios = bench["ratios"] | bench["average_ratios"]
     moved = traffic["bytes_per_parameter"]
     lines = ["| step | bytes a parameter, H200 | floor | time, CPU |", "| --- | --: | --: | --: |"]
-    for name in ("optax.lion", "optax.adabelief", *WHEN):
+    others = ("galore_adamw_gram", "int8_linear_adamw", "int8_dynamic_adamw", "bfloat16_adamw")
+    for name in ("optax.lion", "optax.adabelief", *WHEN, *others):
         if name in ratios:
             floor = traffic["floor"].get(name, "")
             bytes_moved = f"{moved[name]:.2f}" if name in moved else ""
@@ -100,7 +126,7 @@ def cost() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"methods": methods, "compare": comparison, "cost": cost}
+SECTIONS = {"methods": methods, "compare": comparison, "memory": budgets, "cost": cost}
 
 
 def with_tables(text: str) -> str:

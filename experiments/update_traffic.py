@@ -24,6 +24,7 @@ from rich.table import Table
 
 import jaxopt_lab
 from experiments.parts import environment, store
+from jaxopt_lab import quantization
 from pallas_kernels import targets
 
 SHAPES = {"up": (1024, 4096), "down": (4096, 1024), "bias": (4096,)}
@@ -39,6 +40,10 @@ FLOOR = {
     "diffgrad": 36,
     "adamp": 40,
     "sgdp": 32,
+    "frugal_adamw": 16,
+    "bfloat16_adamw": 20,
+    "int8_linear_adamw": 16.1,
+    "int8_dynamic_adamw": 16.1,
 }
 
 
@@ -83,6 +88,27 @@ def adamp() -> Any:
 
 def sgdp() -> Any:
     return _case(jaxopt_lab.sgdp, momentum=0.9, nesterov=True, weight_decay=0.1)
+
+
+def frugal_adamw() -> Any:
+    # Counted with the refresh, whose random columns are nothing beside the matrices.
+    return _case(jaxopt_lab.frugal_adamw, weight_decay=0.1)
+
+
+def bfloat16_adamw() -> Any:
+    return _case(_quantized_adamw, codec=quantization.bfloat16())
+
+
+def int8_linear_adamw() -> Any:
+    return _case(_quantized_adamw, codec=quantization.int8())
+
+
+def int8_dynamic_adamw() -> Any:
+    return _case(_quantized_adamw, codec=quantization.int8(code="dynamic"))
+
+
+def _quantized_adamw(learning_rate: float, codec: quantization.Codec) -> Any:
+    return quantization.quantize_state(optax.adamw(learning_rate), codec)
 
 
 def bytes_per_parameter(rule: str, chip: str = "h200") -> float:

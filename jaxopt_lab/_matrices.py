@@ -7,6 +7,7 @@ stack. Flax's dense kernels are (in, out), its convolutions (height, width, in, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ import optax
 from jaxopt_lab import _tree
 
 DimensionNumbers = Any | Callable[[optax.Params], Any] | None
+
+
+_ENDS = re.compile(r"(un)?embed(ding)?|(lm_)?head|logits|output")
 
 
 class MatrixAxes(NamedTuple):
@@ -53,6 +57,12 @@ def matrix_axes(
     )
     named = _tree.leaves_with_names(params)
     return [_resolve(spec, name, jnp.ndim(leaf)) for spec, (name, leaf) in zip(specs, named)]
+
+
+def ends_of_a_model(path: Any) -> bool:
+    """Whether a part of the path names an embedding or the output layer."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return any(_ENDS.fullmatch(name) for name in names)
 
 
 def to_matrices(x: jax.Array, axes: MatrixAxes) -> jax.Array:

@@ -17,6 +17,11 @@ import optax
 
 PyTree = Any
 StateT = TypeVar("StateT")
+# Fields of optax's and this library's states that hold moments. Paths run through the state before
+# they run through the parameters, so that the first of these names is the state's.
+_NON_NEGATIVE = frozenset({"nu", "nu_max", "sum_of_squares"})
+MOMENTS = _NON_NEGATIVE | {"mu", "previous", "trace"}
+
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 
@@ -46,6 +51,12 @@ def check_params(params: PyTree) -> None:
             )
 
 
+def compute_dtype(*dtypes: Any) -> np.dtype:
+    """Returns the dtype that rules compute in: the widest of float32 and the leaf's own."""
+    # Not jnp.promote_types, which strict dtype promotion forbids for bfloat16 and float32.
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
+
+
 def zeros_like(params: PyTree, dtype: Any = None, *, at_least_float32: bool = False) -> PyTree:
     """Returns zeros shaped, sharded and, unless `dtype` says otherwise, typed like `params`.
 
@@ -57,7 +68,7 @@ def zeros_like(params: PyTree, dtype: Any = None, *, at_least_float32: bool = Fa
     def zeros(leaf: Any) -> jax.Array:
         target = dtype or _dtype(leaf)
         if at_least_float32:
-            target = _at_least_float32(target)
+            target = compute_dtype(target)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jnp.zeros(leaf.shape, target)
         empty = jnp.zeros_like(leaf, target)
@@ -114,6 +125,18 @@ def check_updates(updates: PyTree, tree: PyTree, whose: str = "the tree given to
             )
 
 
+def check_gradient(name: str, gradient: Any) -> None:
+    """Refuses a gradient that is not real floating point.
+
+    Raises:
+      TypeError: the message has the leaf's path.
+    """
+    dtype = getattr(gradient, "dtype", None)
+    dtype = _dtype(gradient) if dtype is None else dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"updates leaf '{name}' has dtype {dtype}; expected real floating point")
+
+
 def map_leaves(
     rule: Callable[..., tuple[jax.Array, ...]],
     updates: PyTree,
@@ -145,9 +168,9 @@ def map_leaves(
     columns = [jax.tree.leaves(tree) for tree in others]
     results = []
     for index, (name, gradient) in enumerate(flat):
-        _check_gradient(name, gradient)
+        check_gradient(name, gradient)
         arrays = [jnp.asarray(gradient)] + [jnp.asarray(column[index]) for column in columns]
-        compute = _at_least_float32(*(array.dtype for array in arrays))
+        compute = compute_dtype(*(array.dtype for array in arrays))
         extra = () if static is None else (static[index],)
         new = rule(*(array.astype(compute) for array in arrays), *extra)
         results.append(tuple(x.astype(old.dtype) for x, old in zip(new, arrays)))
@@ -156,6 +179,12 @@ def map_leaves(
         jax.tree.unflatten(jax.tree.structure(tree), leaves)
         for tree, leaves in zip([updates, *states], outputs)
     )
+
+
+def is_non_negative(path: Any) -> bool:
+    """Whether a leaf of a state is a second moment, by the field that its path runs through."""
+    fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    return next((name for name in fields if name in MOMENTS), None) in _NON_NEGATIVE
 
 
 def broadcast_prefix(prefix: PyTree, tree: PyTree, what: str, is_leaf: Any = None) -> list[Any]:
@@ -192,18 +221,6 @@ def mask_leaves(mask: Mask, params: PyTree) -> list[bool]:
 
 def _dtype(leaf: Any) -> np.dtype:
     return jnp.result_type(leaf)
-
-
-def _at_least_float32(*dtypes: Any) -> np.dtype:
-    # Not jnp.promote_types, which strict dtype promotion forbids for bfloat16 and float32.
-    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
-
-
-def _check_gradient(name: str, gradient: Any) -> None:
-    dtype = getattr(gradient, "dtype", None)
-    dtype = _dtype(gradient) if dtype is None else dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"updates leaf '{name}' has dtype {dtype}; expected real floating point")
 
 
 def _first_difference(prefix: PyTree, tree: PyTree, is_leaf: Any) -> str:

@@ -1,8 +1,8 @@
 """Wrong variants of every rule, and whether the parity and oracle tests catch them.
 
-`python -m tests.mutants [rule ...]` replaces one line of a rule's source at a time and runs the
-float64 comparisons of `tests/transforms` on the result. It prints a line a mutant and exits with 1
-if one survives that is not marked as the same function.
+`python -m tests.mutants [rule ...]` replaces one line of the package at a time and runs the float64
+comparisons of `tests/transforms` that use a rule on the result. It prints a line a mutant and exits
+with 1 if one survives that is not marked as the same function.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import tempfile
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
 import jaxopt_lab
-from tests.transforms import cases, oracle_runs, test_parity
+from tests.transforms import cases, oracle_runs, subspace_runs, test_parity
 
 PACKAGE = pathlib.Path(jaxopt_lab.__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One replacement in the file of a rule, or in a private module that the rule imports."""
+    """One replacement in the file of a rule, or in another file that the rule uses."""
 
     rule: str
     old: str
@@ -164,58 +165,211 @@ MUTANTS = [
     Mutant("muon", "x / (norm + eps)", "x / jnp.maximum(norm, eps)"),
     Mutant("muon", "x / (norm + eps)", "x / (norm**2 + eps)"),
     Mutant("muon", "sum(jnp.square(x), (-2, -1)", "sum(jnp.square(x), (-1,)"),
-    Mutant("muon", "sqrt(v) / root + eps)", "sqrt(v) + eps)"),
-    Mutant("muon", "* root / (_hyper", "/ root / (_hyper"),
-    Mutant("muon", "sqrt(v) + eps), m, v", "sqrt(v) + eps * root), m, v"),
+    Mutant("muon", "sqrt(v) / root + eps)", "sqrt(v) + eps)", file="_adam"),
+    Mutant("muon", "* root / (_hyper", "/ root / (_hyper", file="_adam"),
+    Mutant("muon", "sqrt(v) + eps), m, v", "sqrt(v) + eps * root), m, v", file="_adam"),
     Mutant("muon", "adam_rule, adam_learning_rate", "adam_rule, learning_rate"),
     Mutant("muon", "adam_learning_rate, adam_weight_decay", "adam_learning_rate, weight_decay"),
-    Mutant("muon", "_scale_by_adam(adam_b1, adam_b2", "_scale_by_adam(adam_b2, adam_b1"),
+    Mutant("muon", "adam_b1, adam_b2, adam_eps, adam", "adam_b2, adam_b1, adam_eps, adam"),
     Mutant(
         "muon",
         "if x.shape[1] > x.shape[2] else x for",
         "if x.shape[1] < x.shape[2] else x for",
         same_function="the iteration commutes with transposition",
     ),
+    # FRUGAL
+    Mutant("frugal_adamw", "since // update_gap + 1", "since // update_gap", file="frugal"),
+    Mutant("frugal_adamw", "| (since % update_gap == 0)", "", file="frugal"),
+    Mutant("frugal_adamw", "since % update_gap == 0", "since % update_gap == 1", file="frugal"),
+    Mutant("frugal_adamw", "_scaled(x, free_scale)", "x", file="frugal"),
+    Mutant("frugal_adamw", "(_scaled(total, projected_scale)", "(total", file="frugal"),
+    Mutant("frugal_adamw", "+ rest[index] if index", "if index", file="frugal"),
+    Mutant(
+        "frugal_adamw", "left[index] = lower(r,", "left[index] = lower(grads[index],", file="frugal"
+    ),
+    Mutant("frugal_adamw", '== "reset_all"', '!= "keep"', file="frugal"),
+    Mutant("frugal_adamw", 'in ("reset", "reset_all")', "in ()", file="_parts"),
+    Mutant("frugal_adamw", "jnp.where(refresh, f, s)", "jnp.where(refresh, s, f)", file="_parts"),
+    Mutant("frugal_adamw", "state = carried", "pass", file="_parts"),
+    Mutant(
+        "frugal_adamw",
+        "old[place], new[place], leaf",
+        "new[place], old[place], leaf",
+        file="_parts",
+    ),
+    Mutant(
+        "frugal_adamw", "squared = _tree.is_non_negative(path)", "squared = False", file="_parts"
+    ),
+    Mutant(
+        "frugal_adamw",
+        "self.projection.restore(self.infos, new, u)",
+        "self.projection.restore(self.infos, old, u)",
+        file="_parts",
+    ),
+    Mutant(
+        "frugal_adamw",
+        "self.projection.remainder(self.infos, new,",
+        "self.projection.remainder(self.infos, old,",
+        file="_parts",
+    ),
+    Mutant("frugal_adamw", "self.project(new, grads)", "self.project(old, grads)", file="_parts"),
+    Mutant("frugal_adamw", "jnp.where(selected, 0, matrix)", "matrix", file="columns"),
+    Mutant("frugal_adamw", '-2 if self.axis == "in" else -1', "-2", file="columns"),
+    Mutant("frugal_adamw", "jnp.take_along_axis(order, position, -1)", "position", file="columns"),
+    Mutant(
+        "frugal_adamw",
+        "ascending, position, -1) == new",
+        "ascending, position, -1) <= new",
+        file="columns",
+    ),
+    Mutant("frugal_adamw", ".at[selection].set(0, un", ".at[selection].mul(1, un", file="columns"),
+    Mutant(
+        "frugal_adamw",
+        "number_kept(density, size, math.floor)",
+        "number_kept(density, size, math.ceil)",
+        file="columns",
+    ),
+    Mutant(
+        "frugal_adamw",
+        "number_kept(density, size, round)",
+        "number_kept(density, size, int)",
+        file="svd",
+    ),
+    Mutant(
+        "frugal_adamw",
+        "jnp.square(rotation) if squared",
+        "jnp.abs(rotation) if squared",
+        file="svd",
+    ),
+    Mutant(
+        "frugal_adamw", "_product(_t(before), after)", "_product(_t(after), before)", file="svd"
+    ),
+    Mutant("frugal_adamw", "rest = x - self._restore", "rest = x + self._restore", file="svd"),
+    Mutant(
+        "frugal_adamw", "blocks = blocks[::-1]", "blocks = blocks[1:] + blocks[:1]", file="blocks"
+    ),
+    Mutant(
+        "frugal_adamw",
+        "place = step.period % len(queue)",
+        "place = step.count % len(queue)",
+        file="blocks",
+    ),
+    Mutant("frugal_adamw", "jnp.where(flag, 0, x)", "x", file="blocks"),
+    Mutant("frugal_adamw", "scale_by_adam(b1, b2, eps)", "scale_by_adam(b2, b1, eps)"),
+    Mutant("frugal_adamw", "        free_scale=free_scale,\n", ""),
+    # GaLore
+    Mutant("galore_adamw", "eps_in_root=False", "eps_in_root=True"),
+    Mutant("galore_adamw", "projected_scale=scale", "free_scale=scale"),
+    Mutant("galore_adamw", "factor * (theta + u)", "factor * theta"),
+    Mutant("galore_adamw", "u - factor", "u + factor"),
+    Mutant("galore_adamw", 'on_refresh: str = "keep"', 'on_refresh: str = "project"'),
+    Mutant("galore_adamw", "fan_in <= fan_out if", "fan_in < fan_out if", file="svd"),
+    Mutant("galore_adamw", "else fan_in > fan_out", "else fan_in >= fan_out", file="svd"),
+    Mutant(
+        "galore_adamw", "jnp.where(largest < 0, -1, 1)", "jnp.where(largest > 0, -1, 1)", file="svd"
+    ),
+    Mutant("galore_adamw", "jnp.argmax(jnp.abs(basis), 0)", "jnp.argmax(basis, 0)", file="svd"),
+    Mutant("galore_adamw", "vectors[:, ::-1][:, :rank]", "vectors[:, :rank]", file="svd"),
+    Mutant("galore_adamw", "full = (ut.T, v)", "full = (v, ut.T)", file="svd"),
+    Mutant(
+        "galore_adamw",
+        "(size > 0) & jnp.isfinite(size)",
+        "True",
+        file="svd",
+    ),
+    # DCT-AdamW
+    Mutant("dct_adamw", "first_gap=max(update_gap - 1, 1)", "first_gap=update_gap"),
+    Mutant("dct_adamw", '"project" if rotate else "keep"', '"keep"'),
+    Mutant("dct_adamw", '"project" if rotate else "keep"', '"project"'),
+    Mutant("dct_adamw", "None if error_feedback else optax.set_to_zero()", "None"),
+    Mutant("dct_adamw", "** self.norm", "** 1", file="dct"),
+    Mutant("dct_adamw", "** self.norm", "** 2", file="dct"),
+    Mutant("dct_adamw", "if type == 3", "if type == 2", file="dct"),
+    Mutant("dct_adamw", "2 * j + 1", "2 * j - 1", file="dct"),
+    Mutant("dct_adamw", "jnp.asarray(np.sqrt(1 / size), dtype)", "values", file="dct"),
+    Mutant("dct_adamw", "jax.lax.top_k(scores", "jax.lax.top_k(-scores", file="dct"),
+    Mutant("dct_adamw", "lifted = [g + group", "lifted = [g - group", file="frugal"),
+    Mutant(
+        "dct_adamw",
+        "kept = {index: lower(remainders[index]",
+        "kept = {index: lower(2 * remainders[index]",
+        file="frugal",
+    ),
+    # BAdam
+    Mutant("badam", "optax.set_to_zero(),", "optax.scale_by_sign(),"),
+    Mutant("badam", '"reset_all"', '"reset"'),
+    Mutant("badam", "decayed = u + jnp", "decayed = u - jnp"),
+    Mutant("badam", "jnp.where(treatment.selection, decayed, u)", "decayed"),
+    Mutant("badam", "jnp.where(treatment.selection, decayed, u)", "u"),
+    Mutant("badam", "            if not selected:\n                return (u,)\n", ""),
+    Mutant("badam", "lambda size: min(size, 1)", "lambda size: min(size, 2)"),
+    Mutant("badam", "_adam.scale_by_adam(b1, b2, eps)", "_adam.scale_by_adam(b1, b2, 1e-8)"),
+    Mutant("badam", "blocks(order, group)", 'blocks("ascending", group)'),
+    Mutant(
+        "badam",
+        "jnp.maximum(first_gap - phase * update_gap // stagger, 1)",
+        "jnp.maximum(first_gap - 1, 1)",
+        file="frugal",
+    ),
 ]
 
 
-def survives(mutant: Mutant) -> bool:
-    """Whether every float64 comparison of the rule accepts the mutant."""
-    namespace = mutated(mutant)
-    with jax.enable_x64(True):
-        for run in oracle_runs.all_runs():
-            if run.rule != mutant.rule:
-                continue
-            if oracle_runs.deviation(run, jnp.float64, namespace) > 1e-10:
-                return False
-        for name in cases.names():
-            case = cases.load(name)
-            if cases.rule_of(case) == mutant.rule:
-                tx = cases.transformation(case, namespace)
-                if test_parity.deviation(case, tx, jnp.float64) > 1e-9:
-                    return False
-    return True
+def verdict(mutant: Mutant) -> str:
+    """Returns "survives" if every float64 comparison of the rule accepts the mutant.
+
+    Else "caught", or "refused" if the shapes of its own arrays no longer fit each other.
+    """
+    with tempfile.TemporaryDirectory() as folder, jax.enable_x64(True):
+        namespace = copy_of_the_package(mutant, pathlib.Path(folder))
+        # Both comparisons are below 2e-13 for the right rules.
+        try:
+            return (
+                "caught"
+                if any(not x < 1e-10 for x in _deviations(mutant.rule, namespace))
+                else "survives"
+            )
+        except (TypeError, ValueError):
+            return "refused"
 
 
-def mutated(mutant: Mutant) -> types.ModuleType:
-    rule = _execute(mutant.rule, mutant if not mutant.file else None)
-    if mutant.file:
-        setattr(rule, mutant.file, _execute(mutant.file, mutant))
-    return rule
+def _deviations(rule: str, namespace: types.ModuleType) -> Iterator[float]:
+    for run in (*oracle_runs.all_runs(), *subspace_runs.all_runs()):
+        if run.rule == rule:
+            yield oracle_runs.deviation(run, jnp.float64, namespace)
+    for case in map(cases.load, cases.names()):
+        if cases.rule_of(case) == rule:
+            tx = cases.transformation(case, namespace)
+            yield test_parity.deviation(case, tx, jnp.float64)
 
 
-def _execute(name: str, mutant: Mutant | None) -> types.ModuleType:
-    folder = "transforms." if (PACKAGE / "transforms" / f"{name}.py").exists() else ""
-    original = importlib.import_module(f"jaxopt_lab.{folder}{name}")
-    source = pathlib.Path(str(original.__file__)).read_text()
-    if mutant is not None:
-        if mutant.old not in source:
-            raise LookupError(f"{name}.py does not contain {mutant.old!r}")
-        source = source.replace(mutant.old, mutant.new)
-    module = types.ModuleType(original.__name__)
-    module.__file__ = original.__file__
-    exec(compile(source, str(original.__file__), "exec"), module.__dict__)
-    return module
+def mutated_source(mutant: Mutant) -> tuple[pathlib.Path, str]:
+    """Returns the file that the mutant changes, in this package, and its changed text.
+
+    Raises:
+      LookupError: the file does not contain what is to be replaced.
+    """
+    stem = mutant.file or mutant.rule
+    (path,) = (p for p in PACKAGE.rglob("*.py") if p.stem == stem)
+    source = path.read_text()
+    if mutant.old not in source:
+        raise LookupError(f"{path.name} does not contain {mutant.old!r}")
+    return path, source.replace(mutant.old, mutant.new)
+
+
+def copy_of_the_package(mutant: Mutant, folder: pathlib.Path) -> types.ModuleType:
+    """Imports the package under a name of its own, with the mutant's file changed."""
+    changed, source = mutated_source(mutant)
+    name = f"mutant_{folder.name}"
+    for path in PACKAGE.rglob("*.py"):
+        target = folder / name / path.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = source if path == changed else path.read_text()
+        target.write_text(text.replace(PACKAGE.name, name))
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
 
 
 def main(rules: Sequence[str]) -> int:
@@ -224,11 +378,10 @@ def main(rules: Sequence[str]) -> int:
     # Compiling keeps one core busy; a process each keeps them all.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        for mutant, alive in zip(chosen, pool.map(survives, chosen)):
-            right = alive == bool(mutant.same_function)
+        for mutant, found in zip(chosen, pool.map(verdict, chosen)):
+            right = (found == "survives") == bool(mutant.same_function)
             wrong += not right
-            verdict = "survives" if alive else "caught"
-            print(f"{'' if right else 'WRONG':5} {verdict:8}  {mutant}", flush=True)
+            print(f"{'' if right else 'WRONG':5} {found:8}  {mutant}", flush=True)
     print(f"{len(chosen)} mutants, {wrong} with the wrong verdict")
     return int(wrong > 0)
 

@@ -6,6 +6,7 @@ import platform
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -17,11 +18,20 @@ def device_kind() -> str:
     return f"cpu ({platform.machine()})" if device.platform == "cpu" else device.device_kind
 
 
+def without_folders(argument: str) -> str:
+    """An argument, or the value of `--option=value`, without the folders of an absolute path."""
+    start, value = "", argument
+    if argument.startswith("-") and "=" in argument:
+        option, _, value = argument.partition("=")
+        start = f"{option}="
+    return start + (PurePath(value).name if PurePath(value).is_absolute() else value)
+
+
 def environment(argv: list[str]) -> dict[str, Any]:
-    """The record that goes with a table of results."""
+    """The record that goes with a table of results, which may be published."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": argv,
+        "argv": [without_folders(argument) for argument in argv],
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": device_kind(),

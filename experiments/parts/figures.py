@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from experiments.parts.study import Run, final_loss
 from experiments.parts.summary import best_runs, loss_text
 
 # Okabe and Ito's colours, told apart with every kind of colour vision, and a grey.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#888888")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*<>ph"
+LABEL_BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 
 
@@ -106,6 +109,65 @@ def rate_search(
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=9)
     return png(figure)
+
+
+def loss_by_state(rows: Sequence[Mapping[str, Any]], unit: str) -> bytes:
+    """Final validation loss over bytes of state: mean of the seeds, and a bar for their range."""
+    return png(loss_by_state_figure(rows, unit))
+
+
+def loss_by_state_figure(rows: Sequence[Mapping[str, Any]], unit: str) -> Figure:
+    """The figure of `loss_by_state`; the labels are its annotations."""
+    figure = Figure(figsize=(9, 5.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.7)
+    _logarithmic(axes)
+    axes.margins(0.12)
+    axes.set_xlabel("bytes of optimizer state per parameter (linear below 1)")
+    axes.set_ylabel(f"final validation loss ({unit})")
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.grid(alpha=0.3, which="both")
+    shown = [(index, row) for index, row in enumerate(rows) if row["final_loss"] is not None]
+    for index, row in shown:
+        x, y = row["state_bytes_per_parameter"], row["final_loss"]
+        bar = [[y - row["final_loss_low"]], [row["final_loss_high"] - y]]
+        look = {**style(index), "linestyle": "none"}
+        axes.errorbar(x, y, bar, capsize=3, markersize=7, zorder=3, **look)
+    points = [(row["state_bytes_per_parameter"], row["final_loss"]) for _, row in shown]
+    best = sorted(at for at, (_, row) in zip(points, shown) if row["best_for_its_state"])
+    if best:
+        axes.plot(*zip(*best), color="0.7", lw=1, drawstyle="steps-post", zorder=1)
+        figure.draw_without_rendering()  # lays out, so that places are known
+        _label(axes, points, [row["optimizer"] for _, row in shown])
+    return figure
+
+
+def _label(axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
+    """Puts each label at the nearest free place around its point."""
+    taken = [
+        Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in axes.transData.transform(points)
+    ]
+    frame = axes.get_window_extent()
+    directions = [(1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
+    for point, label in zip(points, labels, strict=True):
+        for distance, (right, up) in itertools.product(range(9, 200, 6), directions):
+            offset = (right * distance, up * distance)
+            look = {
+                "textcoords": "offset points",
+                "ha": ("center", "left", "right")[right],
+                "va": ("center", "bottom", "top")[up],
+                "fontsize": 9,
+            }
+            text = axes.annotate(label, point, offset, **look, bbox=LABEL_BACKGROUND)
+            box = text.get_window_extent().padded(2)
+            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                if distance > 15:
+                    line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6}
+                    axes.annotate("", point, offset, **look, arrowprops=line)
+                break
+            text.remove()
 
 
 def _logarithmic(axes: Axes) -> None:

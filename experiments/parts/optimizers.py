@@ -7,10 +7,10 @@ leaves with two or more axes are decayed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,18 +130,24 @@ def decay_mask(params: optax.Params) -> Any:
     return jax.tree.map(lambda leaf: np.ndim(leaf) >= 2, params)
 
 
-def known_candidate(name: str, workload: Workload) -> Candidate:
-    """The optimizer of that name, with its grid centred for `workload`."""
-    if name not in KNOWN:
-        raise UserError(f"--optimizers: unknown optimizer {name!r}; known: {', '.join(KNOWN)}")
-    known = KNOWN[name]
+def candidate(
+    name: str, known: Known, workload: Workload, *sources: Callable[..., Any] | Path
+) -> Candidate:
+    """The contender `name`, with its grid centred for `workload`; see `fingerprint` for sources."""
 
     def make(learning_rate: optax.Schedule) -> optax.GradientTransformation:
         return known.make(learning_rate, WEIGHT_DECAY / known.rate_factor, decay_mask)
 
-    source = optax.adamw if name == BASELINE else getattr(jaxopt_lab, name)
     rate = float(f"{workload.learning_rate * known.rate_factor:.3g}")
-    return Candidate(name, make, rate, known.reason, _fingerprint(source))
+    return Candidate(name, make, rate, known.reason, fingerprint(Path(__file__), *sources))
+
+
+def known_candidate(name: str, workload: Workload) -> Candidate:
+    """The optimizer of that name, with its grid centred for `workload`."""
+    if name not in KNOWN:
+        raise UserError(f"--optimizers: unknown optimizer {name!r}; known: {', '.join(KNOWN)}")
+    source = optax.adamw if name == BASELINE else getattr(jaxopt_lab, name)
+    return candidate(name, KNOWN[name], workload, source)
 
 
 def user_candidate(spec: str, workload: Workload) -> Candidate:
@@ -157,7 +163,8 @@ def user_candidate(spec: str, workload: Workload) -> Candidate:
     if not callable(function):
         raise UserError(f"{option}: not callable: {type(function).__name__}")
     make = cast(MakeOptimizer, function)
-    return Candidate(spec, make, workload.learning_rate, "that of AdamW", _fingerprint(make))
+    checksum = fingerprint(Path(__file__), make)
+    return Candidate(spec, make, workload.learning_rate, "that of AdamW", checksum)
 
 
 def check_candidate(candidate: Candidate, workload: Workload) -> None:
@@ -191,9 +198,24 @@ def one_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _fingerprint(function: Callable[..., Any]) -> str:
-    """Checksum of this file and of the one that defines `function`, where there is such a file."""
-    content = Path(__file__).read_bytes()
-    with contextlib.suppress(TypeError, OSError):  # built-in, or typed at a prompt
-        content += Path(inspect.getsourcefile(inspect.unwrap(function)) or "").read_bytes()
-    return hashlib.sha256(content).hexdigest()[:16]
+def fingerprint(*sources: Callable[..., Any] | Path) -> str:
+    """Checksum of code.
+
+    Args:
+      sources: a file, a folder for the Python files in it, or a function for the file that defines
+        it, where there is such a file.
+    """
+    checksum = hashlib.sha256()
+    for path in itertools.chain.from_iterable(map(_files, sources)):
+        checksum.update(path.read_bytes())
+    return checksum.hexdigest()[:16]
+
+
+def _files(source: Callable[..., Any] | Path) -> list[Path]:
+    if isinstance(source, Path):
+        return sorted(source.glob("*.py")) if source.is_dir() else [source]
+    try:
+        path = Path(inspect.getsourcefile(inspect.unwrap(source)) or "")
+    except TypeError:  # built-in
+        return []
+    return [path] if path.is_file() else []

@@ -76,8 +76,8 @@ class Study:
 
     def time(self, progress: Progress) -> dict[str, list[float]]:
         """Seconds per step of every candidate, measured in turns, one figure per round."""
-        names = [candidate.name for candidate in self.candidates]
-        key = "timing-" + hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
+        timed = " ".join(f"{c.name} {c.fingerprint}" for c in self.candidates)
+        key = "timing-" + hashlib.sha256(timed.encode()).hexdigest()[:8]
         if key in self.store:
             progress.skip(self._timing_steps)
         else:

@@ -134,13 +134,18 @@ def verdict(rows: Sequence[Mapping[str, Any]], target: float | None, unit: str) 
         lines.append(f"Within the spread of the seeds of {BASELINE}: {', '.join(alike)}.")
     if worse:
         lines.append(f"Worse than {BASELINE} in final loss: {', '.join(worse)}.")
+    return [*lines, *edge_warning(rows)]
+
+
+def edge_warning(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence if a best rate is the first or last of its grid, else none."""
     edges = [r["optimizer"] for r in rows if r["learning_rate_at_edge"]]
-    if edges:
-        lines.append(
-            f"* Best rate at the edge of the grid, so perhaps not the best there is: "
-            f"{', '.join(edges)}. A larger --rates widens the grid and keeps the finished runs."
-        )
-    return lines
+    if not edges:
+        return []
+    return [
+        f"* Best rate at the edge of the grid, so perhaps not the best there is: "
+        f"{', '.join(edges)}. A larger --rates widens the grid and keeps the finished runs."
+    ]
 
 
 def loss_text(row: Mapping[str, Any]) -> str:

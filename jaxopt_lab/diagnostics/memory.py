@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _tree
-from jaxopt_lab.diagnostics import _mirrors
+from jaxopt_lab import _mirrors, _tree
 
 PyTree = Any
 _MIB = 2**20

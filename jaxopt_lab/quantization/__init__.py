@@ -8,6 +8,7 @@ from jaxopt_lab.quantization.rounding import (
     init_compensation,
     stochastic_round,
 )
+from jaxopt_lab.quantization.sharding import init_sharded, state_shardings
 
 __all__ = [
     "Codec",
@@ -17,7 +18,9 @@ __all__ = [
     "bfloat16",
     "dynamic_code",
     "init_compensation",
+    "init_sharded",
     "int8",
     "quantize_state",
+    "state_shardings",
     "stochastic_round",
 ]

@@ -1,7 +1,7 @@
 r"""Codecs: how one array is kept in fewer bytes.
 
     bfloat16      2 bytes an entry, rounded stochastically or to nearest
-    int8          1 byte an entry and one float32 scale for each block of the flattened array:
+    int8          1 byte an entry and one float32 scale for each block of a row (the last axis):
                   x ~ scale * level[code], with uniform or dynamic-exponent levels
 
 Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022, arXiv:2110.02861,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,6 +23,8 @@ from jaxopt_lab import _compat, _hyperparams
 from jaxopt_lab.quantization.rounding import stochastic_round
 
 _CODES = ("linear", "dynamic")
+_HUGE = 2.0**127
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class Codec(Protocol):
@@ -75,7 +78,7 @@ class Blocks(NamedTuple):
     """An array encoded by `int8`."""
 
     codes: jax.Array  # int8 (signed and linear) or uint8; the array's shape
-    scales: jax.Array  # float32, shape (number of blocks,)
+    scales: jax.Array  # float32, shape (*leading axes, blocks in a row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,24 +89,44 @@ class Int8:
     code: str
     signed: bool | None
 
-    def encode(self, x: jax.Array, key: jax.Array | None = None) -> Blocks:
-        """Returns codes and scales of the floating array `x`; `key` is not used."""
+    def scales(self, x: jax.Array) -> jax.Array:
+        """Returns the scales of the floating array `x`, shape (*leading axes, blocks of a row)."""
+        x = _compat.unshard(self._floats(x))
+        leading, length, _ = self._rows(x.shape)
+        rows = x.reshape(*leading, length)
+        full = length - length % self.block_size
+        blocks = rows[..., :full].reshape(*leading, full // self.block_size, self.block_size)
+        # The rest apart, because XLA does not vectorise the reduction of a padded array on a CPU.
+        parts = [self._largest(blocks)]
+        if full < length:
+            parts.append(self._largest(rows[..., None, full:]))
+        scales = jnp.concatenate(parts, axis=-1)
+        # The quotient of numbers below it is unreliable where a device flushes them to zero.
+        return jnp.where(jnp.abs(scales) <= _TINY, 0, scales)
+
+    def encode(
+        self, x: jax.Array, key: jax.Array | None = None, scales: jax.Array | None = None
+    ) -> Blocks:
+        """Returns codes and scales of the floating array `x`; `key` is not used.
+
+        Args:
+          x: floating array.
+          key: not used.
+          scales: of `x`, if they are known.
+        """
         del key
-        # Codes have no derivative; that of the scales alone would be misleading.
-        x = jax.lax.stop_gradient(x)
-        blocks = self._split(x.astype(jnp.float32))
-        scales = self._scales(blocks)
-        # The quotient of subnormal numbers is unreliable where a device flushes them to zero.
-        scales = jnp.where(jnp.abs(scales) < jnp.finfo(jnp.float32).tiny, 0, scales)
-        column = scales[:, None]
-        units = blocks / jnp.where(column == 0, 1, column)
-        units = jnp.where(jnp.isinf(blocks), jnp.sign(blocks) * jnp.sign(column), units)
-        units = jnp.where(jnp.isnan(column), 1, jnp.where(column == 0, 0, units))
-        codes = self._nearest(units)
-        if not self._signed:
-            codes = jnp.where((blocks > 0) & (column != 0), jnp.maximum(codes, 1), codes)
-        codes = _unsplit(codes, x)
-        return Blocks(codes, scales)
+        scales = self.scales(x) if scales is None else scales
+        x = self._floats(x)
+        infinite = jnp.isinf(scales)
+        zero = scales == 0
+        # 4 / scale is a normal number for each scale that is one; infinity times _TINY is infinite
+        # and every other number times _TINY**2 too small for a code.
+        inverse = jnp.where(
+            infinite, jnp.sign(scales) * _TINY, 4 / jnp.where(zero, jnp.inf, scales)
+        )
+        unit = jnp.where(infinite, _TINY, self._top / 4)
+        least = jnp.where(zero, 0.0, 1.0)
+        return Blocks(self._entrywise(self._codes, x, inverse, unit, least), scales)
 
     def decode(self, encoded: Blocks, dtype: Any) -> jax.Array:
         """Returns the array of dtype `dtype` that `encoded` stands for.
@@ -112,98 +135,166 @@ class Int8:
           ValueError: the number of scales does not fit the codes.
         """
         codes, scales = encoded
-        blocks = self._split(codes)
-        if scales.shape != blocks.shape[:1]:
+        leading, _, count = self._rows(codes.shape)
+        if scales.shape != (*leading, count):
             raise ValueError(
-                f"codes of shape {codes.shape} need {blocks.shape[0]} scales (block_size "
-                f"{self.block_size}), got shape {scales.shape}: was one of them split over devices?"
+                f"codes of shape {codes.shape} need scales of shape {(*leading, count)} "
+                f"(block_size {self.block_size}), got shape {scales.shape}: was one of them split "
+                "over devices?"
             )
+        # Zero is a code of its own also below a scale that is infinite. Two factors for each block,
+        # because a compiler would merge a constant with the scale and round the product.
+        infinite = jnp.isinf(scales)
+        unit = jnp.where(infinite, _HUGE, 1 / self._top)
+        scales = jnp.where(infinite, jnp.sign(scales) * _HUGE, scales)
+        return self._entrywise(self._values, codes, unit, scales).astype(dtype)
+
+    def _codes(self, x: Any, inverse: Any, unit: Any, least: Any) -> jax.Array:
+        units = (x * inverse) * unit
         if self.code == "dynamic":
-            levels = _dynamic_levels(blocks, self._signed)
-        else:
-            levels = blocks.astype(jnp.float32) / (127 if self._signed else 255)
-        # Zero is a code of its own also below a scale that is infinite.
-        values = jnp.where(levels == 0, 0, levels * scales[:, None])
-        return _unsplit(values.astype(dtype), codes)
+            return _nearest_dynamic(units, x > 0, least, self._signed)
+        low = -self._top if self._signed else jnp.where(x > 0, least, 0)
+        codes = _round(jnp.clip(units, low, self._top))
+        return codes.astype(jnp.int8 if self._signed else jnp.uint8)
+
+    def _values(self, codes: Any, unit: Any, scales: Any) -> jax.Array:
+        dynamic = self.code == "dynamic"
+        levels = self._dynamic_levels(codes) if dynamic else codes.astype(jnp.float32)
+        return (levels * unit) * scales
+
+    def _dynamic_levels(self, codes: jax.Array) -> jax.Array:
+        # Only a GPU looks up as fast as it reads, and fuses more of what follows.
+        return jax.lax.platform_dependent(
+            codes,
+            cuda=lambda codes: jnp.asarray(dynamic_code(self._signed))[codes.astype(jnp.int32)],
+            default=lambda codes: _dynamic_levels(codes, self._signed),
+        )
 
     @property
     def _signed(self) -> bool:
         return self.signed is not False
 
-    def _split(self, x: jax.Array) -> jax.Array:
-        # Blocks do not follow the axes of an array.
-        flat = _compat.unshard(x).reshape(-1)
-        count = -(-x.size // self.block_size)
-        padding = count * self.block_size - x.size
-        return jnp.pad(flat, (0, padding)).reshape(count, self.block_size)
-
-    def _scales(self, blocks: jax.Array) -> jax.Array:
-        high = jnp.max(blocks, axis=1, initial=0)
-        if not self._signed:
-            return high
-        # The entry of largest magnitude with its sign: its level is then +1, which both books have
-        # (the dynamic one lacks -1), so that it is exact and encoding twice changes nothing.
-        low = jnp.min(blocks, axis=1, initial=0)
-        return jnp.where(high >= -low, high, low)
-
-    def _nearest(self, units: jax.Array) -> jax.Array:
+    @property
+    def _top(self) -> float:
         if self.code == "dynamic":
-            return _nearest_dynamic(units, self._signed)
-        if self._signed:
-            return jnp.round(jnp.clip(units, -1, 1) * 127).astype(jnp.int8)
-        return jnp.round(jnp.clip(units, 0, 1) * 255).astype(jnp.uint8)
+            return 1.0
+        return 127.0 if self._signed else 255.0
+
+    def _rows(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+        """Returns the leading axes, and length and number of blocks of each of their rows."""
+        axes = max(len(shape) - 1, 0)
+        while axes and math.prod(shape[axes:]) < self.block_size:
+            axes -= 1
+        length = math.prod(shape[axes:])
+        return shape[:axes], length, -(-length // self.block_size)
+
+    def _floats(self, x: jax.Array) -> jax.Array:
+        # Codes have no derivative; that of the scales alone would be misleading.
+        x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        return x if self._signed else jnp.maximum(x, 0)
+
+    def _entrywise(self, fn: Any, x: jax.Array, *values: jax.Array) -> jax.Array:
+        """Returns `fn(entry, *values of its block)` for each entry of `x`.
+
+        Both forms compute the same. On a CPU, blocks as an axis of their own would keep XLA from
+        working in place; on a GPU it fuses that form into fewer kernels.
+        """
+        leading, length, count = self._rows(x.shape)
+        padded = count * self.block_size
+        like, x = x, _compat.unshard(x)
+
+        def flat(x: jax.Array, *values: jax.Array) -> jax.Array:
+            def spread(value: jax.Array) -> jax.Array:
+                blocks = jnp.broadcast_to(value[..., None], (*leading, count, self.block_size))
+                return blocks.reshape(*leading, padded)[..., :length].reshape(x.shape)
+
+            return fn(x, *map(spread, values))
+
+        def blocked(x: jax.Array, *values: jax.Array) -> jax.Array:
+            rows = x.reshape(*leading, length)
+            if padded > length:
+                rows = jnp.pad(rows, [(0, 0)] * len(leading) + [(0, padded - length)])
+            blocks = rows.reshape(*leading, count, self.block_size)
+            found = fn(blocks, *(value[..., None] for value in values))
+            return found.reshape(*leading, padded)[..., :length].reshape(x.shape)
+
+        values = tuple(map(_compat.unshard, values))
+        found = jax.lax.platform_dependent(x, *values, cpu=flat, default=blocked)
+        return _compat.reshard_like(found, like)
+
+    def _largest(self, blocks: jax.Array) -> jax.Array:
+        # One reduction of two operands: a CPU fuses it with what makes the entries, but not two.
+        high, low = jax.lax.reduce(
+            (blocks, blocks),
+            (jnp.float32(0), jnp.float32(0)),
+            lambda x, y: (jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])),
+            (blocks.ndim - 1,),
+        )
+        # The dynamic levels have 1 and lack -1: the largest entry gives the scale its sign. The
+        # linear ones have both, and two entries can round to them.
+        return jnp.where(high >= -low, high, low if self.code == "dynamic" else -low)
 
 
-def _nearest_dynamic(units: jax.Array, signed: bool) -> jax.Array:
-    # Arithmetic in place of a search, because eight dependent look-ups an entry do not vectorise.
-    book = dynamic_code(signed=signed)
-    book = book[book >= 0].astype(np.float64)  # 0, the centres of the cells by decade, 1
-    first = 1 if signed else 2  # cells of the lowest decade
-    size = jnp.abs(units) if signed else jnp.maximum(units, 0)
-    cells, slope = jnp.float32(first), jnp.float32(first * 1e6 / 0.9)
-    for k in range(1, 7):
-        start = first * 2**k - first + 1  # of decade k in the book
-        upper = size >= float((book[start - 1] + book[start]) / 2)
-        cells = jnp.where(upper, float(first * 2**k), cells)
-        slope = jnp.where(upper, first * 2**k * 10.0 ** (6 - k) / 0.9, slope)
-    inside = jnp.clip(jnp.floor(size * slope - cells / 9), 0, cells - 1)
-    index = cells - first + 1 + inside
-    index = jnp.where(size >= float((book[-2] + 1) / 2), len(book) - 1, index)
+def _round(x: jax.Array) -> jax.Array:
+    """Rounds to nearest, ties to even; a conversion of floating numbers would saturate first."""
+    return jax.lax.bitcast_convert_type(x + 1.5 * 2**23, jnp.int32)
+
+
+def _nearest_dynamic(units: Any, positive: Any, least: Any, signed: bool) -> jax.Array:
+    """Returns indices of the nearest levels in `dynamic_code`; arithmetic vectorises, search not.
+
+    The number in units of its decade's lower end, less 1, times cells / 9, is a position in cells
+    from there. The middle between the last level of a decade and the first of the next is 0.2.
+    """
+    book = dynamic_code(signed=signed).astype(np.float64)
+    book = book[book >= 0]
+    size = jnp.abs(units)
+    lead, cells = size, jnp.float32(64 if signed else 128)
+    for step in (4, 2, 1):
+        lower = lead < 10.0**-step
+        lead = jnp.where(lower, lead * 10.0**step, lead)
+        cells = jnp.where(lower, cells * 0.5**step, cells)
+    position = (lead * 10 - 1) * (cells / 9)
+    first = 1 if signed else 2
+    inside = jnp.where(position < 0.2, -1, jnp.minimum(jnp.floor(position), cells - 1))
+    index = jnp.maximum(cells - first + 1 + inside, 1)
+    index = jnp.where(size >= float((book[-2] + 1) / 2), len(book) - 1.0, index)
     index = jnp.where(size < float(book[1] / 2), 0, index)
     if signed:
         index = 127 + jnp.where(units < 0, -index, index)
-    return index.astype(jnp.uint8)
+    else:
+        index = jnp.maximum(index, jnp.where(positive, least, 0))
+    return _round(index).astype(jnp.uint8)
 
 
 def _dynamic_levels(codes: jax.Array, signed: bool) -> jax.Array:
-    # `dynamic_code(signed)[codes]` to the last bit or two, without a look-up an entry.
+    """Returns `dynamic_code(signed)[codes]` to the last bits, without a look-up an entry.
+
+    Of index + first - 1 = first * 2**k + cell, exponent and mantissa are the decade k and the place
+    in it.
+    """
     first = 1 if signed else 2
-    signed_index = codes.astype(jnp.float32) - (127 if signed else 0)
-    index = jnp.abs(signed_index)
-    step, offset = jnp.zeros_like(index), jnp.zeros_like(index)
-    for k in range(7):
-        cells, start = first * 2**k, first * 2**k - first + 1
-        width = 0.9 * 10.0 ** (k - 6) / cells
-        step = jnp.where(index >= start, width, step)
-        offset = jnp.where(index >= start, 10.0 ** (k - 7) + width / 2 - start * width, offset)
-    levels = index * step + offset
+    offset = codes.astype(jnp.int32) - (127 if signed else 0)
+    index = jnp.abs(offset)
+    bits = jax.lax.bitcast_convert_type((index + (first - 1)).astype(jnp.float32), jnp.int32)
+    decade = (bits >> 23) - (127 + first - 1)
+    place = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | (127 << 23), jnp.float32)
+    half_cell = jax.lax.bitcast_convert_type(((127 - first + 1) - decade) << 23, jnp.float32)
+    power = jnp.where(decade & 4 != 0, 1e-3, 1e-7)
+    power = power * jnp.where(decade & 2 != 0, 100.0, 1.0) * jnp.where(decade & 1 != 0, 10.0, 1.0)
+    levels = power * (9 * place - 8 + 4.5 * half_cell)
     levels = jnp.where(index == (128 if signed else 255), 1, levels)
-    return jnp.where(signed_index < 0, -levels, levels)
-
-
-def _unsplit(blocks: jax.Array, like: jax.Array) -> jax.Array:
-    x = blocks.reshape(-1)[: like.size].reshape(like.shape)
-    x = _compat.reshard_like(x, like)
-    # Folded away after placement; it ties the result to the sharding of `like`.
-    return jnp.where(jnp.zeros((), bool), like.astype(x.dtype), x)
+    levels = jnp.where(index == 0, 0, levels)
+    return jnp.where(offset < 0, -levels, levels)
 
 
 def int8(block_size: int = 256, code: str = "linear", signed: bool | None = None) -> Int8:
     r"""Codec that keeps an array in 1 byte an entry and 4 bytes a block.
 
-    The flattened array is cut into blocks. Each is divided by its entry of largest magnitude
-    :math:`s`, and each quotient is replaced by the nearest of 256 levels (255 if linear and
-    signed):
+    Each row along the last axis is cut into blocks; trailing axes with fewer than `block_size`
+    entries are taken together with the axis before. A block is divided by its entry of largest
+    magnitude :math:`s` (linear: by its magnitude), and each quotient is replaced by the nearest of
+    256 levels (255 if linear and signed):
 
     .. math::
       x_i \approx s \, l[c_i], \qquad c_i = \arg\min_c |x_i / s - l[c]|
@@ -212,11 +303,11 @@ def int8(block_size: int = 256, code: str = "linear", signed: bool | None = None
     at least the smallest positive level, since a second moment of zero below a first moment that
     is none makes Adam divide by `eps`; negative entries become zero. NaN turns its own block into
     NaN and touches no other; infinity stays, the finite entries of its block become zero or, if
-    positive and without a sign, infinite. A block of subnormal numbers becomes zero. Derivatives
-    do not pass.
+    positive and without a sign, infinite. A block of numbers of magnitude 1.2e-38 or less becomes
+    zero. Derivatives do not pass.
 
     Args:
-      block_size: entries a block; the last block may have fewer.
+      block_size: entries a block; the last block of a row may have fewer.
       code: "linear" for levels at equal distance, within :math:`|s| / 254` of the entry (signed)
         or :math:`s / 510` (entries below that go up to :math:`s / 255`); "dynamic" for
         `dynamic_code`, which covers 7 decades.

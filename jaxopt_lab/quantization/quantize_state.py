@@ -2,12 +2,15 @@ r"""Any optax transformation with a compact state.
 
     inner_state = decode(state);  inner.update;  state = encode(inner_state)
 
-Compiled, bfloat16 state fuses with the update. int8 needs the scale of a block before its codes,
-and XLA keeps the new moments of a leaf in full precision until it has it.
+Compiled for a GPU, bfloat16 state fuses with the update. int8 needs the scale of a block before its
+codes: a first kernel makes the scales and the new parameter, a second makes the new moments again
+and encodes them. With dynamic levels, or where a last axis is no multiple of the block size, XLA
+keeps new moments in full precision in between.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -28,11 +31,6 @@ CONTRACT_EXCEPTIONS = {
 }
 
 CodecChoice = Codec | Callable[[str, Any], Codec | None]
-
-# Fields of optax's and this library's states that hold moments. Paths run through the state before
-# they run through the parameters, so that the first of these names is the state's.
-_NON_NEGATIVE = frozenset({"nu", "nu_max", "sum_of_squares"})
-_MOMENTS = _NON_NEGATIVE | {"mu", "previous", "trace"}
 
 
 @functools.partial(
@@ -70,6 +68,8 @@ def quantize_state(
     Each update decodes the state to the dtypes that `inner.init` made, calls `inner.update`, and
     encodes the result. Encoded are the floating leaves with at least `min_size` elements; smaller
     leaves and counters stay exact. Call `init` under `jax.jit` where the full state would not fit.
+    `flax.nnx.Optimizer` cannot carry an encoded state; with nnx, split the model and keep the state
+    beside it.
 
     Args:
       inner: any optax transformation.
@@ -128,15 +128,21 @@ def quantize_state(
     ) -> tuple[optax.Updates, QuantizedState]:
         state = _tree.check_state(state, QuantizedState)
         count = _hyperparams.increment(state.count)
-        old, structure = jax.tree.flatten(state.inner_state, is_leaf=_is_encoded)
-        decoded = [leaf.decode() if _is_encoded(leaf) else leaf for leaf in old]
+        flat, structure = jax.tree_util.tree_flatten_with_path(
+            state.inner_state, is_leaf=_is_encoded
+        )
+        decoded = [leaf.decode() if _is_encoded(leaf) else leaf for _, leaf in flat]
         updates, inner_state = inner.update(
             updates, structure.unflatten(decoded), params, **extra_args
         )
         key = _step_key(seed, count)
+        leaves = structure.flatten_up_to(inner_state)
+        scales = _scales(flat, leaves)
         new = [
-            _encode(before.codec, leaf, key, index) if _is_encoded(before) else leaf
-            for index, (before, leaf) in enumerate(zip(old, structure.flatten_up_to(inner_state)))
+            _encode(before.codec, leaf, key, index, **scales.get(index, {}))
+            if _is_encoded(before)
+            else leaf
+            for index, ((_, before), leaf) in enumerate(zip(flat, leaves))
         ]
         return updates, QuantizedState(count, structure.unflatten(new))
 
@@ -147,9 +153,27 @@ def _step_key(seed: int, count: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), count)
 
 
-def _encode(codec: Codec, leaf: Any, key: jax.Array, index: int) -> EncodedLeaf:
+def _encode(codec: Codec, leaf: Any, key: jax.Array, index: int, **known: Any) -> EncodedLeaf:
     leaf = jnp.asarray(leaf)
-    return EncodedLeaf(codec.encode(leaf, jax.random.fold_in(key, index)), codec, leaf.dtype)
+    encoded = codec.encode(leaf, jax.random.fold_in(key, index), **known)
+    return EncodedLeaf(encoded, codec, leaf.dtype)
+
+
+def _scales(flat: Any, leaves: list[Any]) -> dict[int, dict[str, jax.Array]]:
+    """Returns the scales of leaves with the codec `int8`, those of one parameter tied together.
+
+    Untied, XLA fuses the codes of one moment with the reduction of the other, and so reads their
+    gradient three times.
+    """
+    found: dict[Any, dict[int, jax.Array]] = collections.defaultdict(dict)
+    for index, (path, before) in enumerate(flat):
+        if _is_encoded(before) and isinstance(before.codec, Int8):
+            parameter = tuple(
+                key for key in path if getattr(key, "name", None) not in _tree.MOMENTS
+            )
+            found[parameter][index] = before.codec.scales(jnp.asarray(leaves[index]))
+    tied = [jax.lax.optimization_barrier(group) for group in found.values()]
+    return {index: {"scales": scales} for group in tied for index, scales in group.items()}
 
 
 def _opaque(leaf: jax.Array) -> jax.Array:
@@ -185,10 +209,5 @@ def _choose(codec: CodecChoice, path: Any, leaf: Any, min_size: int) -> Codec | 
     if isinstance(chosen, Bfloat16) and found.itemsize <= 2:
         return None
     if isinstance(chosen, Int8) and chosen.signed is None:
-        return dataclasses.replace(chosen, signed=not _is_non_negative(path))
+        return dataclasses.replace(chosen, signed=not _tree.is_non_negative(path))
     return chosen
-
-
-def _is_non_negative(path: Any) -> bool:
-    fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-    return next((name for name in fields if name in _MOMENTS), None) in _NON_NEGATIVE

@@ -10,7 +10,6 @@ and Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982 (Moo
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _compat, _hyperparams, _matrices, _tree
+from jaxopt_lab import _adam, _compat, _hyperparams, _matrices, _tree
 
 NS_COEFFS = (3.4445, -4.7750, 2.0315)
 
@@ -33,14 +32,6 @@ class ScaleByMuonState(NamedTuple):
     """State of `scale_by_muon`: 4 bytes a parameter in float32."""
 
     mu: optax.Updates  # b; shapes of the parameters, dtype `mu_dtype` or the parameter's
-
-
-class MuonAdamState(NamedTuple):
-    """State of the Adam that `muon` runs on what is no matrix: 8 bytes a parameter in float32."""
-
-    count: jax.Array  # steps taken; int32, shape ()
-    mu: optax.Updates  # first moment; shapes of the parameters, dtype `mu_dtype` or theirs
-    nu: optax.Updates  # second moment; at least float32
 
 
 def scale_by_muon(
@@ -265,7 +256,9 @@ def muon(
         dimension_numbers=numbers,
         mu_dtype=mu_dtype,
     )
-    adam_rule = _scale_by_adam(adam_b1, adam_b2, adam_eps, adam_eps_in_root, mu_dtype)
+    adam_rule = _adam.scale_by_adam(
+        adam_b1, adam_b2, adam_eps, adam_eps_in_root, mu_dtype, prefix="adam_"
+    )
     both = optax.partition(
         {
             "muon": _hyperparams.ready_made(
@@ -314,11 +307,9 @@ def muon_dimension_numbers(params: optax.Params) -> Any:
       >>> muon_dimension_numbers({"embed": jnp.zeros((9, 4)), "up": jnp.zeros((4, 8))})
       {'embed': None, 'up': MuonDimensionNumbers(reduction_axis=(0,), output_axis=1)}
     """
-    not_hidden = re.compile(r"(un)?embed(ding)?|(lm_)?head|logits|output")
 
     def numbers(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        if jnp.ndim(x) not in (2, 4) or any(not_hidden.fullmatch(name) for name in names):
+        if jnp.ndim(x) not in (2, 4) or _matrices.ends_of_a_model(path):
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(jnp.ndim(x) - 1)), jnp.ndim(x) - 1)
 
@@ -366,45 +357,3 @@ def _newton_schulz(
 
     x = x / (norm + eps)
     return jax.lax.fori_loop(0, ns_steps, iteration, x.astype(ns_dtype or x.dtype)).astype(x.dtype)
-
-
-def _scale_by_adam(
-    b1: _hyperparams.Scalar,
-    b2: _hyperparams.Scalar,
-    eps: _hyperparams.Scalar,
-    eps_in_root: bool,
-    mu_dtype: Any,
-) -> optax.GradientTransformation:
-    """Adam as the references run it beside Muon, with this project's guards on trees and dtypes."""
-    _hyperparams.check_decay(adam_b1=b1, adam_b2=b2)
-    _hyperparams.check_positive(adam_eps=eps)
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
-
-    def init_fn(params: optax.Params) -> MuonAdamState:
-        return MuonAdamState(
-            count=jnp.zeros((), jnp.int32),
-            mu=_tree.zeros_like(params, mu_dtype),
-            nu=_tree.zeros_like(params, at_least_float32=True),
-        )
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, MuonAdamState]:
-        del params
-        state = _tree.check_state(state, MuonAdamState)
-        count = _hyperparams.increment(state.count)
-
-        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
-            m = b1 * m + (1 - b1) * g
-            v = b2 * v + (1 - b2) * jnp.square(g)
-            root = jnp.sqrt(c2)
-            if eps_in_root:
-                return (m / c1) / (_hyperparams.sqrt(v) / root + eps), m, v
-            return (m / c1) * root / (_hyperparams.sqrt(v) + eps), m, v
-
-        updates, mu, nu = _tree.map_leaves(rule, updates, state.mu, state.nu)
-        return updates, MuonAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(init_fn, update_fn)

@@ -1,25 +1,28 @@
 """The oracles against trajectories of the authors' programs and against published figures.
 
 The reference files hold float64 runs in PyTorch layout; ``JAXOPT_LAB_GOLDEN`` names another root
-that has them in its subfolder ``optimizers``.
+that has them in its subfolder ``optimizers``. The subspace methods take the recorded choices of
+columns, bases and blocks first, and then make their own wherever the result does not depend on the
+signs and the order that a library's SVD and top-k happen to return.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from . import adabelief, adamp, diffgrad, exadam, lion, muon, sgdp
+from . import adabelief, adamp, dct_adamw, diffgrad, exadam, frugal, galore, lion, muon, sgdp
 
 ROOT = Path(os.environ.get("JAXOPT_LAB_GOLDEN", Path(__file__).parents[1] / "golden"))
-# Reference and oracle are both float64 and differ in the order of operations only: 2e-15 at most
+# Reference and oracle are both float64 and differ in the order of operations only: 4e-14 at most
 # over these files. The rest of the limit is room for other builds of the linear algebra.
 TOLERANCE = 1e-10
 
@@ -40,7 +43,12 @@ FILES_PER_METHOD = {
     "diffgrad": 2,
     "muon_keller": 2,
     "muon_moonlight": 1,
+    "frugal": 9,
+    "galore": 3,
+    "dct_adamw": 5,
 }
+FREE_RULES = {"sign_sgd": "sign", "sgd": "sgd", "no": "none"}
+DCT_KINDS: dict[str, dct_adamw.Kind] = {"matmul": "dct3", "makhoul": "dct2"}
 NOT_HYPERPARAMETERS = {
     "lr",
     "steps",
@@ -109,6 +117,183 @@ def run_oracle(
     return muon_trajectory(method, hyper, param, grads)
 
 
+Data = Mapping[str, np.ndarray]
+Trajectories = dict[str, list[np.ndarray]]
+
+
+def recorded_choice(data: Data, folder: str) -> Callable[[int], np.ndarray]:
+    """Returns the function from a step to the array in force, of a folder of ``from_step_t``."""
+    start = f"aux/{folder}/from_step_"
+    choices = {int(key.removeprefix(start)): data[key] for key in data if key.startswith(start)}
+    return lambda t: choices[max(step for step in choices if step <= t)]
+
+
+def adam_options(hyper: dict[str, Any]) -> dict[str, Any]:
+    return {key: hyper[key] for key in ("b1", "b2", "eps", "weight_decay")} | {
+        "learning_rate": hyper["lr"]
+    }
+
+
+def frugal_trajectories(
+    hyper: dict[str, Any],
+    data: Data,
+    params: dict[str, np.ndarray],
+    grads: dict[str, list[np.ndarray]],
+    inject: bool,
+) -> Trajectories:
+    """Runs FRUGAL on the projected leaves of a reference file and Adam on the others."""
+    projected = hyper["projected_parameters"]
+    options = adam_options(hyper) | {
+        "update_gap": hyper["update_gap"],
+        "free_rule": FREE_RULES[hyper["inactive_update_rule"]],
+        "full_scale": hyper["proj_params_lr_scale"],
+        "free_scale": hyper["inactive_lr_scale"],
+    }
+    thetas = {
+        name: muon.adam_trajectory(params[name], grads[name], **adam_options(hyper))
+        for name in params
+        if name not in projected
+    }
+    if hyper["projection"] == "blocks":
+        flags = {name: recorded_choice(data, f"projection/{name}") for name in projected}
+        gap, order = hyper["update_gap"], hyper["block_order"]
+
+        def active(t: int) -> set[str]:
+            if inject:
+                return {name for name in projected if flags[name](t)}
+            return frugal.active_leaves(projected, hyper["density"], (t - 1) // gap, order)
+
+        steps = frugal.blocks_trajectory(
+            {name: params[name] for name in projected},
+            [{name: grads[name][i] for name in projected} for i in range(30)],
+            selection=active,
+            **options,
+        )
+        return thetas | {name: [step[name] for step in steps] for name in projected}
+    svd = hyper["projection"].startswith("svd")
+    for name in projected:
+        choice = recorded_choice(data, f"projection/{name}")
+        kind = "svd" if svd else hyper["coord_choice"]
+        rank = frugal.size(kind, params[name].shape, hyper["density"])
+        # Recorded are a basis (r, in), or PyTorch's pair (out, in) of index arrays.
+        chosen = {
+            "svd": (lambda t, choice=choice: choice(t).T) if inject else rank,
+            "randk": lambda t, choice=choice: (choice(t)[1], choice(t)[0]),
+        }
+        assert choice(1).shape[0 if svd else -1] == rank
+        thetas[name] = frugal.trajectory(
+            params[name],
+            grads[name],
+            kind=kind,
+            selection=chosen.get(kind, choice),
+            on_refresh="reset" if hyper["reset_statistics"] else "keep",
+            **options,
+        )
+    return thetas
+
+
+def galore_trajectories(
+    hyper: dict[str, Any],
+    data: Data,
+    params: dict[str, np.ndarray],
+    grads: dict[str, list[np.ndarray]],
+    inject: bool,
+) -> Trajectories:
+    """Runs GaLore on the projected leaves of a reference file and its Adam on the others."""
+    both = hyper["proj_type"] == "full"
+    thetas = {}
+    for name, param in params.items():
+        if name not in hyper["projected_parameters"]:
+            thetas[name] = galore.adam_trajectory(param, grads[name], **adam_options(hyper))
+            continue
+
+        def bases(t: int, name: str = name) -> galore.BasisValue:
+            folder = f"projection/{name}"
+            if not both:
+                return recorded_choice(data, folder)(t).T
+            left, right = (recorded_choice(data, f"{folder}/{x}")(t) for x in ("left", "right"))
+            return right.T, left
+
+        thetas[name] = galore.trajectory(
+            param,
+            grads[name],
+            selection=bases if inject else hyper["rank"],
+            side="both" if both else "smaller",
+            update_gap=hyper["update_proj_gap"],
+            scale=hyper["scale"],
+            **adam_options(hyper),
+        )
+    return thetas
+
+
+def dct_trajectories(
+    hyper: dict[str, Any],
+    data: Data,
+    params: dict[str, np.ndarray],
+    grads: dict[str, list[np.ndarray]],
+    inject: bool,
+) -> Trajectories:
+    """Runs DCT-AdamW on the matrices of a reference file and Adam on its vectors."""
+    return {
+        name: dct_adamw.trajectory(
+            param,
+            grads[name],
+            selection=recorded_choice(data, f"indices/{name}") if inject else hyper["rank"],
+            norm=hyper["ell_norm"],
+            kind=DCT_KINDS[hyper["sim_type"]],
+            update_gap=hyper["update_proj_gap"],
+            rotate_state=hyper["rotate_subspace"],
+            error_feedback=hyper["use_ef"],
+            **adam_options(hyper),
+        )
+        if param.ndim == 2
+        else muon.adam_trajectory(param, grads[name], **adam_options(hyper))
+        for name, param in params.items()
+    }
+
+
+SUBSPACE: dict[str, Callable[..., Trajectories]] = {
+    "frugal": frugal_trajectories,
+    "galore": galore_trajectories,
+    "dct_adamw": dct_trajectories,
+}
+
+
+def depends_on_injection(method: str, hyper: dict[str, Any]) -> bool:
+    """Whether a reference run hangs on chance, or on signs or slots that its library chose."""
+    if method == "frugal":
+        sign = hyper["projection"].startswith("svd") and (
+            not hyper["reset_statistics"] and hyper["update_gap"] < 30
+        )
+        return sign or hyper["projection"] == "coordinates" or hyper.get("block_order") == "random"
+    if method == "galore":
+        return hyper["update_proj_gap"] < 30
+    return not hyper["rotate_subspace"] and hyper["update_proj_gap"] < 30
+
+
+def deviations(path: Path, method: str, inject: bool = True) -> dict[tuple[str, int], float]:
+    """Returns the relative error of the oracle by leaf and recorded step."""
+    hyper = read_meta(path)["hyperparameters"]
+    with np.load(path) as file:
+        data = {key: file[key] for key in file.files}
+    recorded = sorted({int(key.split("/")[1]) for key in data if key.startswith("params/")})
+    assert recorded == [1, 2, 5, 10, 30]
+    names = hyper["parameter_order"]
+    params = {name: to_jax_layout(data[f"init/{name}"]) for name in names}
+    grads = {name: [to_jax_layout(g) for g in data[f"grads/{name}"]] for name in names}
+    if method in SUBSPACE:
+        thetas = SUBSPACE[method](hyper, data, params, grads, inject)
+    else:
+        thetas = {name: run_oracle(method, hyper, params[name], grads[name]) for name in names}
+    assert {name: len(steps) for name, steps in thetas.items()} == dict.fromkeys(names, 30)
+    errors = {}
+    for name, t in itertools.product(names, recorded):
+        expected = to_jax_layout(data[f"params/{t}/{name}"])
+        error = np.abs(thetas[name][t - 1] - expected)
+        errors[name, t] = float(np.max(error) / np.max(np.abs(expected)))
+    return errors
+
+
 def test_every_reference_file_is_present() -> None:
     found = Counter(method for _, method in FILES)
     if "JAXOPT_LAB_GOLDEN" in os.environ:  # another root has as many as it likes
@@ -121,21 +306,46 @@ def test_every_reference_file_is_present() -> None:
     ("path", "method"), [pytest.param(*file, id=file[0].stem) for file in FILES]
 )
 def test_reproduces_recorded_trajectory(path: Path, method: str) -> None:
+    for (name, t), error in deviations(path, method).items():
+        assert error <= TOLERANCE, f"{name}, step {t}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        pytest.param(path, method, id=path.stem)
+        for path, method in FILES
+        if method in SUBSPACE
+        and not depends_on_injection(method, read_meta(path)["hyperparameters"])
+    ],
+)
+def test_chooses_the_recorded_subspaces_by_itself(path: Path, method: str) -> None:
+    for (name, t), error in deviations(path, method, inject=False).items():
+        assert error <= TOLERANCE, f"{name}, step {t}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["galore_std_switch", "galore_full_switch"])
+def test_svd_basis_spans_what_galore_recorded(name: str) -> None:
+    path = ROOT / "optimizers" / f"{name}.npz"
     hyper = read_meta(path)["hyperparameters"]
-    with np.load(path) as data:
-        recorded = sorted(
-            {int(key.split("/")[1]) for key in data.files if key.startswith("params/")}
-        )
-        assert recorded == [1, 2, 5, 10, 30]
-        for name in hyper["parameter_order"]:
-            param = to_jax_layout(data[f"init/{name}"])
-            grads = [to_jax_layout(g) for g in data[f"grads/{name}"]]
-            thetas = run_oracle(method, hyper, param, grads)
-            assert len(thetas) == 30
-            for t in recorded:
-                expected = to_jax_layout(data[f"params/{t}/{name}"])
-                error = np.max(np.abs(thetas[t - 1] - expected)) / np.max(np.abs(expected))
-                assert error <= TOLERANCE, f"{name}, step {t}: relative error {error:.1e}"
+    with np.load(path) as file:
+        data = {key: file[key] for key in file.files}
+    for t in range(1, 31, hyper["update_proj_gap"]):
+        g = to_jax_layout(data["grads/dense"][t - 1])
+        if hyper["proj_type"] == "full":
+            left, right = galore.svd_basis(g, hyper["rank"], "both")
+            pairs = [
+                (left, recorded_choice(data, "projection/dense/right")(t).T),
+                (right, recorded_choice(data, "projection/dense/left")(t)),
+            ]
+        else:
+            basis = galore.svd_basis(g, hyper["rank"])
+            assert isinstance(basis, np.ndarray)
+            pairs = [(basis, recorded_choice(data, "projection/dense")(t).T)]
+        for found, recorded in pairs:  # the same vectors but for their signs
+            signs = np.abs(found.T @ recorded)
+            np.testing.assert_allclose(signs, np.eye(hyper["rank"]), rtol=0, atol=TOLERANCE)
+            assert np.all(found[np.argmax(np.abs(found), axis=0), range(hyper["rank"])] > 0)
 
 
 def two_slopes(x: float) -> float:

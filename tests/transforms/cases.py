@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import jaxopt_lab
+from tests.transforms import selections
 
 GOLDEN = pathlib.Path(
     os.environ.get("JAXOPT_LAB_GOLDEN", pathlib.Path(__file__).parents[1] / "golden")
@@ -36,6 +37,10 @@ class Case:
     init: dict[str, np.ndarray]
     grads: list[dict[str, np.ndarray]]  # one tree a step
     expected: dict[int, dict[str, np.ndarray]]  # parameters after step t
+    huge: frozenset[int] = frozenset()  # steps whose gradient is 1e4 times the others'
+    # What the reference selected: path such as "dense" or "dense/left" -> first step -> array, in
+    # the reference's layout.
+    selections: Mapping[str, dict[int, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 def names() -> list[str]:
@@ -61,6 +66,8 @@ def load(name: str) -> Case:
         init=init,
         grads=[{k: _to_jax(v[t]) for k, v in grads.items()} for t in range(steps)],
         expected=expected,
+        huge=frozenset(meta["hyperparameters"].get("huge_gradient_steps", ())),
+        selections=_selections(arrays),
     )
 
 
@@ -80,8 +87,17 @@ def transformation(case: Case, namespace: Any = jaxopt_lab) -> optax.GradientTra
     arguments: dict[str, Any] = {}
     for key, value in case.hyperparams.items():
         target = mapping[key]
-        arguments.update(target(value, case) if callable(target) else {target: value})
+        arguments |= target(value, case, namespace) if callable(target) else {target: value}
     return getattr(namespace, name)(**arguments)
+
+
+def _selections(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for key, value in arrays.items():
+        if key.startswith("aux/"):
+            *path, step = key.split("/")[2:]
+            found.setdefault("/".join(path), {})[int(step.removeprefix("from_step_"))] = value
+    return found
 
 
 def _to_jax(array: np.ndarray) -> np.ndarray:
@@ -93,12 +109,24 @@ def _same(*keys: str) -> dict[str, str]:
     return {key: key for key in keys}
 
 
-def _ns_eps_of_a_sum(value: float, case: Case) -> dict[str, Any]:
+def _ns_eps_of_a_sum(value: float, case: Case, namespace: Any) -> dict[str, Any]:
+    del namespace
     # Moonlight sums gradients where we average them: its momentum is ours over 1 - momentum, and
     # so the same epsilon weighs 1 - momentum times as much.
     return {"eps": value * (1 - case.hyperparams["momentum"])}
 
 
+def _always_full(value: list[str], case: Case, namespace: Any) -> dict[str, Any]:
+    del namespace
+    return {"always_full": {name: name not in value for name in case.init}}
+
+
+def _dct_projection(value: str, case: Case, namespace: Any) -> dict[str, Any]:
+    assert value == "dct"
+    return {"projection": selections.dct(case.hyperparams, case.selections, namespace.subspace)}
+
+
+_FREE = {"sign_sgd": optax.scale_by_sign, "sgd": optax.identity, "no": optax.set_to_zero}
 _ADAM = _same("b1", "b2", "eps", "weight_decay") | {"lr": "learning_rate"}
 _SGDP = _same(
     "momentum",
@@ -111,7 +139,7 @@ _SGDP = _same(
     "project_momentum",
 ) | {"lr": "learning_rate"}
 
-Target = str | Callable[[Any, Case], dict[str, Any]]
+Target = str | Callable[[Any, Case, Any], dict[str, Any]]
 _METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
     "lion": ("lion", _same("b1", "b2", "weight_decay") | {"lr": "learning_rate"}),
     "adabelief": (
@@ -122,6 +150,52 @@ _METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
     "sgdp": ("sgdp", _SGDP),
     "exadam": ("exadam", _ADAM | _same("dynamic_step_size")),
     "diffgrad": ("diffgrad", _ADAM),
+    "frugal": (
+        "frugal_adamw",
+        _ADAM
+        | _same("density", "update_gap")
+        | {
+            "inactive_lr_scale": "free_scale",
+            "proj_params_lr_scale": "projected_scale",
+            "inactive_update_rule": lambda value, case, namespace: {"free": _FREE[value]()},
+            "reset_statistics": lambda value, case, namespace: {
+                "on_refresh": "reset" if value else "keep"
+            },
+            "projected_parameters": _always_full,
+            "projection": lambda value, case, namespace: {
+                "projection": selections.frugal(
+                    value, case.hyperparams, case.init, case.selections, namespace.subspace
+                )
+            },
+            "coord_choice": lambda value, case, namespace: {},  # read with the projection
+            "block_order": lambda value, case, namespace: {},
+        },
+    ),
+    "galore": (
+        "galore_adamw",
+        _ADAM
+        | _same("rank", "scale")
+        | {
+            "update_proj_gap": "update_gap",
+            "projected_parameters": _always_full,
+            "proj_type": lambda value, case, namespace: {
+                "projection": selections.singular(value, case.selections, namespace.subspace)
+            },
+        },
+    ),
+    "dct_adamw": (
+        "dct_adamw",
+        _ADAM
+        | _same("rank")
+        | {
+            "update_proj_gap": "update_gap",
+            "rotate_subspace": "rotate",
+            "use_ef": "error_feedback",
+            "proj": _dct_projection,
+            "sim_type": lambda value, case, namespace: {},
+            "ell_norm": lambda value, case, namespace: {},
+        },
+    ),
     "muon_keller": (
         "muon",
         _same("nesterov", "ns_coeffs", "ns_steps", "weight_decay")
@@ -139,7 +213,7 @@ _METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
         | {
             "lr": "learning_rate",
             "wd": "weight_decay",
-            "momentum": lambda value, case: {
+            "momentum": lambda value, case, namespace: {
                 "beta": value,
                 "consistent_rms": 0.2,
                 "adam_eps_in_root": False,

@@ -17,6 +17,7 @@ from tests.oracles import adabelief, adamp, diffgrad, exadam, lion, muon, regime
 
 STEPS = 10
 Trajectory = list[np.ndarray]
+Streams = Mapping[str, tuple[np.ndarray, list[np.ndarray]]]  # name -> parameter, gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,25 @@ class Run:
     rule: str  # name of the ready-made transformation
     label: str
     hyperparams: Mapping[str, Any]
-    oracle: Callable[[np.ndarray, list[np.ndarray]], Trajectory]
-    streams: Mapping[str, tuple[np.ndarray, list[np.ndarray]]]  # name -> parameter, gradients
-    float32_tolerance: float
+    oracle: Callable[[Streams], dict[str, Trajectory]]
+    streams: Streams
+    float32_tolerance: float | None  # None if rounding decides what is selected
+    projection: Callable[[Any], Any] | None = None  # made from the module `subspace`
 
     def __str__(self) -> str:
         return f"{self.rule}-{self.label}"
+
+    def transformation(self, namespace: Any) -> optax.GradientTransformation:
+        """Builds the rule from `namespace`, this package or a copy of it."""
+        hyperparams = dict(self.hyperparams)
+        if self.projection is not None:
+            hyperparams["projection"] = self.projection(namespace.subspace)
+        return getattr(namespace, self.rule)(**hyperparams)
+
+
+def leaf_by_leaf(program: Callable[..., Trajectory]) -> Callable[[Streams], dict[str, Trajectory]]:
+    """Runs a program of one leaf on each of them."""
+    return lambda streams: {name: program(*stream) for name, stream in streams.items()}
 
 
 def deviation(run: Run, dtype: Any, namespace: Any = jaxopt_lab) -> float:
@@ -39,7 +53,7 @@ def deviation(run: Run, dtype: Any, namespace: Any = jaxopt_lab) -> float:
 
     A scalar may pass close to zero, where its own value is no measure of the rounding.
     """
-    tx = getattr(namespace, run.rule)(**run.hyperparams)
+    tx = run.transformation(namespace)
     params = {name: jnp.asarray(param, dtype) for name, (param, _) in run.streams.items()}
     grads = {name: jnp.asarray(np.stack(grads), dtype) for name, (_, grads) in run.streams.items()}
 
@@ -54,9 +68,9 @@ def deviation(run: Run, dtype: Any, namespace: Any = jaxopt_lab) -> float:
         return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
 
     worst = 0.0
-    found = trajectory(params, grads)
-    for name, (param, stream) in run.streams.items():
-        expected = np.stack(run.oracle(param, stream))
+    found, right = trajectory(params, grads), run.oracle(run.streams)
+    for name, (param, _) in run.streams.items():
+        expected = np.stack(right[name])
         error = np.abs(np.asarray(found[name], np.float64) - expected).max()
         scale = max(np.abs(param).max(), np.abs(expected).max())
         worst = max(worst, float(error / scale) if np.isfinite(error) else np.inf)
@@ -65,13 +79,14 @@ def deviation(run: Run, dtype: Any, namespace: Any = jaxopt_lab) -> float:
 
 @functools.cache
 def all_runs() -> tuple[Run, ...]:
-    """Every setting of every rule, on the five regimes and, where a threshold decides, on more."""
+    """Every setting of every rule of one leaf, on five regimes and, at thresholds, on more."""
     runs: list[Run] = []
 
     def add(rule: str, label: str, oracle: Any, streams: Any = None, **hyperparams: Any) -> None:
         hyperparams = {"learning_rate": 0.1, **hyperparams}
         program = functools.partial(oracle.trajectory, **hyperparams)
-        runs.append(Run(rule, label, hyperparams, program, streams or _regimes(), 5e-6))
+        oracle = leaf_by_leaf(program)
+        runs.append(Run(rule, label, hyperparams, oracle, streams or _regimes(), 5e-6))
 
     add("lion", "default", lion)
     add("lion", "decay", lion, b1=0.95, b2=0.98, weight_decay=0.1)
@@ -138,7 +153,8 @@ def _muon_runs() -> list[Run]:
             return muon.adam_trajectory(param, grads, **{"learning_rate": 0.1, **adam})
 
         # The iteration raises the rounding of small singular values by up to 3.4445**5.
-        return Run("muon", label, {"learning_rate": 0.1, **ours}, program, _regimes(), 2e-5)
+        oracle = leaf_by_leaf(program)
+        return Run("muon", label, {"learning_rate": 0.1, **ours}, oracle, _regimes(), 2e-5)
 
     stacked = {
         "dimension_numbers": {"kernel": optax.contrib.MuonDimensionNumbers(1, (0, 3))},
@@ -179,12 +195,14 @@ def _muon_runs() -> list[Run]:
             "muon",
             "stack_of_attention_kernels",
             stacked,
-            functools.partial(
-                muon.trajectory,
-                learning_rate=0.1,
-                reduction_axes=(1,),
-                output_axes=(0, 3),
-                shape_factor="moonlight",
+            leaf_by_leaf(
+                functools.partial(
+                    muon.trajectory,
+                    learning_rate=0.1,
+                    reduction_axes=(1,),
+                    output_axes=(0, 3),
+                    shape_factor="moonlight",
+                )
             ),
             {"kernel": regimes.gradients("wide_range", (2, 5, 3, 4), STEPS)},
             2e-5,

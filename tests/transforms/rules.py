@@ -19,6 +19,7 @@ class Rule:
     make: Callable[..., optax.GradientTransformation]
     arguments: Mapping[str, Any]
     note: str = ""
+    not_promised: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by this setting
 
     def __str__(self) -> str:
         return self.make.__name__ + (f"-{self.note}" if self.note else "")
@@ -28,8 +29,9 @@ class Rule:
 
     @property
     def exceptions(self) -> Mapping[str, str]:
-        """What the rule declares, beside itself, not to promise."""
-        return getattr(sys.modules[self.make.__module__], "CONTRACT_EXCEPTIONS", {})
+        """What the rule declares, beside itself, not to promise, and what this setting does not."""
+        declared = getattr(sys.modules[self.make.__module__], "CONTRACT_EXCEPTIONS", {})
+        return {**declared, **self.not_promised}
 
 
 _DECAY = {"learning_rate": 0.01, "weight_decay": 0.1}
@@ -38,8 +40,25 @@ RULES = [
     Rule(jaxopt_lab.adabelief, _DECAY),
     Rule(jaxopt_lab.adabelief, {**_DECAY, "amsgrad": True, "rectify": True}, "rectified"),
     Rule(jaxopt_lab.adamp, _DECAY),
+    Rule(jaxopt_lab.badam, {**_DECAY, "update_gap": 2}),
+    Rule(jaxopt_lab.dct_adamw, {**_DECAY, "rank": 2, "update_gap": 2}),
     Rule(jaxopt_lab.diffgrad, _DECAY),
     Rule(jaxopt_lab.exadam, _DECAY),
+    Rule(jaxopt_lab.frugal_adamw, {**_DECAY, "density": 0.25, "update_gap": 2}),
+    Rule(
+        jaxopt_lab.frugal_adamw,
+        {
+            **_DECAY,
+            "density": 0.25,
+            "update_gap": 4,
+            "projection": jaxopt_lab.subspace.svd("both", "randomized"),
+            "on_refresh": "project",
+            "stagger": 2,
+        },
+        "randomized",
+        {"float32_gradient_1e+19": "a projection sums over a side before it squares"},
+    ),
+    Rule(jaxopt_lab.galore_adamw, {**_DECAY, "rank": 2, "update_gap": 2}),
     Rule(jaxopt_lab.lion, _DECAY),
     Rule(jaxopt_lab.muon, _DECAY),
     Rule(jaxopt_lab.sgdp, {**_DECAY, "momentum": 0.9}),

@@ -84,12 +84,16 @@ def test_row_6_fractions(value):
 
 @each_optimizer
 def test_row_7_arrays_are_taken_as_they_are(rule):
-    numbers = {
-        name: jnp.float32(value.default if value.default is not inspect.Parameter.empty else 0.1)
+    defaults = {
+        name: 0.1 if value.default is inspect.Parameter.empty else value.default
         for name, value in inspect.signature(rule.make).parameters.items()
-        if isinstance(value.default, float) or name == "learning_rate"
     }
-    numbers |= {name: jnp.float32(value) for name, value in rule.arguments.items()}
+    shapes_depend_on = {"density"}
+    numbers = {
+        name: jnp.float32(value)
+        for name, value in {**defaults, **rule.arguments}.items()
+        if isinstance(value, float) and name not in shapes_depend_on
+    }
 
     @jax.jit
     def step(numbers, grads):
@@ -120,10 +124,10 @@ def test_row_8_inconsistent_options():
         jaxopt_lab.muon(0.1, ns_coeffs=(1.0, 2.0))  # type: ignore[arg-type]
 
 
-@each_optimizer
-def test_row_9_mu_dtype(rule):
+@pytest.mark.parametrize(("rule", "name"), arguments_of("mu_dtype"))
+def test_row_9_mu_dtype(rule, name):
     with pytest.raises(ValueError, match="mu_dtype must be floating, got int32"):
-        rule(mu_dtype=jnp.int32)
+        rule(**{name: jnp.int32})
 
 
 @each_optimizer

@@ -11,6 +11,11 @@ from tests.pallas_kernels.targets import needs
 # top of theirs, and one of their two passes cannot hold back what it has read: 44 and 32 at least.
 LIMITS = {rule: 1.02 * floor for rule, floor in update_traffic.FLOOR.items()}
 LIMITS |= {"adamp": 48, "sgdp": 36}
+# The compact update of a quarter is written and read again, and the quarter of the gradient twice.
+LIMITS |= {"frugal_adamw": 19.5}
+# The scales need a kernel before the codes, and each of the two reads gradient and codes. With
+# dynamic levels XLA also writes and reads the new moments in full precision.
+LIMITS |= {"int8_linear_adamw": 23, "int8_dynamic_adamw": 33}
 
 
 @pytest.mark.parametrize(

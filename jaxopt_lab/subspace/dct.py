@@ -1,0 +1,150 @@
+r"""Columns of a fixed cosine basis, those that align best with the gradient.
+
+    C[i, j] = sqrt(2/n) cos(pi i (2j + 1) / (2n)), row 0 divided by sqrt(2);  Q = C or C^T
+    score_j = |(A Q)_j|,   I = the r largest,   P(g) = g Q_I,   P^-1(a) = a Q_I^T
+
+Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models",
+2025, arXiv:2505.17967.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab.subspace import projections
+from jaxopt_lab.subspace.columns import carry_by_index
+from jaxopt_lab.subspace.projections import Choose, Density, Leaf
+from jaxopt_lab.subspace.svd import without_rounding
+
+_TYPES = (2, 3)
+_NORMS = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DCT(projections.LeafProjection):
+    """See `dct`."""
+
+    type: int
+    norm: int
+    choose_indices: Choose | None
+
+    def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
+        projections.require_matrix(leaf, "dct")
+        size = min(leaf.matrix)
+        return projections.number_kept(density, size, round), size
+
+    def _first(self, leaf: Leaf) -> jax.Array:
+        shape = (*projections.stacked(leaf), leaf.kept)
+        return jnp.broadcast_to(jnp.arange(leaf.kept, dtype=jnp.int32), shape)
+
+    def _choose(
+        self, leaf: Leaf, old: jax.Array, grad: jax.Array, count: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        del key
+        if self.choose_indices is not None:
+            found = self.choose_indices(leaf.name, count, grad)
+            return projections.checked_choice(found, old, leaf)
+        matrix = projections.to_matrix(grad, leaf)
+        everything = jnp.arange(leaf.size, dtype=jnp.int32)
+        basis = cosine_basis(everything, leaf.size, self.type, matrix.dtype)
+        size = jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True)
+        usable = (size > 0) & jnp.isfinite(size)
+        products = _product(basis.T, matrix) if _inputs(leaf) else _product(matrix, basis)
+        # A power of a large or tiny gradient must not leave the range of the dtype.
+        powers = jnp.abs(products / jnp.where(usable, size, 1)) ** self.norm
+        scores = jnp.sum(powers, -1 if _inputs(leaf) else -2)
+        _, indices = jax.lax.top_k(scores, leaf.kept)
+        return jnp.where(usable[..., 0], indices.astype(old.dtype), old).reshape(old.shape)
+
+    def _project(self, leaf: Leaf, selection: jax.Array, x: jax.Array) -> jax.Array:
+        matrix = projections.to_matrix(x, leaf)
+        basis = cosine_basis(selection, leaf.size, self.type, x.dtype)
+        return _product(_t(basis), matrix) if _inputs(leaf) else _product(matrix, basis)
+
+    def _restore(self, leaf: Leaf, selection: jax.Array, compact: jax.Array) -> jax.Array:
+        basis = cosine_basis(selection, leaf.size, self.type, compact.dtype)
+        x = _product(basis, compact) if _inputs(leaf) else _product(compact, _t(basis))
+        return projections.from_matrix(x, leaf)
+
+    def _remainder(
+        self, leaf: Leaf, selection: jax.Array, x: jax.Array, compact: jax.Array
+    ) -> jax.Array:
+        rest = x - self._restore(leaf, selection, compact)
+        return without_rounding(rest, x, leaf, [-2 if _inputs(leaf) else -1])
+
+    def carry(
+        self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
+    ) -> jax.Array:
+        """Moves what stays selected to its new place; what is new becomes zero."""
+        del squared  # the rotation is a partial permutation, equal to its squares
+        return carry_by_index(old, new, moment, -2 if _inputs(leaf) else -1)
+
+
+def dct(type: int = 3, norm: int = 1, choose: Choose | None = None) -> DCT:
+    r"""Selects the columns of a cosine basis on which the gradient is largest.
+
+    .. math::
+      C_{ij} = \sqrt{2/n} \cos \frac{\pi i (2j + 1)}{2n}, \quad C_{0j} = \sqrt{1/n}, \qquad
+      \text{score}_j = \|(A Q)_{:j}\|
+
+    Projected is the smaller axis of a kernel (in, out), the inputs if they are equal. The number of
+    columns is rounded to nearest, half to even; they stand in the order of their scores. No basis
+    is stored: entries of C are looked up in a table of 4n cosines. A gradient that is zero or not
+    finite keeps the old columns. State beside the moments: one int32 a column.
+
+    Args:
+      type: 3 for Q = C, so that A Q is the DCT-III of the rows of A (the authors' "matmul"); 2 for
+        its transpose and the DCT-II (the authors' "makhoul"). The two are different bases.
+      norm: 1 or 2, the norm that scores a column. 2 minimises the remainder.
+      choose: function `(name, count, gradient) -> indices` that replaces the scores; see `columns`.
+
+    Returns:
+      A projection for `frugal`.
+
+    Raises:
+      ValueError: `type` or `norm` is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxopt_lab import subspace
+      >>> tx = subspace.frugal(density=0.5, projection=subspace.dct())
+      >>> tx.init({"kernel": jnp.zeros((4, 6))}).selected[0].mu["kernel"].shape
+      (2, 6)
+
+    References:
+      Modoranu et al., `SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models
+      <https://arxiv.org/abs/2505.17967>`_, 2025.
+    """
+    if type not in _TYPES:
+        raise ValueError(f"type must be one of {_TYPES}, got {type!r}")
+    if norm not in _NORMS:
+        raise ValueError(f"norm must be one of {_NORMS}, got {norm!r}")
+    return DCT(type, norm, choose)
+
+
+def cosine_basis(columns: jax.Array, size: int, type: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns the columns of Q with the given indices, shape (..., size, number of columns)."""
+    # cos(pi m / 2n) has period 4n in m: a table keeps the argument exact in any dtype.
+    table = np.cos(np.pi * np.arange(4 * size) / (2 * size)) * np.sqrt(2 / size)
+    rows = jnp.arange(size, dtype=jnp.uint32)[:, None]
+    columns = columns.astype(jnp.uint32)[..., None, :]
+    i, j = (rows, columns) if type == 3 else (columns, rows)
+    values = jnp.asarray(table, dtype)[i * (2 * j + 1) % (4 * size)]
+    return jnp.where(i == 0, jnp.asarray(np.sqrt(1 / size), dtype), values)
+
+
+def _inputs(leaf: Leaf) -> bool:
+    fan_in, fan_out = leaf.matrix
+    return fan_in <= fan_out
+
+
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision="highest")
+
+
+def _t(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -2, -1)

@@ -1,0 +1,144 @@
+r"""GaLore: Adam in the space of the leading singular directions of the gradient.
+
+    a = B^T g,   direction = scale B (sqrt(c2) / c1) m / (sqrt(v) + eps),   m, v of a
+    theta <- (1 - lr weight_decay) (theta - lr direction)
+
+Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024,
+arXiv:2403.03507.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
+from jaxopt_lab.subspace.frugal import frugal
+from jaxopt_lab.subspace.projections import Projection
+from jaxopt_lab.subspace.svd import svd
+from jaxopt_lab.subspace.treatments import AlwaysFull
+
+# What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
+CONTRACT_EXCEPTIONS = {
+    "float32_gradient_1e+19": "a projection sums over a side, and the square of the sum overflows",
+    "float32_gradient_1e+25_state": "the square of a gradient above 1.8e19 overflows float32",
+}
+
+
+def galore_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    update_gap: int = 200,
+    scale: _hyperparams.Scalar = 0.25,
+    b1: _hyperparams.Scalar = 0.9,
+    b2: _hyperparams.Scalar = 0.999,
+    eps: _hyperparams.Scalar = 1e-6,
+    weight_decay: _hyperparams.Scalar = 0.0,
+    mask: _tree.Mask = None,
+    *,
+    projection: Projection | None = None,
+    on_refresh: str = "keep",
+    always_full: AlwaysFull = None,
+    dimension_numbers: _matrices.DimensionNumbers = None,
+    stagger: int = 1,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    r"""AdamW on the projection of each hidden matrix's gradient; the remainder is dropped.
+
+    .. math::
+      a_t &= B^\top g_t \text{ or } g_t B, \qquad
+      m_t, v_t \text{: Adam's moments of } a_t \\
+      \theta_t &= (1 - \eta \lambda) \Bigl(\theta_{t-1} - \eta \alpha \frac{\sqrt{1 - \beta_2^t}}
+      {1 - \beta_1^t} B \frac{m_t}{\sqrt{v_t} + \epsilon}\Bigr)
+
+    Moments survive a change of basis. `optax.contrib.galore` differs: it projects the larger side,
+    adds epsilon after the bias correction, decays the old weights, and scales by 1.
+
+    Args:
+      learning_rate: step size or schedule; that of hidden matrices is `scale` times it.
+      rank: number of directions, at most the size of the projected side.
+      update_gap: number of steps between decompositions.
+      scale: :math:`\alpha`, of the hidden matrices.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root of the second moment before the bias correction; positive.
+      weight_decay: decoupled decay of the new weights.
+      mask: tree of booleans, or a function of the parameters that returns one: what decays.
+      projection: by default `svd()`; `svd(method="gram")` and `svd(method="randomized")` take
+        less time.
+      on_refresh: see `frugal`; the authors' is "keep".
+      always_full: see `frugal`; by default everything but hidden matrices.
+      dimension_numbers: see `frugal`.
+      stagger: see `frugal`.
+      seed: see `frugal`; only a randomised decomposition draws.
+
+    Returns:
+      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
+
+    Raises:
+      ValueError: see `frugal`; also `rank` below 1, a negative learning rate or weight decay.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxopt_lab
+      >>> tx = jaxopt_lab.galore_adamw(1e-2, rank=2)
+      >>> state = tx.init({"up": jnp.zeros((4, 6))})
+      >>> state[0].selected[0].mu["up"].shape
+      (2, 6)
+
+    References:
+      Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, ICML 2024, algorithm 2.
+    """
+    _hyperparams.check_positive_integer(rank=rank)
+    split = frugal(
+        _adam.scale_by_adam(b1, b2, eps, eps_in_root=False),
+        optax.set_to_zero(),
+        svd() if projection is None else projection,
+        lambda size: min(rank, size),
+        update_gap,
+        projected_scale=scale,
+        on_refresh=on_refresh,
+        always_full=always_full,
+        dimension_numbers=dimension_numbers,
+        stagger=stagger,
+        seed=seed,
+    )
+    links = [split, _hyperparams.scale_by_learning_rate(learning_rate)]
+    if not _hyperparams.is_number(weight_decay) or weight_decay != 0:
+        links.append(_decay_new_weights(learning_rate, weight_decay, mask))
+    return optax.chain(*links)
+
+
+def _decay_new_weights(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: _hyperparams.Scalar, mask: _tree.Mask
+) -> optax.GradientTransformation:
+    """Decays the weights as they are after the update that comes in."""
+    _hyperparams.check_non_negative(weight_decay=weight_decay)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        _tree.mask_leaves(mask, params)
+        if callable(learning_rate):
+            return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        params = _tree.require_params(params, "galore_adamw with weight_decay")
+        rate = learning_rate
+        if callable(learning_rate):
+            state = _tree.check_state(state, optax.ScaleByScheduleState)
+            rate = learning_rate(state.count)
+            state = optax.ScaleByScheduleState(count=_hyperparams.increment(state.count))
+
+        def decay(u: jax.Array, theta: jax.Array, selected: bool) -> tuple[jax.Array]:
+            factor = jnp.asarray(rate, u.dtype) * jnp.asarray(weight_decay, u.dtype)
+            return (u - factor * (theta + u) if selected else u,)
+
+        selected = _tree.mask_leaves(mask, params)
+        (updates,) = _tree.map_leaves(decay, updates, params=params, static=selected)
+        return updates, state
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -1,0 +1,252 @@
+"""What a projection is: the part of a list of gradients that an optimizer keeps state for.
+
+A projection works on the list of all split leaves, so that leaves may share state. `selection`
+holds one small array a leaf (indices, a basis, a flag); `compact` are the arrays that the stateful
+transformation sees, which most projections make leaf by leaf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab import _matrices
+
+Density = float | Callable[[int], int]
+Choose = Callable[[str, jax.Array, jax.Array], Any]
+
+
+class Leaf(NamedTuple):
+    """What is known of a parameter while tracing."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: _matrices.MatrixAxes | None  # None if it is no matrix
+    kept: int = 0  # columns, entries, directions or blocks that are selected ...
+    size: int = 0  # ... of so many; filled in from `Projection.sizes`
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Number of inputs and outputs."""
+        assert self.axes is not None
+        return (
+            math.prod(self.shape[a] for a in self.axes.reduction),
+            math.prod(self.shape[a] for a in self.axes.output),
+        )
+
+
+class Step(NamedTuple):
+    """When a selection is made."""
+
+    count: jax.Array  # steps taken before; int32, shape ()
+    period: jax.Array  # selections made before this one; int32, shape ()
+    seed: int
+
+    @property
+    def key(self) -> jax.Array:
+        """A random key of this step."""
+        return jax.random.fold_in(jax.random.key(self.seed), self.count)
+
+
+class Projection(Protocol):
+    """How `frugal` finds and treats the part of the gradients that has state.
+
+    Attributes:
+      mirrors: whether there is one compact array a leaf.
+      on_refresh: what may happen to the state when the selection changes.
+    """
+
+    mirrors: ClassVar[bool]
+    on_refresh: ClassVar[tuple[str, ...]]
+
+    def sizes(self, leaves: Sequence[Leaf], density: Density) -> list[tuple[int, int]]:
+        """Returns, for each leaf, how much is selected of how much.
+
+        Raises:
+          ValueError: the projection cannot serve a leaf; the message has its path.
+        """
+        ...
+
+    def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
+        """Returns a valid selection to begin with."""
+        ...
+
+    def choose(
+        self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
+    ) -> list[jax.Array]:
+        """Returns a new selection."""
+        ...
+
+    def project(
+        self, leaves: Sequence[Leaf], selection: list[jax.Array], xs: list[jax.Array]
+    ) -> list[Any]:
+        """Returns the selected part of gradients or parameters as compact arrays."""
+        ...
+
+    def restore(
+        self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[Any]
+    ) -> list[jax.Array]:
+        """Returns arrays of the leaves' shapes with `compact` in its place and zeros elsewhere."""
+        ...
+
+    def remainder(
+        self,
+        leaves: Sequence[Leaf],
+        selection: list[jax.Array],
+        xs: list[jax.Array],
+        compact: list[Any],
+    ) -> list[jax.Array]:
+        """Returns what `project` left out of the gradients `xs`."""
+        ...  # fmt: skip
+
+    def carry(
+        self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
+    ) -> jax.Array:
+        """Expresses a leaf's compact moment in a new selection."""
+        ...
+
+
+class LeafProjection:
+    """A projection that treats each leaf by itself."""
+
+    mirrors: ClassVar[bool] = True
+    on_refresh: ClassVar[tuple[str, ...]] = ("reset", "keep", "project")
+
+    def sizes(self, leaves: Sequence[Leaf], density: Density) -> list[tuple[int, int]]:
+        """Returns, for each leaf, how much is selected of how much."""
+        return [self._size(leaf, density) for leaf in leaves]
+
+    def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
+        """Returns a valid selection to begin with."""
+        return [self._first(leaf) for leaf in leaves]
+
+    def choose(
+        self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
+    ) -> list[jax.Array]:
+        """Returns a new selection; leaf number i draws with the step's key folded with i."""
+        keys = [jax.random.fold_in(step.key, index) for index in range(len(leaves))]
+        return [
+            self._choose(leaf, s, jax.lax.stop_gradient(g), step.count, key)
+            for leaf, s, g, key in zip(leaves, old, grads, keys)
+        ]
+
+    def project(
+        self, leaves: Sequence[Leaf], selection: list[jax.Array], xs: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Returns the selected part of each leaf."""
+        return [self._project(leaf, s, x) for leaf, s, x in zip(leaves, selection, xs)]
+
+    def restore(
+        self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Returns arrays of the leaves' shapes with `compact` in its place and zeros elsewhere."""
+        return [self._restore(leaf, s, a) for leaf, s, a in zip(leaves, selection, compact)]
+
+    def remainder(
+        self,
+        leaves: Sequence[Leaf],
+        selection: list[jax.Array],
+        xs: list[jax.Array],
+        compact: list[jax.Array],
+    ) -> list[jax.Array]:
+        """Returns what `project` left out."""
+        return [
+            self._remainder(leaf, s, x, a)
+            for leaf, s, x, a in zip(leaves, selection, xs, compact)
+        ]  # fmt: skip
+
+    def carry(
+        self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
+    ) -> jax.Array:
+        """Expresses a leaf's compact moment in a new selection."""
+        raise NotImplementedError
+
+    def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _first(self, leaf: Leaf) -> jax.Array:
+        raise NotImplementedError
+
+    def _choose(
+        self, leaf: Leaf, old: jax.Array, grad: jax.Array, count: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        raise NotImplementedError
+
+    def _project(self, leaf: Leaf, selection: jax.Array, x: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def _restore(self, leaf: Leaf, selection: jax.Array, compact: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def _remainder(
+        self, leaf: Leaf, selection: jax.Array, x: jax.Array, compact: jax.Array
+    ) -> jax.Array:
+        raise NotImplementedError
+
+
+def number_kept(density: Density, size: int, rounded: Callable[[float], int]) -> int:
+    """Returns how many of `size` are selected.
+
+    Raises:
+      ValueError: a function as density returned something out of range.
+    """
+    if not callable(density):
+        return rounded(size * density)
+    kept = density(size)
+    if not isinstance(kept, int) or not 0 <= kept <= size:
+        raise ValueError(f"density({size}) must be an integer in [0, {size}], got {kept!r}")
+    return kept
+
+
+def require_matrix(leaf: Leaf, projection: str) -> None:
+    """Refuses a leaf that has no matrix axes.
+
+    Raises:
+      ValueError: the message has the leaf's path and shape.
+    """
+    if leaf.axes is None:
+        raise ValueError(
+            f"{projection} needs a matrix, but '{leaf.name}' has shape {leaf.shape}: give its "
+            "axes in dimension_numbers, or keep it full (always_full)"
+        )
+
+
+def to_matrix(x: jax.Array, leaf: Leaf) -> jax.Array:
+    """Returns `x` as (inputs, outputs), or (matrices, inputs, outputs) for a stack of them."""
+    assert leaf.axes is not None
+    matrices = _matrices.to_matrices(x, leaf.axes)
+    return matrices if leaf.axes.batch else matrices[0]
+
+
+def from_matrix(x: jax.Array, leaf: Leaf) -> jax.Array:
+    """Undoes `to_matrix`."""
+    assert leaf.axes is not None
+    return _matrices.from_matrices(x if leaf.axes.batch else x[None], leaf.axes, leaf.shape)
+
+
+def stacked(leaf: Leaf) -> tuple[int, ...]:
+    """Returns (matrices,) for a leaf that is a stack of them, else ()."""
+    assert leaf.axes is not None
+    if not leaf.axes.batch:
+        return ()
+    return (math.prod(leaf.shape[a] for a in leaf.axes.batch),)
+
+
+def checked_choice(value: Any, expected: jax.Array, leaf: Leaf) -> jax.Array:
+    """Returns what a user's `choose` returned, in the dtype of a selection.
+
+    Raises:
+      ValueError: it has another shape.
+    """
+    value = jnp.asarray(value)
+    if value.shape != expected.shape:
+        raise ValueError(
+            f"choose returned shape {value.shape} for '{leaf.name}', expected {expected.shape}"
+        )
+    return value.astype(expected.dtype)

@@ -1,0 +1,244 @@
+r"""The leading singular directions of the gradient.
+
+    G = U S V^T,    P(g) = U_r^T g  or  g V_r  or  U_r^T g V_r,    P^-1(a) = U_r a  or  a V_r^T ...
+
+Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024,
+arXiv:2403.03507, section 4; randomised: Halko, Martinsson and Tropp, SIAM Review 53, 2011.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab.subspace import projections
+from jaxopt_lab.subspace.projections import Choose, Density, Leaf
+
+_SIDES = ("smaller", "larger", "in", "out", "both")
+_METHODS = ("full", "gram", "randomized")
+
+
+@dataclasses.dataclass(frozen=True)
+class SVD(projections.LeafProjection):
+    """See `svd`."""
+
+    side: str
+    method: str
+    oversampling: int
+    power_iterations: int
+    choose_basis: Choose | None
+
+    def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
+        projections.require_matrix(leaf, "svd")
+        size = min(leaf.matrix) if self.side == "both" else leaf.matrix[self._projected(leaf)[0]]
+        return projections.number_kept(density, size, round), size
+
+    def _projected(self, leaf: Leaf) -> tuple[int, ...]:
+        """Which of the two axes (inputs, outputs) are projected."""
+        if self.side == "both":
+            return (0, 1)
+        if self.side in ("in", "out"):
+            return (0,) if self.side == "in" else (1,)
+        fan_in, fan_out = leaf.matrix
+        inputs = fan_in <= fan_out if self.side == "smaller" else fan_in > fan_out
+        return (0,) if inputs else (1,)
+
+    def _first(self, leaf: Leaf) -> Any:
+        bases = tuple(
+            jnp.broadcast_to(
+                jnp.eye(leaf.matrix[axis], leaf.kept, dtype=_tree.compute_dtype(leaf.dtype)),
+                (*projections.stacked(leaf), leaf.matrix[axis], leaf.kept),
+            )
+            for axis in self._projected(leaf)
+        )
+        return bases if self.side == "both" else bases[0]
+
+    def _choose(
+        self, leaf: Leaf, old: Any, grad: jax.Array, count: jax.Array, key: jax.Array
+    ) -> Any:
+        if self.choose_basis is not None:
+            found = self.choose_basis(leaf.name, count, grad)
+            return jax.tree.map(lambda o, f: projections.checked_choice(f, o, leaf), old, found)
+        matrix = projections.to_matrix(grad, leaf)
+
+        def one(matrix: jax.Array, old: Any, key: jax.Array) -> Any:
+            axes = self._projected(leaf)
+            found = self._directions(matrix, axes, leaf.kept, key)
+            # Nothing can be learned from a gradient that is zero or not finite.
+            size = jnp.max(jnp.abs(matrix))
+            usable = (size > 0) & jnp.isfinite(size)
+            new = found if self.side == "both" else found[0]
+            return jax.tree.map(
+                lambda o, n: jnp.where(usable, _fix_signs(n).astype(o.dtype), o), old, new
+            )
+
+        if not projections.stacked(leaf):
+            return one(matrix, old, key)
+        return jax.vmap(one)(matrix, old, jax.random.split(key, matrix.shape[0]))
+
+    def _directions(
+        self, matrix: jax.Array, axes: tuple[int, ...], rank: int, key: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """Returns orthonormal columns for each of `axes`."""
+        # Squares of large or tiny gradients must not leave the range of the dtype.
+        largest = jnp.max(jnp.abs(matrix))
+        matrix = matrix / jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        if self.method == "full":
+            # LAPACK reads by columns; given the transpose it needs no copy of every gradient, which
+            # XLA would make outside of the `cond`.
+            v, _, ut = jnp.linalg.svd(matrix.T, full_matrices=False)
+            full = (ut.T, v)
+            return tuple(_complete(full[axis], rank)[:, :rank] for axis in axes)
+        sides = (matrix, matrix.T)
+        if self.method == "gram":
+            return tuple(_leading_of_gram(sides[axis], rank) for axis in axes)
+        return tuple(
+            _randomized(sides[axis], rank, self.oversampling, self.power_iterations, key)
+            for axis in axes
+        )
+
+    def _project(self, leaf: Leaf, selection: Any, x: jax.Array) -> jax.Array:
+        a = projections.to_matrix(x, leaf)
+        for axis, basis in zip(self._projected(leaf), self._bases(selection)):
+            basis = basis.astype(x.dtype)
+            a = _product(_t(basis), a) if axis == 0 else _product(a, basis)
+        return a
+
+    def _restore(self, leaf: Leaf, selection: Any, compact: jax.Array) -> jax.Array:
+        x = compact
+        for axis, basis in zip(self._projected(leaf), self._bases(selection)):
+            basis = basis.astype(compact.dtype)
+            x = _product(basis, x) if axis == 0 else _product(x, _t(basis))
+        return projections.from_matrix(x, leaf)
+
+    def _remainder(self, leaf: Leaf, selection: Any, x: jax.Array, compact: jax.Array) -> jax.Array:
+        rest = x - self._restore(leaf, selection, compact)
+        along = [-2 if axis == 0 else -1 for axis in self._projected(leaf)]
+        return without_rounding(rest, x, leaf, along)
+
+    def carry(self, leaf: Leaf, old: Any, new: Any, moment: jax.Array, squared: bool) -> jax.Array:
+        """Rotates a first moment by R = old^T new, a second one by the squares of R."""
+        for axis, before, after in zip(self._projected(leaf), self._bases(old), self._bases(new)):
+            rotation = _product(_t(before), after).astype(moment.dtype)
+            rotation = jnp.square(rotation) if squared else rotation
+            moment = _product(_t(rotation), moment) if axis == 0 else _product(moment, rotation)
+        return moment
+
+    def _bases(self, selection: Any) -> tuple[jax.Array, ...]:
+        return selection if self.side == "both" else (selection,)
+
+
+def svd(
+    side: str = "smaller",
+    method: str = "full",
+    *,
+    oversampling: int = 8,
+    power_iterations: int = 1,
+    choose: Choose | None = None,
+) -> SVD:
+    r"""Selects the leading singular directions of the current gradient.
+
+    The number of directions is rounded to nearest, half to even. Of each direction the entry of
+    largest magnitude is made positive, since signs are arbitrary and moments may outlive a change
+    of basis. A gradient that is zero or not finite keeps the old basis. State beside the moments:
+    the basis, (size of the side, kept), at least
+    float32.
+
+    Args:
+      side: which axis of a kernel (in, out) is projected: "smaller" (GaLore; "in" if they are
+        equal), "larger" (`optax.contrib.galore` on matrices that are not square), "in", "out" or
+        "both". With "both" the compact gradient is diagonal at a refresh up to rounding, which a
+        small `eps` of Adam turns into steps.
+      method: "full" for a singular value decomposition; "gram" for the eigenvectors of
+        :math:`G G^\top` or :math:`G^\top G`, several times faster, but directions whose singular
+        value is below :math:`3 \cdot 10^{-4}` (float32) of the largest are not resolved;
+        "randomized" for a range finder with Gaussian test vectors.
+      oversampling: additional test vectors of "randomized".
+      power_iterations: products with :math:`G G^\top` of "randomized"; each makes the small
+        singular values count less.
+      choose: function `(name, count, gradient) -> basis` that replaces the decomposition; it
+        returns float arrays (size, kept) with orthonormal columns, a pair for "both".
+
+    Returns:
+      A projection for `frugal`.
+
+    Raises:
+      ValueError: `side` or `method` is unknown, or a number is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxopt_lab import subspace
+      >>> tx = subspace.frugal(density=0.5, projection=subspace.svd())
+      >>> tx.init({"kernel": jnp.zeros((4, 6))}).selected[0].mu["kernel"].shape
+      (2, 6)
+
+    References:
+      Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, ICML 2024, section 4; Halko,
+      Martinsson and Tropp, `Finding structure with randomness
+      <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.3 and 4.4.
+    """
+    if side not in _SIDES:
+        raise ValueError(f"side must be one of {_SIDES}, got {side!r}")
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
+    _hyperparams.check_non_negative(oversampling=oversampling, power_iterations=power_iterations)
+    return SVD(side, method, oversampling, power_iterations, choose)
+
+
+def without_rounding(rest: jax.Array, x: jax.Array, leaf: Leaf, along: list[int]) -> jax.Array:
+    """Zeroes what of a remainder is the rounding of the two products that made it.
+
+    The remainder of a gradient inside the subspace is 1e-7 of the gradient, and its sign would
+    become a full step. An entry's rounding is that of sums over the axes `along`.
+    """
+    matrix = projections.to_matrix(x, leaf)
+    norm = _hyperparams.sqrt(jnp.sum(jnp.square(matrix), along, keepdims=True))
+    threshold = 4 * float(jnp.finfo(x.dtype).eps) * norm
+    rest = projections.to_matrix(rest, leaf)
+    return projections.from_matrix(jnp.where(jnp.abs(rest) <= threshold, 0, rest), leaf)
+
+
+_product = functools.partial(jnp.matmul, precision="highest")
+
+
+def _t(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -2, -1)
+
+
+def _complete(basis: jax.Array, rank: int) -> jax.Array:
+    """Adds orthonormal columns where the other side of the matrix is shorter than `rank`."""
+    if basis.shape[1] >= rank:
+        return basis
+    q, r = jnp.linalg.qr(basis, mode="complete")
+    known = basis.shape[1]
+    return jnp.concatenate([q[:, :known] * jnp.sign(jnp.diagonal(r)), q[:, known:]], 1)
+
+
+def _leading_of_gram(matrix: jax.Array, rank: int) -> jax.Array:
+    gram = _product(matrix, matrix.T)
+    _, vectors = jnp.linalg.eigh(gram)
+    return vectors[:, ::-1][:, :rank]
+
+
+def _randomized(
+    matrix: jax.Array, rank: int, oversampling: int, power_iterations: int, key: jax.Array
+) -> jax.Array:
+    rows, cols = matrix.shape
+    width = min(rank + oversampling, rows)
+    sample = _product(matrix, jax.random.normal(key, (cols, width), matrix.dtype))
+    q = jnp.linalg.qr(sample)[0]
+    for _ in range(power_iterations):
+        q = jnp.linalg.qr(_product(matrix, jnp.linalg.qr(_product(matrix.T, q))[0]))[0]
+    # The leading directions within the range that was found.
+    small = _product(q.T, matrix)
+    return _product(q, _leading_of_gram(small, rank))
+
+
+def _fix_signs(basis: jax.Array) -> jax.Array:
+    largest = jnp.take_along_axis(basis, jnp.argmax(jnp.abs(basis), 0)[None], 0)
+    return basis * jnp.where(largest < 0, -1, 1).astype(basis.dtype)

@@ -1,0 +1,219 @@
+"""How each parameter is treated: kept full, split, or without state; decided once, at init."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxopt_lab import _matrices, _tree
+from jaxopt_lab.subspace.projections import Density, Leaf, Projection
+
+Patterns = Sequence[str]
+AlwaysFull = Patterns | Callable[[optax.Params], Any] | Any | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["selection"],
+    meta_fields=["leaf", "kind", "reason", "phase"],
+)
+@dataclasses.dataclass(frozen=True)
+class Treatment:
+    """How one parameter is treated.
+
+    Attributes:
+      leaf: what is known of the parameter.
+      kind: "full": all of it has state; "whole": so has all of it here, as the density keeps all;
+        "split": a part of it has state; "free": none has.
+      reason: why, in a few words.
+      phase: which of the staggered groups a split leaf belongs to.
+      selection: indices, basis or flag of a split leaf, None for the others.
+    """
+
+    leaf: Leaf
+    kind: str
+    reason: str
+    phase: int = 0
+    selection: Any = None
+
+    @property
+    def name(self) -> str:
+        """Path of the parameter."""
+        return self.leaf.name
+
+    def __str__(self) -> str:
+        """One line: path, shape, treatment and reason."""
+        part = f" {self.leaf.kept} of {self.leaf.size}" if self.kind == "split" else ""
+        return f"{self.name or 'parameter'} {self.leaf.shape}: {self.kind}{part} ({self.reason})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Treatments:
+    """What `treatments` found; `str(result)` has one line a parameter."""
+
+    parameters: tuple[Treatment, ...]
+
+    def __str__(self) -> str:
+        """One line a parameter."""
+        return "\n".join(str(treatment) for treatment in self.parameters)
+
+
+def treatments(tx: optax.GradientTransformation, params: optax.Params) -> Treatments:
+    """Says for each parameter how `frugal` treats it; nothing is allocated.
+
+    Args:
+      tx: a transformation that contains `frugal`, such as `frugal_adamw(...)`, in any wrapper that
+        keeps its state in its own.
+      params: the parameters, or their `jax.ShapeDtypeStruct`.
+
+    Returns:
+      A `Treatments`, in the order of the parameters.
+
+    Raises:
+      ValueError: `tx` does not contain `frugal`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxopt_lab
+      >>> params = {"embed": jnp.zeros((9, 4)), "up": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}
+      >>> print(jaxopt_lab.subspace.treatments(jaxopt_lab.frugal_adamw(1e-3), params))
+      bias (8,): full (1 axis)
+      embed (9, 4): full (embedding or output layer by its path)
+      up (4, 8): split 1 of 4 (matrix)
+    """
+    found = tuple(treatments_of(jax.eval_shape(tx.init, params)))
+    if not found:
+        raise ValueError("tx does not contain frugal: its state says nothing about splitting")
+    return Treatments(found)
+
+
+def treatments_of(state: Any) -> list[Treatment]:
+    """Returns the treatments in a state, in the order of the parameters."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Treatment))
+    return [leaf for leaf in leaves if isinstance(leaf, Treatment)]
+
+
+def check_updates(updates: optax.Updates, expected: Sequence[Treatment]) -> None:
+    """Refuses updates whose paths or shapes are not those that were treated at init.
+
+    Raises:
+      ValueError: the message has the path of the leaf.
+    """
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(updates)]
+    # Equal shapes will do: wrappers such as flax.nnx.Optimizer come back with other paths.
+    if shapes != [t.leaf.shape for t in expected]:
+        like = {t.name: jax.ShapeDtypeStruct(t.leaf.shape, t.leaf.dtype) for t in expected}
+        _tree.check_updates(dict(_tree.leaves_with_names(updates)), like)
+        raise ValueError("updates do not match the tree given to init: another order of leaves")
+
+
+def plan(
+    params: optax.Params,
+    projection: Projection,
+    density: Density,
+    always_full: AlwaysFull,
+    dimension_numbers: _matrices.DimensionNumbers,
+    stagger: int,
+) -> list[Treatment]:
+    """Returns the treatment of each leaf, without selections.
+
+    Raises:
+      ValueError: see `frugal`.
+    """
+    named = _tree.leaves_with_names(params)
+    axes = _matrices.matrix_axes(dimension_numbers, params, default=_two_axes)
+    leaves = [Leaf(name, jnp.shape(x), jnp.result_type(x), a) for (name, x), a in zip(named, axes)]
+    reasons = _always_full(always_full, params, leaves)
+    split = [leaf for leaf, reason in zip(leaves, reasons) if reason is None]
+    sizes = iter(projection.sizes(split, density))
+    found: list[Treatment] = []
+    for leaf, reason in zip(leaves, reasons):
+        if reason is not None:
+            found.append(Treatment(leaf, "full", reason))
+            continue
+        kept, size = next(sizes)
+        leaf = leaf._replace(kept=kept, size=size)
+        if kept == size:
+            found.append(Treatment(leaf, "whole", f"all {size} are kept"))
+        elif kept == 0:
+            found.append(Treatment(leaf, "free", f"none of {size} is kept"))
+        else:
+            what = "matrix" if leaf.axes is not None else "by request"
+            found.append(Treatment(leaf, "split", what))
+    return _with_phases(found, stagger if projection.mirrors else 1)
+
+
+def _with_phases(found: list[Treatment], stagger: int) -> list[Treatment]:
+    """Spreads split leaves over the phases, the largest first, each to the one with the least."""
+    load = [0] * stagger
+    order = sorted(
+        (index for index, t in enumerate(found) if t.kind == "split"),
+        key=lambda index: -_refresh_cost(found[index].leaf),
+    )
+    found = list(found)
+    for index in order:
+        phase = load.index(min(load))
+        load[phase] += _refresh_cost(found[index].leaf)
+        found[index] = dataclasses.replace(found[index], phase=phase)
+    return found
+
+
+def _refresh_cost(leaf: Leaf) -> int:
+    """Operations of a decomposition, up to a factor: entries times the shorter side."""
+    entries = 1
+    for length in leaf.shape:
+        entries *= length
+    return max(entries, 1) * (min(leaf.matrix) if leaf.axes is not None else 1)
+
+
+def _two_axes(params: optax.Params) -> Any:
+    numbers = optax.contrib.MuonDimensionNumbers(0, 1)
+    return jax.tree.map(lambda x: numbers if jnp.ndim(x) == 2 else None, params)
+
+
+def _always_full(
+    always_full: AlwaysFull, params: optax.Params, leaves: list[Leaf]
+) -> list[str | None]:
+    """Returns, for each leaf, why it is kept full, or None if it is to be split."""
+    if always_full is None:
+        flat, _ = jax.tree_util.tree_flatten_with_path(params)
+        return [_by_default(path, leaf) for (path, _), leaf in zip(flat, leaves)]
+    if isinstance(always_full, str):
+        return _by_patterns([always_full], leaves)
+    if isinstance(always_full, (list, tuple)) and all(isinstance(p, str) for p in always_full):
+        return _by_patterns(always_full, leaves)
+    flags = _tree.broadcast_prefix(
+        always_full(params) if callable(always_full) else always_full, params, "always_full"
+    )
+    return ["by request" if flag else None for flag in flags]
+
+
+def _by_default(path: Any, leaf: Leaf) -> str | None:
+    if len(leaf.shape) < 2:
+        return "1 axis" if leaf.shape else "scalar"
+    if leaf.axes is None:
+        return f"{len(leaf.shape)} axes, no dimension_numbers"
+    if _matrices.ends_of_a_model(path):
+        return "embedding or output layer by its path"
+    return None
+
+
+def _by_patterns(patterns: Patterns, leaves: list[Leaf]) -> list[str | None]:
+    reasons: list[str | None] = [None] * len(leaves)
+    for pattern in patterns:
+        matched = [index for index, leaf in enumerate(leaves) if re.search(pattern, leaf.name)]
+        # A tree without leaves is what optax.tree.map_params asks with.
+        if leaves and not matched:
+            names = ", ".join(leaf.name for leaf in leaves[:5])
+            raise ValueError(
+                f"always_full: the pattern {pattern!r} matches no parameter (the first are {names})"
+            )
+        for index in matched:
+            reasons[index] = f"matches {pattern!r}"
+    return reasons
