@@ -109,7 +109,7 @@ class Blocks:
     ) -> list[jax.Array]:
         """Returns the leaves that are not active, zeros for the others."""
         del leaves, compact
-        return [jnp.where(flag, 0, x) for flag, x in zip(selection, xs)]  # fmt: skip
+        return [jnp.where(flag, 0, x) for flag, x in zip(selection, xs)]
 
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool

@@ -99,7 +99,7 @@ def frugal(
       stagger: number of groups that are refreshed at different steps, so that no step pays for all
         (but the first). Leaves are spread so that the decompositions cost about the same.
       seed: of random selections. The key of a refresh is made of the seed and the number of steps
-        taken, and each split leaf folds in its position among them.
+        taken; the leaves draw apart from one another, by their position among the split ones.
 
     Returns:
       A `GradientTransformationExtraArgs`; its update needs `params` if that of `full` or `free`

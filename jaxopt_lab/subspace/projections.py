@@ -103,7 +103,7 @@ class Projection(Protocol):
         compact: list[Any],
     ) -> list[jax.Array]:
         """Returns what `project` left out of the gradients `xs`."""
-        ...  # fmt: skip
+        ...
 
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
@@ -157,9 +157,8 @@ class LeafProjection:
     ) -> list[jax.Array]:
         """Returns what `project` left out."""
         return [
-            self._remainder(leaf, s, x, a)
-            for leaf, s, x, a in zip(leaves, selection, xs, compact)
-        ]  # fmt: skip
+            self._remainder(leaf, s, x, a) for leaf, s, x, a in zip(leaves, selection, xs, compact)
+        ]
 
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool

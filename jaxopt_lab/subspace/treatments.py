@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -146,7 +147,7 @@ def plan(
         else:
             what = "matrix" if leaf.axes is not None else "by request"
             found.append(Treatment(leaf, "split", what))
-    return _with_phases(found, stagger if projection.mirrors else 1)
+    return _with_phases(found, stagger)
 
 
 def _with_phases(found: list[Treatment], stagger: int) -> list[Treatment]:
@@ -156,7 +157,6 @@ def _with_phases(found: list[Treatment], stagger: int) -> list[Treatment]:
         (index for index, t in enumerate(found) if t.kind == "split"),
         key=lambda index: -_refresh_cost(found[index].leaf),
     )
-    found = list(found)
     for index in order:
         phase = load.index(min(load))
         load[phase] += _refresh_cost(found[index].leaf)
@@ -166,10 +166,7 @@ def _with_phases(found: list[Treatment], stagger: int) -> list[Treatment]:
 
 def _refresh_cost(leaf: Leaf) -> int:
     """Operations of a decomposition, up to a factor: entries times the shorter side."""
-    entries = 1
-    for length in leaf.shape:
-        entries *= length
-    return max(entries, 1) * (min(leaf.matrix) if leaf.axes is not None else 1)
+    return max(math.prod(leaf.shape), 1) * (min(leaf.matrix) if leaf.axes is not None else 1)
 
 
 def _two_axes(params: optax.Params) -> Any:
