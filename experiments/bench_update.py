@@ -8,7 +8,8 @@ XLA needs beyond arguments and results, and how many copies it made to protect a
 one kernel overwrites while another still reads it.
 
 Projections are renewed every 200 steps. Their step is timed between two refreshes; the table says
-what it takes on average over a period, with the measured time of a refresh.
+what it takes on average over a period, with the measured time of a refresh. For GaLore a second
+table does so for other gaps, at a quarter of the width and at the published rank of 128.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ RATIOS = {
     "bfloat16_adamw": "optax.adamw",
     "galore_adamw": "optax.contrib.galore",
     "galore_adamw_gram": "optax.contrib.galore",
+    "galore_adamw_gram_128": "optax.contrib.galore_128",
 }
 GAP = 200  # steps between two refreshes of a projection
+GALORE_GAPS = (10, 50, GAP)
 
 
 # Their rank is this part of the width; with it grow the two products of a step.
@@ -87,6 +90,8 @@ def optimizers(width: int) -> dict[str, optax.GradientTransformation]:
         "optax.contrib.galore": optax.contrib.galore(rate, rank=rank, update_proj_gap=GAP),
         "galore_adamw": jaxopt_lab.galore_adamw(rate, rank, GAP),
         "galore_adamw_gram": jaxopt_lab.galore_adamw(rate, rank, GAP, projection=gram),
+        "optax.contrib.galore_128": optax.contrib.galore(rate, rank=128, update_proj_gap=GAP),
+        "galore_adamw_gram_128": jaxopt_lab.galore_adamw(rate, 128, GAP, projection=gram),
     }
 
 
@@ -167,19 +172,28 @@ def ratio(runs: dict[str, Any], name: str) -> float | None:
     return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
-def average_seconds(run: dict[str, Any]) -> float:
+def average_seconds(run: dict[str, Any], gap: int = GAP) -> float:
     """A step's time on average over a period between two refreshes."""
     ordinary = statistics.median(run["seconds"])
     if not run["refresh_seconds"]:
         return ordinary
-    return ordinary + (statistics.median(run["refresh_seconds"]) - ordinary) / GAP
+    return ordinary + (statistics.median(run["refresh_seconds"]) - ordinary) / gap
 
 
-def average_ratio(runs: dict[str, Any], name: str) -> float | None:
+def average_ratio(runs: dict[str, Any], name: str, gap: int = GAP) -> float | None:
     base = RATIOS.get(name)
     if base is None or base not in runs or not runs[name]["refresh_seconds"]:
         return None
-    return average_seconds(runs[name]) / average_seconds(runs[base])
+    return average_seconds(runs[name], gap) / average_seconds(runs[base], gap)
+
+
+def galore_ratios(runs: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The average ratios of GaLore by gap: the steps are the same, the refreshes more or fewer."""
+    return {
+        name: {str(gap): found for gap in GALORE_GAPS if (found := average_ratio(runs, name, gap))}
+        for name in runs
+        if name.startswith("galore") and RATIOS[name] in runs
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,6 +233,12 @@ def main(argv: list[str] | None = None) -> int:
             str(run["copies"]),
         )
     console.print(table)
+    galore = galore_ratios(runs)
+    if galore:
+        by_gap = Table("of optax.contrib.galore", *(f"gap {gap}" for gap in GALORE_GAPS))
+        for name, ratios in galore.items():
+            by_gap.add_row(name, *(f"{found:.2f}" for found in ratios.values()))
+        console.print(by_gap)
     if options.out is not None:
         ratios, averages = (
             {name: found for name in runs if (found := of(runs, name)) is not None}
@@ -231,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
                 "parameters": total,
                 "ratios": ratios,
                 "average_ratios": averages,
+                "galore_ratios_by_gap": galore,
                 "update_gap": GAP,
                 "runs": runs,
                 "environment": environment.environment(sys.argv[1:]),

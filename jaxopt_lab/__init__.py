@@ -1,20 +1,11 @@
 """Optimizers from the papers as optax transformations, checked against their authors' code."""
 
-from jaxopt_lab import diagnostics, quantization, subspace
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxopt_lab._adam import AdamState
-from jaxopt_lab.diagnostics.memory import state_bytes, training_memory
-from jaxopt_lab.quantization.quantize_state import quantize_state
-from jaxopt_lab.quantization.rounding import (
-    apply_updates_compensated,
-    apply_updates_stochastic,
-    init_compensation,
-)
-from jaxopt_lab.quantization.sharding import init_sharded, state_shardings
-from jaxopt_lab.subspace.badam import badam
-from jaxopt_lab.subspace.dct_adamw import dct_adamw
-from jaxopt_lab.subspace.frugal import FrugalState, frugal
-from jaxopt_lab.subspace.frugal_adamw import frugal_adamw
-from jaxopt_lab.subspace.galore_adamw import galore_adamw
 from jaxopt_lab.transforms.adabelief import ScaleByAdaBeliefState, adabelief, scale_by_adabelief
 from jaxopt_lab.transforms.adamp import ScaleByAdampState, adamp, scale_by_adamp
 from jaxopt_lab.transforms.clip_coordinates import clip_coordinates
@@ -28,6 +19,26 @@ from jaxopt_lab.transforms.muon import (
     scale_by_muon,
 )
 from jaxopt_lab.transforms.sgdp import ScaleBySgdpState, scale_by_sgdp, sgdp
+
+if TYPE_CHECKING:
+    from jaxopt_lab import diagnostics, quantization, subspace
+    from jaxopt_lab.diagnostics import state_bytes, training_memory
+    from jaxopt_lab.quantization import (
+        apply_updates_compensated,
+        apply_updates_stochastic,
+        init_compensation,
+        init_sharded,
+        quantize_state,
+        state_shardings,
+    )
+    from jaxopt_lab.subspace import (
+        FrugalState,
+        badam,
+        dct_adamw,
+        frugal,
+        frugal_adamw,
+        galore_adamw,
+    )
 
 __version__ = "0.1.0"
 
@@ -74,3 +85,22 @@ __all__ = [
     "subspace",
     "training_memory",
 ]
+
+# Folders that are imported when one of their names is first asked for.
+_LATER = ("diagnostics", "quantization", "subspace")
+
+if not TYPE_CHECKING:  # a type checker would take every name for granted
+
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in __all__:
+            for folder in map(__getattr__, _LATER):
+                if name in folder.__all__:
+                    globals()[name] = getattr(folder, name)
+                    return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -52,7 +52,9 @@ def test_arrows_point_one_way(name):
     if package == "jaxopt_lab":
         assert outside <= {"jax", "optax", "numpy"}
     elif package == "pallas_kernels":
-        assert outside <= {"jax", "jaxlib", "numpy"}
+        # Flax's own attention gives the weights that its layers sow; nothing else needs Flax.
+        flax = {"flax"} if inside[-1] == "flax_attention" else set()
+        assert outside <= {"jax", "jaxlib", "numpy"} | flax
     else:
         assert "tests" not in outside
     own = {tuple(m.split(".")[1:]) for m in imports(ROOT / name) if m.split(".")[0] == package}
@@ -97,3 +99,22 @@ def test_importing_is_quiet_and_starts_nothing():
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
+
+
+def test_importing_leaves_the_heavy_folders_for_their_first_use():
+    program = (
+        "import sys, jaxopt_lab\n"
+        "own = {name.split('.')[1] for name in sys.modules if name.startswith('jaxopt_lab.')}\n"
+        "folders = {name for name in own if not name.startswith('_')}\n"
+        "assert folders == {'transforms'}, folders\n"
+        "assert set(jaxopt_lab.__all__) <= set(dir(jaxopt_lab))\n"
+        "assert jaxopt_lab.state_bytes is jaxopt_lab.diagnostics.state_bytes\n"
+        "assert 'jaxopt_lab.subspace' not in sys.modules\n"
+        "from jaxopt_lab import *\n"
+        "assert frugal is subspace.frugal and quantization.int8\n"
+        "assert not hasattr(jaxopt_lab, 'int8'), 'a name that is not public'"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
