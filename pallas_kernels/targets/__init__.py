@@ -18,6 +18,17 @@ from pallas_kernels.targets.compile import (
     missing_compiler,
 )
 from pallas_kernels.targets.isolation import compile_in_child
+from pallas_kernels.targets.resources import (
+    KernelResources,
+    compile_with_resources,
+    read_resources,
+)
+from pallas_kernels.targets.schedule import (
+    KernelSchedule,
+    Region,
+    compile_with_schedule,
+    read_schedules,
+)
 from pallas_kernels.targets.traffic import Kernel, MemoryTraffic, memory_traffic
 
 __all__ = [
@@ -25,11 +36,18 @@ __all__ = [
     "ENVIRONMENT",
     "Gpu",
     "Kernel",
+    "KernelResources",
+    "KernelSchedule",
     "MemoryTraffic",
+    "Region",
     "Tpu",
     "abstract_devices",
     "compile_for",
     "compile_in_child",
+    "compile_with_resources",
+    "compile_with_schedule",
     "memory_traffic",
     "missing_compiler",
+    "read_resources",
+    "read_schedules",
 ]

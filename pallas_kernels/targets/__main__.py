@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from pallas_kernels.targets.chips import CHIPS
+from pallas_kernels.targets.chips import CHIPS, Gpu, Tpu
 from pallas_kernels.targets.isolation import compile_in_child
+from pallas_kernels.targets.resources import KernelResources, compile_with_resources
+from pallas_kernels.targets.schedule import UNITS, KernelSchedule, compile_with_schedule
 
 _DESCRIPTION = """\
-Compile a JAX function for a chip that this machine does not have, and print the memory it needs and
-the device memory that each of its kernels moves.
+Compile a JAX function for a chip that this machine does not have, and print the memory it needs,
+the device memory that each of its kernels moves and, for a TPU, the schedule of its instructions.
 
 FUNCTION is module:function. It takes no arguments and returns what to compile:
 
@@ -35,6 +37,13 @@ def format_report(report: dict[str, Any]) -> str:
             f"  {k['name']:<42}{k['operand_bytes']:>18,}{k['result_bytes']:>18,}{k['times']:>8,}"
         )
     lines.append(f"{'device memory moved by one run':<44}{report['traffic']['total_bytes']:>18,}")
+    if "schedule" in report:
+        lines += ["", f"{'kernel, slots of its units in %':<36}{'bundles':>8}{'spills':>8}"]
+        lines[-1] += "".join(f"{unit:>8}" for unit in UNITS)
+        lines += [_schedule_line(KernelSchedule(**k)) for k in report["schedule"]]
+    if report.get("resources"):
+        lines += ["", f"{'kernel':<44}{'registers':>12}{'bytes spilled':>14}{'shared memory':>14}"]
+        lines += [_resources_line(KernelResources(**k)) for k in report["resources"]]
     return "\n".join(lines)
 
 
@@ -59,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(argv)
     try:
-        report = compile_in_child(
+        by_kind = {Gpu: compile_with_resources, Tpu: compile_with_schedule}
+        compile_ = by_kind.get(type(CHIPS.get(options.chip)), compile_in_child)
+        report = compile_(
             options.function,
             options.chip,
             topology=options.topology,
@@ -79,6 +90,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _total(kernel: dict[str, Any]) -> int:
     return kernel["times"] * (kernel["operand_bytes"] + kernel["result_bytes"])
+
+
+def _schedule_line(kernel: KernelSchedule) -> str:
+    shares = "".join(f"{100 * kernel.share(unit):>8.0f}" for unit in UNITS)
+    return f"  {kernel.name:<34}{kernel.bundles:>8,}{kernel.spills:>8,}{shares}"
+
+
+def _resources_line(kernel: KernelResources) -> str:
+    spilled = kernel.spill_stores + kernel.spill_loads
+    return f"  {kernel.name:<42}{kernel.registers:>12,}{spilled:>14,}{kernel.shared_memory:>14,}"
 
 
 def _trip_count(text: str) -> tuple[str, int]:

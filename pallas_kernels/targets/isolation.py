@@ -28,6 +28,7 @@ def compile_in_child(
     topology: str | None = None,
     trip_counts: Mapping[str, int] | None = None,
     timeout: float = 300,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Compiles a case for `chip` in a child process and reports what it needs and moves.
 
@@ -39,6 +40,7 @@ def compile_in_child(
       topology: As for `compile_for`.
       trip_counts: As for `memory_traffic`.
       timeout: Seconds until the child is ended.
+      environment: Variables that the child gets on top.
 
     Returns:
       A JSON-able dictionary::
@@ -65,14 +67,15 @@ def compile_in_child(
         "trip_counts": dict(trip_counts or {}),
     }
     # A cache on disk would let one target be answered by what was compiled for another.
-    environment = os.environ | dict(ENVIRONMENT) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    variables = os.environ | dict(ENVIRONMENT) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    variables |= environment or {}
+    variables["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         try:
             child = subprocess.run(
                 [sys.executable, "-c", _CHILD, json.dumps(request), str(answer)],
-                env=environment,
+                env=variables,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

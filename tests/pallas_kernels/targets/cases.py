@@ -122,3 +122,13 @@ def abort():
 
 def sleep():
     time.sleep(60)
+
+
+def square():
+    def kernel(x_ref, out_ref):
+        x = x_ref[...]
+        out_ref[...] = jnp.dot(x, x, preferred_element_type=jnp.float32)
+
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    out = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    return lambda x: pl.pallas_call(kernel, out_shape=out, name="square")(x), (x,), ()
