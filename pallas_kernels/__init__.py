@@ -1,5 +1,28 @@
-"""Kernels for JAX, and what the compilers of absent chips say about them.
+"""Fused attention for JAX on TPU, GPU and CPU, and what the compilers of absent chips say.
 
+`attention` takes the arguments of `jax.nn.dot_product_attention`, and more.
 `pallas_kernels.targets` compiles any JAX function for a GPU or TPU that this machine does not have
 and reports the memory that the compiled program needs and moves.
 """
+
+from pallas_kernels.attention.api import attention, explain
+from pallas_kernels.attention.chunks import ChunkedConfig
+from pallas_kernels.attention.context import ring_attention, shard_sequence_order
+from pallas_kernels.attention.cost import AttentionCost, attention_cost
+from pallas_kernels.attention.decode import decode_attention
+from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
+from pallas_kernels.attention.merge import merge_attention
+
+__all__ = [
+    "AttentionCost",
+    "ChunkedConfig",
+    "attention",
+    "attention_cost",
+    "decode_attention",
+    "explain",
+    "flax_attention_fn",
+    "make_flax_attention_fn",
+    "merge_attention",
+    "ring_attention",
+    "shard_sequence_order",
+]

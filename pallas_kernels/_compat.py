@@ -1,0 +1,102 @@
+"""What differs between the supported jax versions, and between the places where code is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import ManualAxisType
+
+
+def varying_axes(*arrays: Any) -> frozenset[Any]:
+    """Returns the manual mesh axes over which any of `arrays` varies, as `shard_map` checks it."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+
+
+def out_struct(shape: tuple[int, ...], dtype: Any, *like: Any) -> jax.ShapeDtypeStruct:
+    """Describes the output of a kernel, which varies over the mesh axes that any of `like` does.
+
+    Under `shard_map` with its default checking every output must say over which axes it varies.
+    """
+    kind = ManualAxisType(varying=varying_axes(*like))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+class Device(NamedTuple):
+    """Where a call will run."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    kind: str  # jax's `device_kind`
+    compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU
+
+
+def device() -> Device:
+    """Returns where code traced here will run.
+
+    That is the device that the ambient abstract mesh names, when a program is compiled for a chip
+    that is not there; else the default device.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        platform = "gpu" if abstract.platform in ("cuda", "rocm", "gpu") else abstract.platform
+        return Device(platform, abstract.device_kind, _capability(abstract.device_kind))
+    default: Any = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    capability = getattr(default, "compute_capability", None)
+    if capability is not None:
+        major, _, minor = str(capability).partition(".")
+        capability = (int(major), int(minor or 0))
+    return Device(default.platform, default.device_kind, capability)
+
+
+def _capability(kind: str) -> tuple[int, int] | None:
+    """Returns the compute capability of an NVIDIA GPU that is known only by its name."""
+    for name, capability in _CAPABILITIES.items():
+        if name in kind:
+            return capability
+    return None
+
+
+_CAPABILITIES = {
+    "A100": (8, 0), "A10": (8, 6), "A40": (8, 6), "RTX A": (8, 6), "L4": (8, 9), "L40": (8, 9),
+    "RTX 30": (8, 6), "RTX 40": (8, 9), "H100": (9, 0), "H200": (9, 0), "GH200": (9, 0),
+    "B200": (10, 0), "GB200": (10, 0),
+}  # fmt: skip
+
+
+def vary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    """Returns `x` as an array that varies over the manual mesh axes `axes` and over its own.
+
+    Constants do not vary, and loops, branches and custom derivatives want equal types. Where
+    `shard_map` does not check, and outside of it, `varying_axes` is empty and this returns `x`.
+    """
+    missing = axes - varying_axes(x)
+    return lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
+
+
+def vary_like(x: jax.Array, *like: Any) -> jax.Array:
+    """Marks `x`, equal on all devices, as varying over the manual axes over which `like` varies.
+
+    The first value of a loop must have the type of the later ones, which depend on `like`.
+    """
+    axes = varying_axes(*like) - varying_axes(x)
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def with_axis(name: Hashable, size: int, fn: Callable[..., Any], *args: Any) -> Any:
+    """Returns ``fn(*args)``, in which the mapped axis `name` is bound.
+
+    In the derivative of a ``vmap(axis_name=...)``, which JAX traces when the `vmap` is over, the
+    axis is known to operations but not to the bodies of loops and branches.
+    """
+    try:
+        lax.axis_size(name)
+    except NameError:
+        traced, out = jax.make_jaxpr(fn, axis_env=[(name, size)], return_shape=True)(*args)
+        results = jaxpr_as_fun(traced)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(out), results)
+    return fn(*args)

@@ -1,0 +1,183 @@
+"""The public function, and the one that explains what it chose."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels.attention import arguments, routes
+from pallas_kernels.attention.routes import Explanation
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    query_offset: int | jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    return_residual: bool = False,
+    implementation: str | Sequence[str] | None = None,
+    config: Any = None,
+    interpret: Any = None,
+) -> Any:
+    r"""Scaled dot-product attention with linear memory, on any device.
+
+    .. math::
+      z_{ts} = \mathrm{cap} \cdot \tanh\!\big(
+      (\mathrm{scale} \cdot q_t^\top k_s + \mathrm{bias}_{ts}) / \mathrm{cap}\big), \qquad
+      o_t = \sum_s \frac{e^{z_{ts}}}{e^{\mathrm{lse}_t}}\, v_s, \qquad
+      \mathrm{lse}_t = \log\Big(e^{\mathrm{sink}} + \sum_s e^{z_{ts}}\Big)
+
+    where the sums run over the keys that query t may see. Its arguments are those of
+    `jax.nn.dot_product_attention`, and more, with one difference: **a query that may see no key
+    has output 0, gradient 0 and lse -inf**; `jax.nn` averages all values there, padding included,
+    and other kernels disagree with it and with each other.
+
+    Args:
+      query: (B, T, N, d), or (T, N, d), or with several batch axes. Any floating dtype.
+      key: (B, S, K, d) of the same dtype; K divides N, query head n uses key head n // (N / K).
+      value: (B, S, K, dv) of the same dtype; dv may differ from d.
+      bias: Added to the scaled scores; broadcasts to (B, N, T, S). Differentiable.
+      mask: bool, broadcasts to (B, N, T, S); True where a query may see a key. All masks given here
+        hold together.
+      scale: Factor of the scores; d ** -0.5 by default.
+      is_causal: A query sees the keys up to its own position. Query t stands at position
+        ``t + query_offset``, so T != S is aligned at the first key, as in `jax.nn`; with
+        ``query_offset = S - T`` at the last one, as in FlashAttention.
+      query_seq_lengths: Integers (B,). Queries from there on have output 0.
+      key_value_seq_lengths: Integers (B,). Keys and values from there on are never looked at, and
+        may be NaN. What another mask hides must be finite.
+      local_window_size: ``w`` or ``(left, right)``: how many keys before and after its own position
+        a query sees; None in the pair is no limit. With `is_causal`, right is 0.
+      logits_soft_cap: Bounds the scores by ``cap * tanh(z / cap)``, after the bias.
+      sinks: (N,). A learned key with value 0 for each head, whose score is this number.
+      query_segment_ids: Integers (B, T). A query sees the keys of its own segment. Given alone,
+        with T = S, they are the keys' too.
+      key_value_segment_ids: Integers (B, S).
+      query_offset: Position of the first query, an integer or integers (B,).
+      dropout_rate: Probability that an attention weight is set to 0 (and the others divided by
+        one minus it). The same `dropout_rng` gives the same mask on every device and route.
+      dropout_rng: A PRNG key; needed if the rate is not 0.
+      precision: Of the products, for float32 inputs, as in `jax.lax.dot_general`.
+      return_residual: Whether to return the lse too.
+      implementation: None takes the fastest route that serves the call here. Or the name of one,
+        ``"mosaic_gpu"``, ``"mosaic_tpu"``, ``"triton"``, ``"cudnn"``, ``"chunked"`` or
+        ``"reference"``, or a sequence of them, of which the first that can serve is taken.
+        ``"reference"`` is the plain definition: O(T S) memory, differentiable any number of times
+        and in forward mode. All others are differentiable once.
+      config: Block sizes of the named route, such as `ChunkedConfig`; by default from its table.
+      interpret: True, or the parameters of an interpreter, runs a Pallas route on any device.
+
+    Returns:
+      The output, (B, T, N, dv) in the dtype of `query`; with `return_residual` also the lse,
+      (B, T, N) in float32, natural logarithm, differentiable.
+
+    Raises:
+      ValueError: A shape or value does not fit; the message names the argument.
+      TypeError: Likewise a dtype, or a traced value where a number is needed.
+      NotImplementedError: The route that was named cannot serve the call; the message says why.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, pallas_kernels
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 128, 4, 64))
+      >>> pallas_kernels.attention(q, k, v, is_causal=True).shape
+      (2, 128, 4, 64)
+
+      Documents packed into one sequence, a window of 32, and the lse:
+
+      >>> documents = jnp.arange(128)[None].repeat(2, 0) // 50
+      >>> output, lse = pallas_kernels.attention(
+      ...     q, k, v, query_segment_ids=documents, is_causal=True, local_window_size=32,
+      ...     return_residual=True)
+      >>> lse.shape
+      (2, 128, 4)
+
+    References:
+      Dao et al., *FlashAttention* (`arXiv 2205.14135 <https://arxiv.org/abs/2205.14135>`_); Rabe
+      and Staats, *Self-attention Does Not Need O(n^2) Memory*
+      (`arXiv 2112.05682 <https://arxiv.org/abs/2112.05682>`_); the sinks are those of Xiao et al.
+      (`arXiv 2309.17453 <https://arxiv.org/abs/2309.17453>`_) as learned scores.
+    """
+    call = arguments.canonical(
+        query, key, value, bias, mask,
+        scale=scale, is_causal=is_causal, query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap, sinks=sinks, query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids, query_offset=query_offset,
+        dropout_rate=dropout_rate, dropout_rng=dropout_rng, precision=precision, config=config,
+        interpret=interpret,
+    )  # fmt: skip
+    return run(call, implementation, return_residual)
+
+
+def run(
+    call: arguments.Canonical, implementation: str | Sequence[str] | None, return_residual: bool
+) -> Any:
+    """Returns what `attention` does, for checked arguments."""
+    name = routes.choose(implementation, call.settings, call.operands, return_residual)
+    size = call.operands.sizes
+    if 0 in (size.batch, size.queries, size.keys, size.value_dim):
+        name = "reference"  # nothing to compute, and no blocks to compute it in
+    output, lse = routes.run(name, call.settings, call.operands)
+    output = call.output(output)
+    if not return_residual:
+        return output
+    assert lse is not None
+    return output, call.residual(lse)
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Says which route `attention` takes for a call, and why each of the others cannot serve it.
+
+    Args:
+      *args: The arguments of `attention`; `jax.ShapeDtypeStruct` stand for arrays.
+      **kwargs: Likewise.
+
+    Returns:
+      The chosen route and the refusals of all; as text, a line each.
+
+    Raises:
+      ValueError: As `attention`.
+      TypeError: As `attention`.
+
+    Examples:
+      >>> import jax, pallas_kernels
+      >>> x = jax.ShapeDtypeStruct((2, 1024, 8, 64), "bfloat16")
+      >>> print(pallas_kernels.explain(x, x, x, is_causal=True))  # doctest: +SKIP
+         mosaic_gpu needs a GPU of compute capability 9.0, not cpu
+         mosaic_tpu needs a TPU, not cpu
+         triton     needs an NVIDIA GPU of compute capability 8.0 or more, not cpu
+         cudnn      needs an NVIDIA GPU, not cpu
+      -> chunked    serves
+         reference  serves
+    """
+    given = inspect.signature(attention).bind(*args, **kwargs)
+    given.apply_defaults()
+    call: dict[str, Any] = dict(given.arguments)
+    implementation, residual = call.pop("implementation"), call.pop("return_residual")
+    arrays = {k: v for k, v in call.items() if isinstance(v, (jax.Array, jax.ShapeDtypeStruct))}
+    found: list[Explanation] = []
+
+    def trace(arrays: dict[str, Any]) -> None:
+        settings, operands, _ = arguments.canonical(**(call | arrays))
+        found.append(routes.explain(implementation, settings, operands, residual))
+
+    jax.eval_shape(trace, arrays)
+    return found[0]

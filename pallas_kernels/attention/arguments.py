@@ -1,0 +1,335 @@
+"""Checks the arguments of `attention` and brings them into the one form that the routes take.
+
+Every error is raised while tracing and names the argument, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from pallas_kernels.attention import dropout
+from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.problem import Operands, Settings, wide
+
+
+class Canonical(NamedTuple):
+    """A checked call: what routes take, and how the results get their leading axes back."""
+
+    settings: Settings
+    operands: Operands
+    leading: tuple[int, ...]  # the axes before (T, N, d), which became one batch axis
+
+    def output(self, x: jax.Array) -> jax.Array:
+        """Gives the axes (B, T, N, dv) their leading ones back."""
+        return x.reshape(*self.leading, *x.shape[1:]) if len(self.leading) != 1 else x
+
+    def residual(self, lse: jax.Array) -> jax.Array:
+        """Turns a route's lse (B, N, T) into the public (..., T, N)."""
+        lse = lse.transpose(0, 2, 1)
+        return lse.reshape(*self.leading, *lse.shape[1:]) if len(self.leading) != 1 else lse
+
+
+def canonical(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    *,
+    scale: float | None,
+    is_causal: bool,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
+    logits_soft_cap: float | None,
+    sinks: Any,
+    query_segment_ids: Any,
+    key_value_segment_ids: Any,
+    query_offset: Any,
+    dropout_rate: float,
+    dropout_rng: Any,
+    precision: Any,
+    config: Any,
+    interpret: Any,
+    broadcast_dropout: bool = False,
+) -> Canonical:
+    """Returns the call in canonical form; see `attention` for the arguments.
+
+    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can.
+
+    Raises:
+      ValueError: A shape or a value is wrong.
+      TypeError: A dtype is wrong.
+    """
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    leading = _check_shapes(query, key, value)
+    _check_dtypes(query, key, value)
+    batch = math.prod(leading)
+    t, n, d = query.shape[-3:]
+    s, k = key.shape[-3:-1]
+    query, key, value = (
+        x if len(leading) == 1 else x.reshape(batch, *x.shape[-3:]) for x in (query, key, value)
+    )
+    sizes = _Shape(leading, t, s, n, k)
+
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        if mask.dtype != jnp.bool_:
+            raise TypeError(
+                f"mask has dtype {mask.dtype}; expected bool, True where attention is allowed "
+                "(for a mask of zeros and ones: mask != 0)"
+            )
+        mask = _four(mask, "mask", sizes)
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise TypeError(f"bias has dtype {bias.dtype}; expected a floating dtype")
+        bias = _four(bias, "bias", sizes)
+    left, right = _window(local_window_size, is_causal)
+    offset, offsets = _offset(query_offset, leading)
+    ids = _segment_ids(query_segment_ids, key_value_segment_ids, sizes)
+    q_lengths = _lengths("query_seq_lengths", query_seq_lengths, leading)
+    kv_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, leading)
+    # What is beyond a length may be anything, NaN included, and 0 * NaN is NaN in a product.
+    query = _zero_beyond(query, q_lengths)
+    key, value = _zero_beyond(key, kv_lengths), _zero_beyond(value, kv_lengths)
+
+    if sinks is not None:
+        sinks = jnp.asarray(sinks)
+        if sinks.shape != (n,):
+            raise ValueError(f"sinks has shape {sinks.shape}; expected ({n},), one for each head")
+        sinks = sinks.astype(wide(query.dtype))
+    rate, seeds = _dropout(dropout_rate, dropout_rng, batch, n, broadcast_dropout)
+    settings = Settings(
+        scale=d**-0.5 if scale is None else _number("scale", scale),
+        soft_cap=_soft_cap(logits_soft_cap),
+        dropout_rate=rate,
+        precision=_hashable("precision", precision),
+        config=_hashable("config", config),
+        interpret=False if interpret is None else interpret,
+    )
+    operands = Operands(
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        sinks=sinks,
+        mask=Mask(
+            left=left,
+            right=right,
+            offset=offset,
+            offsets=offsets,
+            query_lengths=q_lengths,
+            key_value_lengths=kv_lengths,
+            query_segment_ids=ids[0],
+            key_value_segment_ids=ids[1],
+            dense=mask,
+        ),
+        seeds=seeds,
+    )
+    return Canonical(settings, operands, leading)
+
+
+class _Shape(NamedTuple):
+    leading: tuple[int, ...]
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+
+
+def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[int, ...]:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < 3:
+            raise ValueError(
+                f"{name} must be [batch, length, heads, size], or without batch; "
+                f"got shape {x.shape}"
+            )
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        raise ValueError(
+            "query, key and value must agree in their batch axes; got shapes "
+            f"{query.shape}, {key.shape} and {value.shape}"
+        )
+    if key.shape[-3:-1] != value.shape[-3:-1]:
+        raise ValueError(
+            f"key has length and heads {key.shape[-3:-1]}, value {value.shape[-3:-1]}; expected "
+            f"the same; got shapes {key.shape} and {value.shape}"
+        )
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        raise ValueError(
+            f"query has head size {query.shape[-1]}, key {key.shape[-1]}; expected the same, at "
+            f"least 1; got shapes {query.shape} and {key.shape}"
+        )
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if kv_heads == 0 or heads % kv_heads:
+        swapped = query.shape[-3] and key.shape[-3] and query.shape[-3] % key.shape[-3] == 0
+        raise ValueError(
+            f"query has {heads} heads, key and value have {kv_heads}; expected a multiple of "
+            f"theirs; got shapes {query.shape} and {key.shape}"
+            + ("; it looks like heads and length are swapped" if swapped else "")
+        )
+    return query.shape[:-3]
+
+
+def _check_dtypes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            "query, key and value must have one dtype; got "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise TypeError(f"query has dtype {query.dtype}; expected a floating dtype")
+
+
+def _four(x: jax.Array, name: str, sizes: _Shape) -> jax.Array:
+    """Gives a mask or bias the axes (B or 1, N or 1, T or 1, S or 1)."""
+    full = (*sizes.leading, sizes.heads, sizes.queries, sizes.keys)
+    if len(full) == 3:
+        full = (1, *full)  # the batch axis that an unbatched query gets
+    shape = (1,) * (len(full) - x.ndim) + x.shape
+    if len(shape) != len(full) or any(a not in (1, b) for a, b in zip(shape, full)):
+        swapped = (*sizes.leading, sizes.queries, sizes.heads, sizes.keys)
+        hint = ""
+        if x.ndim == len(full) and _swapped(x.shape[-3:], swapped[-3:]):
+            hint = "; it looks like heads and length are swapped in query, key and value"
+        raise ValueError(
+            f"{name} has shape {x.shape}; expected one that broadcasts to "
+            f"[batch, heads, queries, keys] = {full}{hint}"
+        )
+    leading, rest = shape[:-3], shape[-3:]
+    if any(a != 1 for a in leading) and leading != full[:-3]:
+        leading = full[:-3]
+        x = jnp.broadcast_to(x.reshape(shape), (*leading, *rest))
+    return x.reshape(math.prod(leading), *rest)
+
+
+def _swapped(shape: Sequence[int], swapped: Sequence[int]) -> bool:
+    """Whether a mask (N, T, S) fits once the two leading axes of the inputs change places."""
+    return all(a in (1, b) for a, b in zip(shape[:2], swapped[:2])) and shape[:2] != (1, 1)
+
+
+def _window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
+    if not isinstance(is_causal, (bool, np.bool_)):
+        raise TypeError(f"is_causal={is_causal!r}; expected True or False, known while tracing")
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"local_window_size={size!r}; expected a number or (left, right)")
+    for x in pair:
+        if x is not None and (not isinstance(x, numbers.Integral) or x < 0):
+            raise ValueError(
+                f"local_window_size={size!r}; expected integers of at least 0, keys before and "
+                "after a query's own position, known while tracing"
+            )
+    left, right = (None if x is None else int(x) for x in pair)
+    return left, 0 if is_causal else right
+
+
+def _offset(offset: Any, leading: tuple[int, ...]) -> tuple[int, jax.Array | None]:
+    if offset is None:
+        return 0, None
+    if isinstance(offset, numbers.Integral):
+        return int(offset), None
+    return 0, _per_entry("query_offset", offset, leading)
+
+
+def _lengths(name: str, lengths: Any, leading: tuple[int, ...]) -> jax.Array | None:
+    return None if lengths is None else _per_entry(name, lengths, leading)
+
+
+def _per_entry(name: str, values: Any, leading: tuple[int, ...]) -> jax.Array:
+    """Returns one int32 for each batch entry."""
+    values = jnp.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name} has dtype {values.dtype}; expected integers")
+    if values.shape != leading and values.shape != (math.prod(leading),):
+        raise ValueError(
+            f"{name} has shape {values.shape}; expected {leading}, one number for each batch entry"
+        )
+    return values.reshape(-1).astype(jnp.int32)
+
+
+def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]:
+    if query_ids is None and key_ids is None:
+        return None, None
+    if query_ids is None or key_ids is None:
+        if sizes.queries != sizes.keys:
+            missing = "query_segment_ids" if query_ids is None else "key_value_segment_ids"
+            raise ValueError(
+                f"{missing} is missing; with {sizes.queries} queries and {sizes.keys} keys, "
+                "expected segment ids for both (given alone, one serves for both)"
+            )
+        query_ids = key_ids = query_ids if key_ids is None else key_ids
+    checked = []
+    for name, ids, length in (
+        ("query_segment_ids", query_ids, sizes.queries),
+        ("key_value_segment_ids", key_ids, sizes.keys),
+    ):
+        ids = jnp.asarray(ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"{name} has dtype {ids.dtype}; expected integers")
+        if ids.shape != (*sizes.leading, length):
+            heads = sizes.heads if name.startswith("query") else sizes.kv_heads
+            swapped = ids.shape == (*sizes.leading, heads)
+            raise ValueError(
+                f"{name} has shape {ids.shape}; expected {(*sizes.leading, length)}"
+                + ("; it looks like heads and length are swapped" if swapped else "")
+            )
+        checked.append(ids.reshape(math.prod(sizes.leading), length).astype(jnp.int32))
+    return checked[0], checked[1]
+
+
+def _zero_beyond(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    if lengths is None:
+        return x
+    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+    return jnp.where(valid[:, :, None, None], x, 0)
+
+
+def _dropout(
+    rate: Any, key: Any, batch: int, heads: int, broadcast: bool
+) -> tuple[float, jax.Array | None]:
+    rate = _number("dropout_rate", rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate={rate}; expected a probability in [0, 1)")
+    if rate == 0:
+        return 0.0, None
+    if key is None:
+        raise ValueError(f"dropout_rng is missing; expected a key, since dropout_rate={rate}")
+    if broadcast:
+        return rate, jnp.broadcast_to(dropout.seeds(key, 1, 1), (batch, heads))
+    return rate, dropout.seeds(key, batch, heads)
+
+
+def _soft_cap(cap: Any) -> float | None:
+    if cap is None:
+        return None
+    cap = _number("logits_soft_cap", cap)
+    if not cap > 0:
+        raise ValueError(f"logits_soft_cap={cap}; expected a positive number or None")
+    return cap
+
+
+def _number(name: str, value: Any) -> float:
+    concrete = isinstance(value, (numbers.Real, np.ndarray, jax.Array))
+    if not concrete or isinstance(value, Tracer):
+        raise TypeError(f"{name}={value!r}; expected a number that is known while tracing")
+    value = float(value)
+    if math.isnan(value):
+        raise ValueError(f"{name} is NaN")
+    return value
+
+
+def _hashable(name: str, value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError as error:
+        raise TypeError(f"{name}={value!r} is not hashable; expected a static value") from error
+    return value

@@ -1,0 +1,83 @@
+"""The route ``"cudnn"``: `jax.nn.dot_product_attention`, which hands the call to NVIDIA's library.
+
+For those who want that kernel under the same call, with the same meaning of every argument that it
+has: rows that see no key are set to 0 afterwards. `jax.nn` differentiates it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._compat import Device
+from pallas_kernels.attention.mask import Limits, Mask, in_interval, visible
+from pallas_kernels.attention.problem import Operands, Settings
+
+IMPLEMENTATION = "cudnn"
+
+
+def attend(settings: Settings, operands: Operands) -> jax.Array:
+    """Returns the output (B, T, N, dv)."""
+    size, mask = operands.sizes, operands.mask
+    allowed = mask.dense
+    if mask.query_segment_ids is not None and mask.key_value_segment_ids is not None:
+        same = mask.query_segment_ids[:, None, :, None] == mask.key_value_segment_ids[:, None, None]
+        allowed = same if allowed is None else allowed & same
+    window = None
+    if mask.left is not None or mask.right not in (None, 0):
+        window = (
+            size.keys if mask.left is None else mask.left,
+            size.queries if mask.right is None else mask.right,
+        )
+    output = jax.nn.dot_product_attention(
+        operands.query,
+        operands.key,
+        operands.value,
+        operands.bias,
+        allowed,
+        scale=settings.scale,
+        is_causal=mask.right == 0,
+        query_seq_lengths=mask.query_lengths,
+        key_value_seq_lengths=mask.key_value_lengths,
+        local_window_size=window,
+        implementation=IMPLEMENTATION,
+    )
+    return jnp.where(_seeing_rows(mask, operands, allowed), output, 0)
+
+
+def _seeing_rows(mask: Mask, operands: Operands, allowed: jax.Array | None) -> jax.Array:
+    """Returns which rows see a key, broadcastable to (B, T, N, dv)."""
+    size = operands.sizes
+    if allowed is not None:
+        return visible(mask, *size[:3]).any(axis=3).transpose(0, 2, 1)[..., None]
+    rows = jnp.arange(size.queries, dtype=jnp.int32)[:, None]
+    limits = Limits(*mask.limits(*size[:3]).T[:, :, None, None])
+    first = 0 if mask.left is None else jnp.maximum(0, rows + limits.offset - mask.left)
+    return in_interval(mask, limits, rows, first)[..., None]
+
+
+def refusal(settings: Settings, operands: Operands, device: Device) -> str | None:
+    """Returns why the call cannot be handed to `jax.nn`, or None."""
+    size, mask = operands.sizes, operands.mask
+    if device.platform != "gpu" or device.compute_capability is None:
+        return f"needs an NVIDIA GPU, not {device.kind}"
+    if device.compute_capability < (8, 0):
+        return "needs compute capability 8.0"
+    for given, name in (
+        (settings.soft_cap is not None, "soft cap"),
+        (operands.sinks is not None, "sinks"),
+        (operands.seeds is not None, "dropout"),
+        (mask.offset != 0 or mask.offsets is not None, "query offset"),
+        (size.head_dim != size.value_dim, "values of another head size than the keys"),
+        (mask.right not in (None, 0), "keys after the query in a window"),
+        (mask.left is not None and mask.right != 0, "a window that is not causal"),
+        (bool(settings.interpret), "interpreter"),
+    ):
+        if given:
+            return f"jax.nn's cuDNN route has no {name}"
+    if operands.query.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"needs float16 or bfloat16, not {operands.query.dtype}"
+    largest = 256 if device.compute_capability >= (9, 0) else 128
+    if size.head_dim % 8 or size.head_dim > largest:
+        return f"needs a head size of at most {largest} and a multiple of 8, not {size.head_dim}"
+    return None

@@ -1,0 +1,334 @@
+"""Attention of the last few tokens of each sequence over its cache: one step of generation.
+
+    z = key_scale * scale * q k^T;   z = cap tanh(z / cap);   -inf where the token must not look
+    output = (p * value_scale) v,    p = exp(z - lse),   lse = log(sum exp z + exp sink)
+
+The step is bound by the bytes of the cache, so nothing is read that no token sees, an int8 or
+float8 cache is never widened in memory, and the cache can be split into parts that run side by side
+and are merged at the end (flash decoding). A sink is one more part, whose output is 0.
+
+Here: the public function and two implementations in plain JAX, ``"chunked"`` (blocks of keys in a
+loop that ends with the longest sequence) and ``"reference"`` (the whole cache at once). The kernels
+are in `decode_triton` and `decode_tpu`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._compat import Device, device, vary_like
+from pallas_kernels.attention import reference
+from pallas_kernels.attention.decode_problem import (
+    Operands,
+    Settings,
+    blocks_of_split,
+    canonical,
+    keys_needed,
+    sees,
+)
+from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.merge import merge_parts
+from pallas_kernels.attention.problem import Operands as AttentionOperands
+from pallas_kernels.attention.problem import Settings as AttentionSettings
+
+_BLOCK_ELEMENTS = 2**19  # of keys that the chunked loop holds at once: 2 MB in float32
+
+
+def decode_attention(
+    query: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array,
+    lengths: jax.Array | Sequence[int],
+    *,
+    page_table: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
+    scale: float | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    num_splits: int | None = None,
+    return_residual: bool = False,
+    implementation: str | None = None,
+    interpret: Any = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attends from the last T tokens of each sequence to its key/value cache.
+
+    Query i of T stands at position ``lengths - T + i`` of its sequence (the cache holds the new
+    tokens already) and sees every key up to its own position, ``local_window_size`` permitting::
+
+        z = scale * (query k^T) * key_scale;   z = cap * tanh(z / cap)
+        lse = log(sum exp(z) + exp(sink));     output = sum exp(z - lse) * value_scale * v
+
+    A query whose position is negative, or whose sequence is empty, has output 0 and lse -inf (with
+    a sink, the sink). Cache entries that no query of their sequence sees may hold anything, NaN
+    included. Sums are float32, and products of float32 inputs are not rounded further.
+
+    Forward only: differentiating raises `NotImplementedError`, in every implementation.
+
+    Args:
+      query: (B, N, d), or (B, T, N, d) with few tokens T; float32, bfloat16 or float16.
+      key_cache: (B, S, K, d), or pages (P, page_size, K, d) with a `page_table`, in the dtype of
+        `query`, int8, float8_e4m3fn or float8_e5m2. K divides N: query head n reads head n // (N /
+        K).
+      value_cache: As `key_cache`, with a last axis dv of its own.
+      lengths: Integers (B,), the number of tokens of each sequence in its cache, T new ones
+        included. Numbers beyond the capacity (S, or pages_per_sequence * page_size) mean all of it.
+      page_table: Integers (B, pages_per_sequence): token s of a sequence is in row ``s %
+        page_size`` of page ``page_table[b, s // page_size]``. Entries of pages that nobody sees,
+        past the length or before the window, may be anything.
+      key_scale: For int8 (required) and float8 (default 1) caches, floats in the shape of
+        `key_cache` without its last axis: one for each token and head.
+      value_scale: As `key_scale`.
+      scale: Of the scores, by default ``d ** -0.5``.
+      local_window_size: As for `jax.nn.dot_product_attention`, a number or a pair (left, right):
+        a query sees `left` keys before its own. There is nothing to its right.
+      logits_soft_cap: Positive, or None.
+      sinks: Floats (N,), or None.
+      num_splits: Parts that the keys of each sequence are split into, to keep all cores busy. By
+        default chosen from B, K, the capacity and the number of cores.
+      return_residual: Whether to return the lse as well.
+      implementation: ``"triton"`` (NVIDIA GPUs from capability 8.0), ``"mosaic_tpu"``,
+        ``"chunked"`` or ``"reference"`` (both plain JAX, for any device; the latter copies the
+        cache), or None for the first that serves the call.
+      interpret: For kernels: whether to run them on the CPU, or an interpreter's parameters.
+
+    Returns:
+      The output (B, N, dv) or (B, T, N, dv) in the dtype of `query`; with `return_residual` also
+      the lse (B, N) or (B, T, N), float32, in natural units.
+
+    Raises:
+      ValueError: Shapes, dtypes or options do not belong together.
+      NotImplementedError: The implementation asked for cannot serve the call, or a derivative is
+        taken.
+
+    Example:
+      >>> query = jnp.ones((2, 4, 8))  # one token, 4 heads
+      >>> cache = jnp.ones((2, 16, 2, 8))  # 16 tokens, 2 key/value heads
+      >>> decode_attention(query, cache, cache, jnp.array([3, 16])).shape
+      (2, 4, 8)
+    """
+    if query.ndim not in (3, 4):
+        raise ValueError(f"query has shape {query.shape}; expected (B, N, d) or (B, T, N, d)")
+    one_token = query.ndim == 3
+    query = query[:, None] if one_token else query
+    settings, operands = canonical(
+        query, key_cache, value_cache, lengths, page_table, key_scale, value_scale, scale,
+        local_window_size, logits_soft_cap, num_splits, interpret,
+    )  # fmt: skip
+    n = query.shape[2]
+    if sinks is not None:
+        if sinks.shape != (n,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+            raise ValueError(
+                f"sinks has shape {sinks.shape} and dtype {sinks.dtype}; expected a float for each "
+                f"query head, ({n},)"
+            )
+        sinks = sinks.astype(jnp.float32)
+    name = _choose(implementation, settings, operands)
+    output, lse = _decode(name, settings, operands, sinks)
+    if one_token:
+        output, lse = output[:, 0], lse[:, 0]
+    return (output, lse) if return_residual else output
+
+
+def _choose(name: str | None, settings: Settings, operands: Operands) -> str:
+    place = device()
+    if name is None:
+        return next(
+            x for x in _NAMES if _implementation(x).refusal(settings, operands, place) is None
+        )
+    if name not in _NAMES:
+        raise ValueError(
+            f"implementation={name!r}; expected None or one of {', '.join(map(repr, _NAMES))}"
+        )
+    reason = _implementation(name).refusal(settings, operands, place)
+    if reason is not None:
+        raise NotImplementedError(f"implementation={name!r} cannot serve this call: {reason}")
+    return name
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _decode(
+    name: str, settings: Settings, operands: Operands, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    outputs, lses = _implementation(name).decode(settings, operands)
+    (b, k, rows, _), t, dv = operands.query.shape, settings.queries, outputs.shape[-1]
+    output, lse = merge_parts(outputs, lses)
+    group = rows // t
+    output = output.reshape(b, k, t, group, dv).transpose(0, 2, 1, 3, 4)
+    output = output.reshape(b, t, k * group, dv)
+    lse = lse.reshape(b, k, t, group).transpose(0, 2, 1, 3).reshape(b, t, k * group)
+    if sinks is not None:
+        output, lse = merge_parts(
+            jnp.stack([output, jnp.zeros_like(output)]),
+            jnp.stack([lse, jnp.broadcast_to(sinks, lse.shape)]),
+        )
+    return output.astype(operands.query.dtype), lse
+
+
+@_decode.defjvp
+def _no_derivative(*_: Any) -> Any:
+    raise NotImplementedError(
+        "decode_attention has no derivative; expected pallas_kernels.attention where one is needed"
+    )
+
+
+def _chunked(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """Runs blocks of keys in a loop; returns outputs (P, B, K, R, dv) and lses (P, B, K, R)."""
+    b, k, _, d = operands.query.shape
+    num_splits = settings.num_splits or 1
+    wanted = max(16, min(512, _BLOCK_ELEMENTS // max(1, b * k * d)))
+    if operands.page_table is None:
+        block = min(wanted, operands.capacity)
+    else:
+        page = operands.key.shape[1]
+        block = page * min(-(-wanted // page), operands.page_table.shape[1])
+    start, stop = keys_needed(settings, operands.lengths)
+    start, stop = jnp.min(start, initial=operands.capacity), jnp.max(stop, initial=0)
+
+    def part(split: jax.Array) -> tuple[jax.Array, jax.Array]:
+        lower, upper = blocks_of_split(start, stop, block, split, num_splits)
+        return _loop_over_blocks(settings, operands, lower, upper, block)
+
+    if num_splits == 1:  # slices of the cache need not become gathers
+        output, lse = part(jnp.int32(0))
+        return output[None], lse[None]
+    return jax.vmap(part)(jnp.arange(num_splits, dtype=jnp.int32))
+
+
+def _loop_over_blocks(
+    settings: Settings, operands: Operands, lower: jax.Array, upper: jax.Array, block: int
+) -> tuple[jax.Array, jax.Array]:
+    (b, k, rows, _), dv = operands.query.shape, operands.value.shape[3]
+    query = operands.query.astype(jnp.float32) * settings.scale
+    lengths = operands.lengths[:, None]
+    needed_from, needed_to = keys_needed(settings, lengths)
+    tokens = jnp.arange(rows, dtype=jnp.int32) // (rows // settings.queries)
+    caches = (operands.key, operands.value, operands.key_scale, operands.value_scale)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        peak, total, acc = carry
+        first = i * block
+        # A block at the end of a contiguous cache starts early enough to be whole, and its keys
+        # that belong to the block before are masked.
+        origin = first
+        if operands.page_table is None:
+            origin = jnp.minimum(first, operands.capacity - block)
+        # XLA's CPU compiler widens a bfloat16 operand of a slice, and moves the widening of all of
+        # the cache out of the loop unless it appears to depend on the loop's index.
+        tied, origin = lax.optimization_barrier((caches, origin))
+        blocks: Any = (
+            None if x is None else _block(x, operands.page_table, origin, block).astype(jnp.float32)
+            for x in tied
+        )
+        key, value, key_scale, value_scale = blocks
+        positions = origin + jnp.arange(block, dtype=jnp.int32)
+        needed = (positions >= needed_from) & (positions < needed_to) & (positions >= first)
+        seen = sees(settings, lengths[..., None], tokens, positions[:, None]) & needed[..., None]
+        # Keys are the outer axis throughout, as in the cache, so that no block is transposed.
+        z = jnp.einsum("bkrd,bskd->bskr", query, key, precision="highest")
+        if key_scale is not None:
+            z = z * key_scale[..., None]
+        if settings.soft_cap is not None:
+            z = settings.soft_cap * jnp.tanh(z / settings.soft_cap)
+        z = jnp.where(seen[:, :, None], z, -jnp.inf)
+        new_peak = jnp.maximum(peak, z.max(axis=1))
+        shift = jnp.where(new_peak == -jnp.inf, 0, new_peak)
+        decay = jnp.exp(peak - shift)
+        p = jnp.exp(z - shift[:, None])
+        total = decay * total + p.sum(axis=1)
+        # What nobody sees may be NaN, which no probability of 0 would stop.
+        if value_scale is not None:
+            p = p * jnp.where(needed[..., None], value_scale, 0)[..., None]
+        value = jnp.where(needed[..., None, None], value, 0)
+        update = jnp.einsum("bskr,bskd->bkrd", p, value, precision="highest")
+        return new_peak, total, decay[..., None] * acc + update
+
+    shape = (b, k, rows)
+    carry = (
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, dv), jnp.float32),
+    )
+    carry = tuple(vary_like(x, *jax.tree.leaves(operands)) for x in carry)
+    peak, total, acc = lax.fori_loop(lower, upper, body, carry)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return acc / total[..., None], jnp.where(empty, -jnp.inf, peak + jnp.log(total))
+
+
+def _block(
+    cache: jax.Array, page_table: jax.Array | None, start: jax.Array, block: int
+) -> jax.Array:
+    """Returns the tokens start to start + block of every sequence, (B, block, ...)."""
+    if page_table is None:
+        return lax.dynamic_slice_in_dim(cache, start, block, axis=1)
+    page = cache.shape[1]
+    columns = start // page + jnp.arange(block // page, dtype=jnp.int32)
+    pages = cache.at[page_table.at[:, columns].get(mode="clip")].get(mode="clip")
+    return pages.reshape(page_table.shape[0], block, *cache.shape[2:])
+
+
+def _reference(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """Gathers and widens the whole cache and hands it to the reference of `attention`."""
+    (b, k, rows, d), t = operands.query.shape, settings.queries
+    capacity = operands.capacity
+    start, stop = keys_needed(settings, operands.lengths[:, None])
+    positions = jnp.arange(capacity, dtype=jnp.int32)
+    needed = (positions >= start) & (positions < stop)
+
+    def whole(cache: jax.Array, scale: jax.Array | None) -> jax.Array:
+        cache = _block(cache, operands.page_table, jnp.int32(0), capacity).astype(jnp.float32)
+        if scale is not None:
+            cache *= _block(scale, operands.page_table, jnp.int32(0), capacity)[..., None]
+        return jnp.where(needed[..., None, None], cache, 0)
+
+    group = rows // t
+    query = operands.query.astype(jnp.float32).reshape(b, k, t, group, d)
+    attention = AttentionOperands(
+        query=query.transpose(0, 2, 1, 3, 4).reshape(b, t, k * group, d),
+        key=whole(operands.key, operands.key_scale),
+        value=whole(operands.value, operands.value_scale),
+        mask=Mask(
+            left=settings.left,
+            right=0,
+            offset=-t,
+            offsets=operands.lengths,
+            key_value_lengths=operands.lengths,
+        ),
+    )
+    output, lse = reference.attend(
+        AttentionSettings(settings.scale, settings.soft_cap, precision="highest"), attention
+    )
+    dv = output.shape[3]
+    output = output.reshape(b, t, k, group, dv).transpose(0, 2, 1, 3, 4)
+    lse = lse.reshape(b, k, group, t).swapaxes(2, 3)
+    return output.reshape(1, b, k, rows, dv), lse.reshape(1, b, k, rows)
+
+
+def _serves_all(settings: Settings, operands: Operands, place: Device) -> None:
+    del settings, operands, place
+
+
+class _Implementation(NamedTuple):
+    decode: Callable[[Settings, Operands], tuple[jax.Array, jax.Array]]
+    refusal: Callable[[Settings, Operands, Device], str | None]
+
+
+_NAMES = ("triton", "mosaic_tpu", "chunked", "reference")
+_KERNELS = {"triton": "decode_triton", "mosaic_tpu": "decode_tpu"}
+
+
+def _implementation(name: str) -> _Implementation:
+    """Returns an implementation; a kernel's module is imported on its first use."""
+    if name in _KERNELS:
+        module = importlib.import_module(f"pallas_kernels.attention.{_KERNELS[name]}")
+        return _Implementation(module.decode, module.refusal)
+    return _Implementation(_chunked if name == "chunked" else _reference, _serves_all)

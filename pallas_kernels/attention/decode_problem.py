@@ -1,0 +1,222 @@
+"""The arguments of `decode_attention`, checked and in the one form that its implementations take.
+
+The query rows that share a key/value head, T tokens times G heads of a group, are packed as the
+rows of one tile: row r is token r // G. Token t of T stands at position ``length - T + t`` and sees
+the keys
+
+    position - left <= s <= position
+
+so all rows of a batch entry together need the keys `keys_needed`, and nothing else of the cache or
+of the page table is data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+QUANTIZED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
+
+
+class Operands(NamedTuple):
+    """The arrays of one call. R = T G rows for each of the K key/value heads."""
+
+    query: jax.Array  # (B, K, R, d)
+    key: jax.Array  # (B, S, K, d), or pages (P, page_size, K, d)
+    value: jax.Array  # (B, S, K, dv), or pages (P, page_size, K, dv)
+    lengths: jax.Array  # int32 (B,), from 0 to the capacity
+    page_table: jax.Array | None = None  # int32 (B, pages), all in range
+    key_scale: jax.Array | None = None  # float32 (B, S, K), or (P, page_size, K)
+    value_scale: jax.Array | None = None  # as key_scale
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens that a sequence may have."""
+        pages = 1 if self.page_table is None else self.page_table.shape[1]
+        return pages * self.key.shape[1]
+
+
+class Settings(NamedTuple):
+    """What is known at trace time."""
+
+    scale: float
+    queries: int  # T
+    left: int | None = None  # keys that a row sees before its own position, None for all
+    soft_cap: float | None = None
+    num_splits: int | None = None
+    interpret: Any = False
+
+
+def keys_needed(settings: Settings, length: Any) -> tuple[Any, Any]:
+    """Returns start and stop of the keys that some row of a sequence of `length` sees."""
+    if settings.left is None:
+        return jnp.zeros_like(length), length
+    return jnp.maximum(length - settings.queries - settings.left, 0), length
+
+
+def sees(settings: Settings, length: Any, token: Any, key: Any) -> Any:
+    """Returns whether the query `token` (0 to T - 1) sees the key at position `key`."""
+    position = length - settings.queries + token
+    seen = key <= position
+    if settings.left is not None:
+        seen &= key >= position - settings.left
+    return seen
+
+
+def blocks_of_split(
+    start: Any, stop: Any, block: int, split: Any, num_splits: Any
+) -> tuple[Any, Any]:
+    """Returns first and end block of one part, when start:stop is shared out evenly in blocks."""
+    first = start // block
+    last = (stop + block - 1) // block
+    share = (last - first + num_splits - 1) // num_splits
+    lower = jnp.minimum(first + split * share, last)
+    return lower, jnp.minimum(lower + share, last)
+
+
+def canonical(
+    query: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array,
+    lengths: jax.Array | Sequence[int],
+    page_table: jax.Array | None,
+    key_scale: jax.Array | None,
+    value_scale: jax.Array | None,
+    scale: float | None,
+    local_window_size: int | tuple[int | None, int | None] | None,
+    logits_soft_cap: float | None,
+    num_splits: int | None,
+    interpret: Any,
+) -> tuple[Settings, Operands]:
+    """Checks the arguments of `decode_attention`, with query (B, T, N, d), and packs the rows."""
+    _check_arrays(query, key_cache, value_cache, page_table)
+    b, t, n, d = query.shape
+    kv_heads = key_cache.shape[2]
+    for name, given, cache in (
+        ("key_scale", key_scale, key_cache),
+        ("value_scale", value_scale, value_cache),
+    ):
+        _check_scale(name, given, cache, query.dtype)
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; expected an integer for "
+            f"each of the batch entries, ({b},)"
+        )
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap={logits_soft_cap!r}; expected a positive number or None")
+    if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 1):
+        raise ValueError(f"num_splits={num_splits!r}; expected a positive int or None")
+    if page_table is not None:
+        page_table = jnp.clip(page_table, 0, key_cache.shape[0] - 1).astype(jnp.int32)
+    group = n // kv_heads
+    packed = query.reshape(b, t, kv_heads, group, d).transpose(0, 2, 1, 3, 4)
+    operands = Operands(
+        query=packed.reshape(b, kv_heads, t * group, d),
+        key=key_cache,
+        value=value_cache,
+        lengths=lengths,
+        page_table=page_table,
+        key_scale=None if key_scale is None else key_scale.astype(jnp.float32),
+        value_scale=None if value_scale is None else value_scale.astype(jnp.float32),
+    )
+    lengths = jnp.clip(lengths, 0, operands.capacity).astype(jnp.int32)
+    settings = Settings(
+        scale=1 / math.sqrt(d) if scale is None else float(scale),
+        queries=t,
+        left=_left(local_window_size),
+        soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        num_splits=num_splits,
+        interpret=bool(interpret) if interpret in (None, False, True) else interpret,
+    )
+    return settings, operands._replace(lengths=lengths)
+
+
+def _check_arrays(
+    query: jax.Array, key: jax.Array, value: jax.Array, page_table: jax.Array | None
+) -> None:
+    axes = "(B, S, K, d)" if page_table is None else "(P, page_size, K, d)"
+    for name, cache in (("key_cache", key), ("value_cache", value)):
+        if cache.ndim != 4 or 0 in cache.shape[1:]:
+            raise ValueError(f"{name} has shape {cache.shape}; expected {axes}, none of them 0")
+        if cache.dtype not in QUANTIZED and cache.dtype != query.dtype:
+            raise ValueError(
+                f"{name} has dtype {cache.dtype}; expected the query's, {query.dtype}, or one of "
+                f"{', '.join(str(x) for x in QUANTIZED)}"
+            )
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"query has dtype {query.dtype}; expected float32, bfloat16 or float16")
+    b, _, n, d = query.shape
+    if key.shape[3] != d:
+        raise ValueError(
+            f"key_cache has shape {key.shape}; expected the last axis to be the query's, d={d}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value_cache has shape {value.shape}; expected {(*key.shape[:3], 'dv')}, as key_cache"
+        )
+    if n % key.shape[2]:
+        swapped = n % key.shape[1] == 0 and page_table is None
+        hint = "; are its axes 1 and 2, length and heads, swapped?" if swapped else ""
+        raise ValueError(
+            f"key_cache has shape {key.shape}, K={key.shape[2]} heads; expected {axes} with K a "
+            f"divisor of the query's N={n}{hint}"
+        )
+    if page_table is None and key.shape[0] != b:
+        raise ValueError(
+            f"key_cache has shape {key.shape}; expected the query's batch size, B={b}, first "
+            "(or pages and a page_table)"
+        )
+    if page_table is not None and (
+        page_table.ndim != 2
+        or page_table.shape[0] != b
+        or page_table.shape[1] == 0
+        or not jnp.issubdtype(page_table.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"page_table has shape {page_table.shape} and dtype {page_table.dtype}; expected "
+            f"integers ({b}, pages of a sequence)"
+        )
+    if page_table is not None and key.shape[0] == 0:
+        raise ValueError(f"key_cache has shape {key.shape}; expected at least one page")
+
+
+def _check_scale(name: str, scale: jax.Array | None, cache: jax.Array, dtype: Any) -> None:
+    if cache.dtype not in QUANTIZED:
+        if scale is not None:
+            raise ValueError(
+                f"{name} was given for a cache of {cache.dtype}; expected None, scales are for "
+                "int8 and float8 caches"
+            )
+        return
+    if scale is None:
+        if cache.dtype == jnp.int8:
+            raise ValueError(
+                f"{name}=None for a cache of int8; expected one scale for each token and head, "
+                f"{cache.shape[:3]}"
+            )
+        return
+    if scale.shape != cache.shape[:3] or not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} has shape {scale.shape} and dtype {scale.dtype}; expected floating scales "
+            f"{cache.shape[:3]}, one for each token and head of the cache"
+        )
+
+
+def _left(window: Any) -> int | None:
+    """Returns how far a row looks back; what lies ahead of it is hidden in any case."""
+    if window is None:
+        return None
+    sides = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(sides) != 2 or not all(
+        x is None or (isinstance(x, (int, np.integer)) and x >= 0) for x in sides
+    ):
+        raise ValueError(
+            f"local_window_size={window!r}; expected an int of at least 0 or a pair (left, right)"
+        )
+    return None if sides[0] is None else int(sides[0])

@@ -1,0 +1,106 @@
+"""What every implementation gets: arrays in one canonical form, and the settings that are static.
+
+An implementation is a `Route`: two functions of `Operands`. Everything that they share is decided
+before them (arguments checked and brought into form, `arguments.py`) or around them
+(differentiation, batching, sharding, `core.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._compat import Device
+from pallas_kernels.attention.mask import Mask
+
+
+class Operands(NamedTuple):
+    """The arrays of one call. B batch, T queries, S keys, N heads, K key/value heads, N = K G."""
+
+    query: jax.Array  # (B, T, N, d)
+    key: jax.Array  # (B, S, K, d), the query's dtype
+    value: jax.Array  # (B, S, K, dv), the query's dtype
+    bias: jax.Array | None = None  # (B or 1, N or 1, T or 1, S or 1), floating
+    sinks: jax.Array | None = None  # float32 (N,)
+    mask: Mask = Mask()
+    seeds: jax.Array | None = None  # int32 (B, N), of the dropout mask; see `dropout.keep`
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of all axes."""
+        b, t, n, d = self.query.shape
+        s, k, dv = self.value.shape[1:]
+        return Sizes(b, t, s, n, k, n // k, d, dv)
+
+
+class Sizes(NamedTuple):
+    """The axes of `Operands`."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    group: int  # query heads of a key/value head
+    head_dim: int
+    value_dim: int
+
+
+def wide(dtype: Any) -> Any:
+    """Returns the dtype of scores, sums and lse: float64 for float64, else float32.
+
+    Not `jnp.promote_types`, which refuses to mix dtypes under strict promotion.
+    """
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+class Settings(NamedTuple):
+    """What is known at trace time and hashable."""
+
+    scale: float
+    soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    precision: Any = None
+    config: Hashable = None  # block sizes of the route, None for its table
+    interpret: Any = False  # False, True or an interpreter's parameter object
+
+
+class Gradients(NamedTuple):
+    """What a backward pass returns, each in the dtype and shape of its primal."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None = None
+
+
+class Route(NamedTuple):
+    """One implementation.
+
+    `forward(settings, operands)` returns ``(output, lse)``: the output (B, T, N, dv) in the query's
+    dtype and the log-sum-exp of each row (B, N, T) in float32, natural units. A row that sees no
+    key has output 0 and lse -inf; with a sink, output 0 and lse equal to the sink.
+
+    `backward(settings, operands, lse, cotangent, delta, bias_gradient)` returns `Gradients`, with a
+    bias gradient only if `bias_gradient`. `cotangent` is that of the output (B, T, N, dv), in its
+    dtype. `delta` (B, N, T) float32 is
+
+        sum over dv of cotangent * output  -  (cotangent of lse)
+
+    so that ds = p (dp - delta). `lse` is the forward pass's; where it is -inf, p is 0.
+
+    `refusal(settings, operands, device)` returns why the call cannot be served, or None. Operands
+    may be tracers or `jax.ShapeDtypeStruct`; under `settings.interpret` any device serves.
+    """
+
+    name: str
+    forward: Callable[[Settings, Operands], tuple[jax.Array, jax.Array]]
+    backward: Callable[
+        [Settings, Operands, jax.Array, jax.Array, jax.Array, bool],
+        Gradients,
+    ]
+    refusal: Callable[[Settings, Operands, Device], str | None]
+    config_type: type | None = None  # what `Settings.config` may be

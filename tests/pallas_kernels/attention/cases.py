@@ -1,0 +1,251 @@
+"""Attention problems that all routes are tested on, and what is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import core, dropout
+from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.problem import Operands, Route, Settings
+from tests.pallas_kernels.attention import oracle
+from tests.pallas_kernels.attention.oracle import Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem. Arrays are drawn from its seed; sizes as in `Operands`."""
+
+    name: str
+    batch: int = 1
+    queries: int = 128
+    keys: int = 128
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 64
+    value_dim: int | None = None  # None: as head_dim
+    dtype: str = "float32"
+    scale: float | None = None  # None: head_dim ** -0.5
+    soft_cap: float | None = None
+    left: int | None = None
+    right: int | None = None  # 0 is causal
+    offset: int = 0
+    offsets: tuple[int, ...] | None = None
+    query_lengths: tuple[int, ...] | None = None
+    key_value_lengths: tuple[int, ...] | None = None
+    segments: str | None = None  # "sorted", "shuffled" or "disjoint"
+    dense: str | None = None  # which of b, n, t, s are full, such as "bts"; the others are 1
+    bias: str | None = None  # as `dense`
+    sinks: bool = False
+    dropout_rate: float = 0.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def replace(self, **changes: Any) -> Case:
+        """Returns a case with other fields, named after them."""
+        words = [f"{k}={v}" for k, v in changes.items() if k != "name"]
+        return dataclasses.replace(self, **({"name": " ".join([self.name, *words])} | changes))
+
+
+class Problem(NamedTuple):
+    settings: Settings
+    operands: Operands
+    cotangents: tuple[jax.Array, jax.Array]  # of output (B, T, N, dv) and of lse (B, N, T)
+
+
+def build(case: Case) -> Problem:
+    """Draws the arrays of `case`: unit normal, segment ids in a few runs, masks half True."""
+    rng = np.random.default_rng(case.seed)
+    b, t, s, n, k, d = (
+        case.batch, case.queries, case.keys, case.heads, case.kv_heads, case.head_dim
+    )  # fmt: skip
+    dv = d if case.value_dim is None else case.value_dim
+    dtype = jnp.dtype(case.dtype)
+
+    def normal(*shape: int, dtype: Any = dtype) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32)).astype(dtype)
+
+    def full(letters: str) -> tuple[int, ...]:
+        return tuple(size if axis in letters else 1 for axis, size in zip("bnts", (b, n, t, s)))
+
+    def ints(values: Any) -> jax.Array | None:
+        return None if values is None else jnp.asarray(values, jnp.int32)
+
+    mask = Mask(
+        left=case.left,
+        right=case.right,
+        offset=case.offset,
+        offsets=ints(case.offsets),
+        query_lengths=ints(case.query_lengths),
+        key_value_lengths=ints(case.key_value_lengths),
+        query_segment_ids=_segments(case.segments, rng, b, t, 0),
+        key_value_segment_ids=_segments(case.segments, rng, b, s, 1),
+        dense=None if case.dense is None else jnp.asarray(rng.random(full(case.dense)) < 0.5),
+    )
+    seeds = dropout.seeds(jax.random.key(case.seed), b, n) if case.dropout_rate else None
+    operands = Operands(
+        query=normal(b, t, n, d),
+        key=normal(b, s, k, d),
+        value=normal(b, s, k, dv),
+        bias=None if case.bias is None else normal(*full(case.bias)),
+        sinks=normal(n, dtype=jnp.float32) if case.sinks else None,
+        mask=mask,
+        seeds=seeds,
+    )
+    settings = Settings(
+        scale=d**-0.5 if case.scale is None else case.scale,
+        soft_cap=case.soft_cap,
+        dropout_rate=case.dropout_rate,
+        precision="highest" if dtype == jnp.float32 else None,
+    )
+    return Problem(settings, operands, (normal(b, t, n, dv), normal(b, n, t, dtype=jnp.float32)))
+
+
+def _segments(kind: str | None, rng: Any, batch: int, length: int, side: int) -> jax.Array | None:
+    if kind is None:
+        return None
+    if kind == "disjoint":  # half of the queries' ids occur among the keys
+        ids = np.arange(length) * 4 // max(length, 1) + 2 * side
+        return jnp.asarray(np.broadcast_to(ids, (batch, length)), jnp.int32)
+    ids = rng.integers(-1, 3, size=(batch, length))
+    return jnp.asarray(np.sort(ids) if kind == "sorted" else ids, jnp.int32)
+
+
+def run(attend: Any, problem: Problem) -> Result:
+    """Returns the values and gradients of ``attend(operands) -> (output, lse)``."""
+    operands, cotangents = problem.operands, problem.cotangents
+
+    def fn(*primals: Any) -> Any:
+        query, key, value, bias, sinks = primals
+        return attend(operands._replace(query=query, key=key, value=value, bias=bias, sinks=sinks))
+
+    def all_of_it(primals: Any, cotangents: Any) -> Any:
+        (output, lse), vjp = jax.vjp(fn, *primals)
+        d_output, d_lse = cotangents
+        # The lse of an empty row is -inf, whatever the inputs: it has no gradient.
+        d_lse = jnp.where(lse == -jnp.inf, 0, d_lse).astype(lse.dtype)
+        return output, lse, *vjp((d_output.astype(output.dtype), d_lse))
+
+    primals = (
+        operands.query, operands.key, operands.value, operands.bias, operands.sinks
+    )  # fmt: skip
+    # Most of a test's time is LLVM's optimiser, which does not change what is tested here.
+    options = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+    results = jax.jit(all_of_it, compiler_options=options)(primals, cotangents)
+    return Result(*jax.tree.map(lambda x: np.asarray(x, np.float64), results))
+
+
+@functools.cache
+def expected(case: Case) -> Result:
+    """What `case` gives in float64."""
+    return oracle.attention(build(case))
+
+
+@functools.cache
+def plain_errors(case: Case) -> Result:
+    """The largest errors of textbook code in the dtype of `case`, which tolerances start from.
+
+    Its scores and sums are float32; probabilities, and the gradients of scores, are rounded to the
+    input dtype before they enter a product, as every fused implementation does.
+    """
+    rounding = None if case.dtype == "float32" else jnp.dtype(case.dtype)
+    got = oracle.attention(build(case), np.float32, rounding)
+    return Result(*(None if w is None else _error(g, w) for g, w in zip(got, expected(case))))
+
+
+def _error(got: Any, want: Any) -> float:
+    assert got.shape == want.shape, (got.shape, want.shape)
+    assert not np.isnan(got).any(), "NaN"
+    same = got == want  # -inf in both
+    return float(np.max(np.abs(np.where(same, 0, got - np.where(same, 0, want))), initial=0.0))
+
+
+# Rounding of float32 sums over a few hundred terms of order one; the coarser types get theirs from
+# `plain_errors`. The caps keep a bad plain code from excusing a bad kernel.
+FLOOR = 2e-6
+CAPS = {"float32": (1e-5, 1e-4), "float16": (5e-3, 5e-2), "bfloat16": (2e-2, 1e-1)}
+
+
+def check(case: Case, got: Result, *, gradients: bool = True) -> None:
+    """Asserts that `got` is the float64 result within rounding.
+
+    Forward: twice the error of `plain_errors`; gradients: three times; in both cases plus `FLOOR`
+    and at most `CAPS`, all relative to the largest entry where that is above one. lse: 1e-5.
+    """
+    want, plain = expected(case), plain_errors(case)
+    caps = CAPS[case.dtype]
+    for name, g, w, e in zip(Result._fields, got, want, plain):
+        if w is None or (not gradients and name not in ("output", "lse")):
+            continue
+        size = max(1.0, float(np.max(np.abs(w[np.isfinite(w)]), initial=0.0)))
+        if name == "lse":
+            tolerance = 1e-5 * size
+        elif name == "output":
+            tolerance = min(2 * e + FLOOR * size, caps[0] * size)
+        else:
+            tolerance = min(3 * e + 5 * FLOOR * size, caps[1] * size)
+        error = _error(g, w)
+        assert error <= tolerance, f"{case}: {name} is off by {error:.2e}, allowed {tolerance:.2e}"
+
+
+def check_route(route: Route, case: Case, **settings: Any) -> None:
+    """Runs `route` forward and backward on `case` and checks everything."""
+    problem = build(case)
+    changed = problem.settings._replace(**settings)
+    check(case, run(lambda operands: core.attend(route, changed, operands), problem))
+
+
+_base = Case("plain")
+CASES: tuple[Case, ...] = (
+    _base,
+    Case("causal", right=0),
+    Case("window", left=20, right=7),
+    Case("causal window", left=33, right=0, queries=192, keys=192),
+    Case("window of one", left=0, right=0),
+    Case("grouped heads", heads=6, kv_heads=2, right=0),
+    Case("one key/value head", heads=4, kv_heads=1),
+    Case("more queries, causal", queries=192, keys=100, right=0),
+    Case("more keys, causal", queries=70, keys=192, right=0),
+    Case("causal at the end", queries=70, keys=192, right=0, offset=122),
+    Case("offsets", batch=2, queries=64, keys=160, right=0, offsets=(3, 90)),
+    Case("negative offset leaves empty rows", right=0, offset=-40),
+    Case("ragged", queries=117, keys=131),
+    Case("lengths", batch=3, query_lengths=(128, 60, 1), key_value_lengths=(7, 128, 65)),
+    Case("a length of zero", batch=2, query_lengths=(128, 0), key_value_lengths=(0, 128)),
+    Case("causal lengths", batch=2, right=0, query_lengths=(128, 77), key_value_lengths=(50, 128)),
+    Case("sorted segments", batch=2, segments="sorted"),
+    Case("shuffled segments", batch=2, segments="shuffled", right=0),
+    Case("disjoint segments", segments="disjoint"),
+    Case("dense mask", batch=2, dense="bnts"),
+    Case("dense mask, one for all", batch=2, dense="ts", right=0),
+    Case("dense mask of keys", batch=2, dense="bs"),
+    Case("dense mask of queries", batch=2, dense="bt"),
+    Case("bias", batch=2, bias="bnts"),
+    Case("bias, one for all", batch=2, bias="ts"),
+    Case("bias of heads", batch=2, bias="n", right=0),
+    Case("bias of keys", batch=2, bias="bs", queries=117, keys=131),
+    Case("bias of queries", bias="nt", heads=4, kv_heads=2),
+    Case("soft cap", soft_cap=2.0),
+    Case("soft cap and bias", soft_cap=2.0, bias="nts", right=0),
+    Case("sinks", sinks=True, right=0),
+    Case("sinks and empty rows", sinks=True, right=0, offset=-40),
+    Case("dropout", dropout_rate=0.2),
+    Case("dropout, causal, grouped", dropout_rate=0.5, right=0, heads=4, kv_heads=2, batch=2),
+    Case("everything", batch=2, queries=117, keys=131, heads=4, kv_heads=2, left=50, right=0,
+         offset=9, query_lengths=(100, 117), key_value_lengths=(131, 90), segments="sorted",
+         dense="nts", bias="bnts", soft_cap=5.0, sinks=True, dropout_rate=0.1),
+    Case("negative scale", scale=-0.3, right=0),
+    Case("scale of zero", scale=0.0, right=0),
+    Case("head dim 8", head_dim=8, right=0),
+    Case("head dim 80", head_dim=80, right=0),
+    Case("head dim 256", head_dim=256, heads=1, kv_heads=1, right=0),
+    Case("wide keys", head_dim=96, value_dim=64),
+    Case("wide values", head_dim=64, value_dim=112, right=0),
+)  # fmt: skip
