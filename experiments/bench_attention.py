@@ -1,0 +1,255 @@
+"""What does attention cost here, by each route of `pallas_kernels` and by the codes around it?
+
+Forward, and forward with the gradients of query, key and value, over a list of shapes. All
+contenders of a shape take turns; reported are medians, TFLOP/s, the compiled program's temporary
+memory, and the error against float32. TFLOP/s count 4 B N T S d operations forward and 2.5 times as
+many more backward, half of both under a causal mask, whatever a code computes.
+
+``--tune ROUTE`` times the candidates for a route's blocks instead and writes the fastest of each
+shape to the table that the route reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+import pallas_kernels
+from experiments.parts import UserError, attention_contenders, environment, report, store
+from experiments.parts.attention_contenders import Shape
+from experiments.parts.command_line import Parser, exit_code, positive
+from experiments.parts.figures import COLOURS
+from pallas_kernels.attention import tuning
+
+BASE = "jax.nn xla"
+PASSES = ("forward", "gradient")
+
+
+def flops(shape: Shape, which: str) -> float:
+    forward = 4 * shape.batch * shape.heads * shape.length**2 * shape.head_dim
+    return forward * (1 if which == "forward" else 3.5) / (2 if shape.causal else 1)
+
+
+def passes(fn: Any) -> dict[str, Callable[..., Any]]:
+    """The two programs that are timed; the output's cotangent is given, so nothing is constant."""
+
+    def gradient(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> Any:
+        output, vjp = jax.vjp(fn, q, k, v)
+        return output, vjp(cotangent)
+
+    return {"forward": lambda q, k, v, cotangent: fn(q, k, v), "gradient": gradient}
+
+
+def draw(shape: Shape) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    structs = shape.structs()
+    return tuple(
+        jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, (*structs, structs[0]))
+    )
+
+
+def compile_all(fns: dict[str, Any], arrays: tuple[jax.Array, ...]) -> dict[str, dict[str, Any]]:
+    """Returns for each contender its compiled passes, or the error that came instead."""
+    programs = {}
+    for name, fn in fns.items():
+        programs[name] = {}
+        for which, program in passes(fn).items():
+            try:
+                compiled = jax.jit(program).lower(*arrays).compile()
+                jax.block_until_ready(compiled(*arrays))
+                programs[name][which] = compiled
+            except Exception as error:
+                # A contender that a shape breaks is a result, not the end of the benchmark.
+                programs[name][which] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return programs
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Times all contenders of a shape, one execution of each a round."""
+    found = attention_contenders.contenders(shape)
+    refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    arrays = draw(shape)
+    programs = compile_all({k: v for k, v in found.items() if k not in refused}, arrays)
+    exact = attention_contenders.exact(shape, *arrays[:3])
+    results: dict[str, Any] = {}
+    for name, compiled in programs.items():
+        results[name] = {"errors": {k: v for k, v in compiled.items() if isinstance(v, str)}}
+        if not isinstance(compiled["forward"], str):
+            output = compiled["forward"](*arrays).astype(jnp.float32)
+            error = jnp.linalg.norm(output - exact) / jnp.linalg.norm(exact)
+            results[name]["error"] = float(error)
+        for which in PASSES:
+            if which in results[name]["errors"]:
+                continue
+            memory = compiled[which].memory_analysis()
+            results[name][which] = {"seconds": [], "temporary_bytes": memory.temp_size_in_bytes}
+    for _ in range(rounds):
+        for name, compiled in programs.items():
+            for which in PASSES:
+                if which in results[name]:
+                    begin = time.perf_counter()
+                    jax.block_until_ready(compiled[which](*arrays))
+                    results[name][which]["seconds"].append(time.perf_counter() - begin)
+    return {"shape": str(shape), "refused": refused, "results": results}
+
+
+def speed(base: dict[str, Any], run: dict[str, Any]) -> float:
+    """How many times as fast `run` is as `base`: the median of the ratios within a round."""
+    pairs = zip(base["seconds"], run["seconds"])
+    return statistics.median(theirs / ours for theirs, ours in pairs)
+
+
+def rows(shape: Shape, measured: dict[str, Any]) -> list[list[str]]:
+    """One line a contender: for each pass TFLOP/s, speed beside `jax.nn`'s, and memory."""
+    lines = []
+    base = measured["results"].get(BASE, {})
+    for name, result in measured["results"].items():
+        line = [name]
+        for which in PASSES:
+            if which not in result:
+                line += [result["errors"][which][:40], "", ""]
+                continue
+            seconds = statistics.median(result[which]["seconds"])
+            ratio = f"{speed(base[which], result[which]):.2f}" if which in base else ""
+            memory = result[which]["temporary_bytes"] / 1e6
+            line += [f"{flops(shape, which) / seconds / 1e12:.3g}", ratio, f"{memory:.1f}"]
+        error = result.get("error")
+        lines.append([*line, "" if error is None else f"{error:.1e}"])
+    return lines
+
+
+HEADER = [
+    "code",
+    "forward TFLOP/s", "speed / jax.nn", "temporary MB",
+    "with gradient TFLOP/s", "speed / jax.nn", "temporary MB",
+    "relative error",
+]  # fmt: skip
+
+
+def picture(shapes: list[Shape], all_measured: list[dict[str, Any]]) -> bytes:
+    """Bars of TFLOP/s, a group a shape."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    names = list(dict.fromkeys(name for m in all_measured for name in m["results"]))
+    for axes, which in zip(figure.subplots(2, 1, sharex=True), PASSES):
+        for index, name in enumerate(names):
+            speeds = []
+            for shape, measured in zip(shapes, all_measured):
+                run = measured["results"].get(name, {}).get(which)
+                seconds = statistics.median(run["seconds"]) if run else float("inf")
+                speeds.append(flops(shape, which) / seconds / 1e12)
+            width = 0.8 / len(names)
+            at = [i + (index - (len(names) - 1) / 2) * width for i in range(len(shapes))]
+            axes.bar(at, speeds, width, color=COLOURS[index % len(COLOURS)], label=name)
+        axes.set_ylabel(f"{which}, TFLOP/s")
+        axes.set_xticks(range(len(shapes)), [str(s) for s in shapes], rotation=60, ha="right")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(ncols=len(names), frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def tune(route: str, shapes: list[Shape], rounds: int, table: Path, console: Console) -> None:
+    """Times the candidates of a route on each shape and saves the fastest by its gradient step."""
+    configs = attention_contenders.candidates(route)
+    if not configs:
+        raise UserError(f"--tune {route}: there are no candidates for this route")
+    kind, entries = jax.devices()[0].device_kind, []
+    for shape in track(shapes, f"tuning {route}", console=console, transient=True):
+        fns = {
+            json.dumps(tuning.fields(config)): functools.partial(
+                pallas_kernels.attention,
+                is_causal=shape.causal,
+                implementation=route,
+                config=config,
+            )
+            for config in configs
+        }
+        arrays = draw(shape)
+        programs = {
+            name: compiled["gradient"]
+            for name, compiled in compile_all(fns, arrays).items()
+            if not isinstance(compiled["gradient"], str)
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in programs}
+        for _ in range(rounds):
+            for name, program in programs.items():
+                begin = time.perf_counter()
+                jax.block_until_ready(program(*arrays))
+                seconds[name].append(time.perf_counter() - begin)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        best = min(medians, key=medians.__getitem__)
+        console.print(f"{shape}: {best} {medians[best]:.4f} s, slowest {max(medians.values()):.4f}")
+        entries.append(
+            tuning.Entry(
+                route, kind, shape.dtype, shape.head_dim, shape.length, shape.causal,
+                json.loads(best),
+            )
+        )  # fmt: skip
+    record = environment.environment(sys.argv[1:])
+    versions = f"jax {record['versions']['jax']}"
+    tuning.save(entries, f"last written {record['date'][:10]} on {kind} with {versions}", table)
+    console.print(f"wrote {table}")
+
+
+def chosen(pattern: str, platform: str) -> list[Shape]:
+    every = attention_contenders.shapes(platform)
+    found = [shape for shape in every if all(word in str(shape) for word in pattern.split(","))]
+    if not found:
+        raise UserError(f"--shapes {pattern}: matches none of {'; '.join(map(str, every))}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    def action() -> None:
+        parser = Parser("python -m experiments.bench_attention", (__doc__ or "").split("\n\n")[0])
+        parser.add_argument("--rounds", type=positive, default=7, help="executions of each program")
+        parser.add_argument(
+            "--shapes", default="", help="words that a shape's name contains, joined by commas"
+        )
+        parser.add_argument("--list", action="store_true", help="list the shapes and stop")
+        parser.add_argument("--out", type=Path, default=Path("results/bench-attention"))
+        parser.add_argument("--tune", metavar="ROUTE", help="find the blocks of this route")
+        parser.add_argument("--table", type=Path, default=tuning.TABLE, help="where --tune writes")
+        options = parser.parse_args(argv)
+        console = Console()
+        shapes = chosen(options.shapes, jax.default_backend())
+        if options.list:
+            console.print("\n".join(map(str, shapes)))
+            return
+        if options.tune is not None:
+            tune(options.tune, shapes, options.rounds, options.table, console)
+            return
+        all_measured = []
+        for shape in track(shapes, "timing", console=console, transient=True):
+            measured = measure(shape, options.rounds)
+            all_measured.append(measured)
+            console.print(report.terminal_table(str(shape), HEADER, rows(shape, measured)))
+        options.out.mkdir(parents=True, exist_ok=True)
+        record = {
+            "kind": "bench_attention",
+            "environment": environment.environment(sys.argv[1:]),
+            "shapes": all_measured,
+        }
+        store.write_json(options.out / "bench_attention.json", record)
+        (options.out / "bench_attention.png").write_bytes(picture(shapes, all_measured))
+        console.print(f"wrote bench_attention.json and .png to {options.out}")
+
+    return exit_code("bench_attention", action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
