@@ -44,7 +44,7 @@ def test_higher_derivatives_and_forward_mode():
             )
 
         primals = (operands.query, operands.key, operands.value, operands.bias, operands.sinks)
-        check_grads(fn, primals, order=2, modes=("fwd", "rev"), rtol=1e-5)
+        check_grads(jax.jit(fn), primals, order=2, modes=("fwd", "rev"), rtol=1e-5)
 
 
 def test_keeps_float64():
