@@ -213,7 +213,7 @@ def attend(
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
     if method == "all_to_all":
         return _all_to_all(route, settings, operands, axis, layout)
-    return _differentiable(_spread(method, core.batched(route), axis, layout), settings, operands)
+    return core.compiled(_spread(method, core.batched(route), axis, layout), settings, operands)
 
 
 @functools.cache
@@ -231,10 +231,6 @@ def _spread(method: str, route: Route, axis: Axis, layout: str) -> Route:
         return with_axis(axis.name, axis.size, fn, operands, *arrays)
 
     return spread._replace(backward=backward)
-
-
-# Compiled, since `shard_map` by itself cannot run custom derivatives that know symbolic zeros.
-_differentiable = jax.jit(core.differentiable, static_argnums=(0, 1))
 
 
 def _all_to_all(
@@ -266,7 +262,7 @@ def _all_to_all(
     sinks = operands.sinks
     if sinks is not None:
         sinks = sinks.reshape(axis.size, -1)[lax.axis_index(axis.name)]
-    output, lse = _differentiable(
+    output, lse = core.compiled(
         core.batched(route),
         settings,
         Operands(

@@ -36,7 +36,7 @@ def attend(route: Route, settings: Settings, operands: Operands) -> tuple[jax.Ar
     Output and lse carry the names ``"attention_output"`` and ``"attention_lse"`` for checkpoint
     policies: one that saves both never runs the forward kernel twice.
     """
-    call = differentiable if settings.interpret not in (False, True) else _compiled
+    call = differentiable if settings.interpret not in (False, True) else compiled
     return call(batched(route), settings, operands)
 
 
@@ -90,7 +90,7 @@ def batched(route: Route) -> Route:
         )
         return Gradients(*gradients)
 
-    return Route(route.name, forward, backward, route.refusal)
+    return route._replace(forward=forward, backward=backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -141,8 +141,9 @@ def _backward(route: Route, settings: Settings, residuals: Any, cotangents: Any)
 
 differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
-# Outside of `jit` too a call is traced once for its shapes, and `shard_map` accepts it there.
-_compiled = jax.jit(differentiable, static_argnums=(0, 1))
+# Outside of `jit` too a call is traced once for its shapes, and `shard_map` accepts it there: by
+# itself it cannot run custom derivatives that know symbolic zeros.
+compiled = jax.jit(differentiable, static_argnums=(0, 1))
 
 
 def _axes(operands: Operands) -> tuple[str, ...]:
