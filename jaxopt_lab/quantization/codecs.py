@@ -93,14 +93,14 @@ class Int8:
         """Returns the scales of the floating array `x`, shape (*leading axes, blocks of a row)."""
         x = _compat.unshard(self._floats(x))
         leading, length, _ = self._rows(x.shape)
-        rows = self._keys(x).reshape(*leading, length)
+        rows = x.reshape(*leading, length)
         full = length - length % self.block_size
         blocks = rows[..., :full].reshape(*leading, full // self.block_size, self.block_size)
         # The rest apart, because XLA does not vectorise the reduction of a padded array on a CPU.
-        parts = [_largest(blocks)]
+        parts = [self._largest(blocks)]
         if full < length:
-            parts.append(_largest(rows[..., None, full:]))
-        scales = self._of_keys(jnp.concatenate(parts, axis=-1))
+            parts.append(self._largest(rows[..., None, full:]))
+        scales = jnp.concatenate(parts, axis=-1)
         # The quotient of numbers below it is unreliable where a device flushes them to zero.
         return jnp.where(jnp.abs(scales) <= _TINY, 0, scales)
 
@@ -116,15 +116,17 @@ class Int8:
         """
         del key
         scales = self.scales(x) if scales is None else scales
-        x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        x = self._floats(x)
         infinite = jnp.isinf(scales)
+        zero = scales == 0
         # 4 / scale is a normal number for each scale that is one; infinity times _TINY is infinite
-        # and every other number times _TINY**2 too small for a code. Both factors are quotients:
-        # what takes less than a division, XLA's CPU backend would make anew for each entry.
-        divisors = jnp.where(infinite, 1.0, jnp.where(scales == 0, jnp.inf, scales))
-        inverse = jnp.where(infinite, jnp.sign(scales) * _TINY, 4.0) / divisors
-        unit = jnp.where(infinite, _TINY, self._top) / jnp.where(infinite, 1.0, 4.0)
-        return Blocks(self._entrywise(self._codes, x, inverse, unit), scales)
+        # and every other number times _TINY**2 too small for a code.
+        inverse = jnp.where(
+            infinite, jnp.sign(scales) * _TINY, 4 / jnp.where(zero, jnp.inf, scales)
+        )
+        unit = jnp.where(infinite, _TINY, self._top / 4)
+        least = jnp.where(zero, 0.0, 1.0)
+        return Blocks(self._entrywise(self._codes, x, inverse, unit, least), scales)
 
     def decode(self, encoded: Blocks, dtype: Any) -> jax.Array:
         """Returns the array of dtype `dtype` that `encoded` stands for.
@@ -141,25 +143,18 @@ class Int8:
                 "over devices?"
             )
         # Zero is a code of its own also below a scale that is infinite. Two factors for each block,
-        # because a compiler would merge a constant with the scale and round the product. They are
-        # quotients for the reason given in `encode`.
+        # because a compiler would merge a constant with the scale and round the product.
         infinite = jnp.isinf(scales)
-        unit = 1 / jnp.where(infinite, _TINY, self._top)
-        scales = jnp.where(infinite, jnp.sign(scales), scales) / jnp.where(infinite, _TINY, 1.0)
+        unit = jnp.where(infinite, _HUGE, 1 / self._top)
+        scales = jnp.where(infinite, jnp.sign(scales) * _HUGE, scales)
         return self._entrywise(self._values, codes, unit, scales).astype(dtype)
 
-    def _codes(self, x: Any, inverse: Any, unit: Any) -> jax.Array:
-        least = -jnp.inf if self._signed else 0.0
-        # Changes nothing but NaN. Without it `x` would meet a function of all entries at once, and
-        # XLA's CPU backend would write the array to memory instead of making it here again.
-        x = jnp.where(x > least, x, least)
+    def _codes(self, x: Any, inverse: Any, unit: Any, least: Any) -> jax.Array:
         units = (x * inverse) * unit
-        low = -self._top if self._signed else jnp.where((x > 0) & (inverse > 0), 1.0, 0.0)
         if self.code == "dynamic":
-            return _nearest_dynamic(units, low, self._signed)
-        # Not `clip`, which takes more instructions to pass on a NaN that needs no code.
-        units = jnp.where(units > low, units, low)
-        codes = _round(jnp.where(units < self._top, units, self._top))
+            return _nearest_dynamic(units, x > 0, least, self._signed)
+        low = -self._top if self._signed else jnp.where(x > 0, least, 0)
+        codes = _round(jnp.clip(units, low, self._top))
         return codes.astype(jnp.int8 if self._signed else jnp.uint8)
 
     def _values(self, codes: Any, unit: Any, scales: Any) -> jax.Array:
@@ -196,7 +191,7 @@ class Int8:
     def _floats(self, x: jax.Array) -> jax.Array:
         # Codes have no derivative; that of the scales alone would be misleading.
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
-        return x if self._signed else jnp.where(x < 0, 0, x)
+        return x if self._signed else jnp.maximum(x, 0)
 
     def _entrywise(self, fn: Any, x: jax.Array, *values: jax.Array) -> jax.Array:
         """Returns `fn(entry, *values of its block)` for each entry of `x`.
@@ -227,39 +222,17 @@ class Int8:
         found = jax.lax.platform_dependent(x, *values, cpu=flat, default=blocked)
         return _compat.reshard_like(found, like)
 
-    def _keys(self, x: jax.Array) -> jax.Array:
-        """Returns integers that order floats by magnitude, NaN last: they need no care for NaN."""
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        if self._keeps_sign:
-            return (bits << 1) | (1 - (bits >> 31))
-        return bits & 0x7FFFFFFF
-
-    def _of_keys(self, keys: jax.Array) -> jax.Array:
-        """Returns the floats that have these keys."""
-        bits = (keys >> 1) | ((1 - (keys & 1)) << 31) if self._keeps_sign else keys
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-    @property
-    def _keeps_sign(self) -> bool:
+    def _largest(self, blocks: jax.Array) -> jax.Array:
+        # One reduction of two operands: a CPU fuses it with what makes the entries, but not two.
+        high, low = jax.lax.reduce(
+            (blocks, blocks),
+            (jnp.float32(0), jnp.float32(0)),
+            lambda x, y: (jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])),
+            (blocks.ndim - 1,),
+        )
         # The dynamic levels have 1 and lack -1: the largest entry gives the scale its sign. The
         # linear ones have both, and two entries can round to them.
-        return self.code == "dynamic" and self._signed
-
-
-def _largest(keys: jax.Array) -> jax.Array:
-    """Returns the maximum along the last axis.
-
-    A CPU fuses a reduction of two operands with what makes them. One operand, XLA would write to
-    memory to reduce it in two stages.
-    """
-    zero = jnp.uint32(0)
-    both = jax.lax.reduce(
-        (keys, keys),
-        (zero, zero),
-        lambda x, y: (jnp.maximum(x[0], y[0]), jnp.maximum(x[1], y[1])),
-        (keys.ndim - 1,),
-    )
-    return both[0]
+        return jnp.where(high >= -low, high, low if self.code == "dynamic" else -low)
 
 
 def _round(x: jax.Array) -> jax.Array:
@@ -267,7 +240,7 @@ def _round(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x + 1.5 * 2**23, jnp.int32)
 
 
-def _nearest_dynamic(units: Any, least: Any, signed: bool) -> jax.Array:
+def _nearest_dynamic(units: Any, positive: Any, least: Any, signed: bool) -> jax.Array:
     """Returns indices of the nearest levels in `dynamic_code`; arithmetic vectorises, search not.
 
     The number in units of its decade's lower end, less 1, times cells / 9, is a position in cells
@@ -287,7 +260,10 @@ def _nearest_dynamic(units: Any, least: Any, signed: bool) -> jax.Array:
     index = jnp.maximum(cells - first + 1 + inside, 1)
     index = jnp.where(size >= float((book[-2] + 1) / 2), len(book) - 1.0, index)
     index = jnp.where(size < float(book[1] / 2), 0, index)
-    index = 127 + jnp.where(units < 0, -index, index) if signed else jnp.maximum(index, least)
+    if signed:
+        index = 127 + jnp.where(units < 0, -index, index)
+    else:
+        index = jnp.maximum(index, jnp.where(positive, least, 0))
     return _round(index).astype(jnp.uint8)
 
 
