@@ -2,8 +2,8 @@
 
 Forward, and forward with the gradients of query, key and value, over a list of shapes. All
 contenders of a shape take turns; reported are medians, TFLOP/s, the compiled program's temporary
-memory, and the error against float32. TFLOP/s count 4 B N T S d operations forward and 2.5 times as
-many more backward, half of both under a causal mask, whatever a code computes.
+memory, and the error against the next wider dtype. TFLOP/s count 4 B N T S d operations forward and
+2.5 times as many more backward, half of both under a causal mask, whatever a code computes.
 
 ``--tune ROUTE`` times the candidates for a route's blocks instead and writes the fastest of each
 shape to the table that the route reads.

@@ -118,11 +118,14 @@ def _shipped(shape: Shape, platform: str) -> Attention | str:
 
 
 def exact(shape: Shape, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The float32 result at full precision, in linear memory: what errors are measured against."""
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    return pallas_kernels.attention(
-        q, k, v, is_causal=shape.causal, implementation="chunked", precision="highest"
-    )
+    """The result of the next wider dtype, in linear memory: what errors are measured against."""
+    wider = jnp.float64 if shape.dtype == "float32" else jnp.float32
+    with jax.enable_x64(wider == jnp.float64):
+        q, k, v = (x.astype(wider) for x in (q, k, v))
+        found = pallas_kernels.attention(
+            q, k, v, is_causal=shape.causal, implementation="chunked", precision="highest"
+        )
+        return found.astype(jnp.float32)
 
 
 def candidates(route: str) -> list[Any]:

@@ -12,9 +12,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes, with_axis
-from pallas_kernels.attention import arguments, blocks, core, routes
-from pallas_kernels.attention.blocks import LAYOUTS
+from pallas_kernels.attention import arguments, core, layouts, routes
 from pallas_kernels.attention.gather import gather
+from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 from pallas_kernels.attention.ring import Axis, ring
@@ -60,13 +60,13 @@ def shard_sequence_order(
     _check_choice("layout", layout, LAYOUTS)
     if axis_size < 1:
         raise ValueError(f"axis_size={axis_size}; expected at least 1")
-    parts = axis_size * blocks.runs_of(layout)
+    parts = axis_size * layouts.runs_of(layout)
     if length < 0 or length % parts:
         raise ValueError(
             f"length={length} does not divide into {parts} equal parts; expected a multiple of "
             f"{parts} for layout={layout!r} and axis_size={axis_size}"
         )
-    order = blocks.positions(layout, axis_size, length // axis_size).ravel().astype(np.int32)
+    order = layouts.positions(layout, axis_size, length // axis_size).ravel().astype(np.int32)
     return order, np.argsort(order).astype(np.int32)
 
 
@@ -247,17 +247,17 @@ def _all_to_all(
 
     def to_heads(x: jax.Array) -> jax.Array:
         x = lax.all_to_all(x, axis.name, split_axis=2, concat_axis=1, tiled=True)
-        return blocks.to_positions(x, axis.size, layout)
+        return layouts.to_positions(x, axis.size, layout)
 
     def to_sequence(x: jax.Array) -> jax.Array:
-        x = blocks.from_positions(x, axis.size, layout)
+        x = layouts.from_positions(x, axis.size, layout)
         return lax.all_to_all(x, axis.name, split_axis=1, concat_axis=2, tiled=True)
 
     def whole(ids: jax.Array | None) -> jax.Array | None:
         if ids is None:
             return None
         everyone = lax.all_gather(ids, axis.name, axis=1, tiled=True)
-        return blocks.to_positions(everyone, axis.size, layout)
+        return layouts.to_positions(everyone, axis.size, layout)
 
     sinks = operands.sinks
     if sinks is not None:
@@ -298,7 +298,7 @@ def _check_choice(name: str, given: str, known: tuple[str, ...]) -> None:
 
 def _check_runs(layout: str, query: jax.Array, key: jax.Array) -> None:
     for name, x in (("query", query), ("key", key)):
-        if x.shape[-3] % blocks.runs_of(layout):
+        if x.shape[-3] % layouts.runs_of(layout):
             raise ValueError(
                 f"{name} has shape {x.shape}, a slice of {x.shape[-3]} positions; expected an even "
                 f"number, since with layout={layout!r} a slice is two chunks"

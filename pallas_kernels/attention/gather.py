@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attention import blocks, ring
+from pallas_kernels.attention import layouts, ring
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 from pallas_kernels.attention.ring import Axis, Held, Job, Rows
@@ -78,7 +78,7 @@ def _backward(job: Job, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
     d_key, d_value = sum(d_keys[1:], d_keys[0]), sum(d_values[1:], d_values[0])
     if _has_window(job):
         d_key, d_value = (
-            blocks.from_positions(x, job.axis.size, job.layout) for x in (d_key, d_value)
+            layouts.from_positions(x, job.axis.size, job.layout) for x in (d_key, d_value)
         )
     return jnp.concatenate(d_queries, axis=1), d_key, d_value
 
@@ -100,7 +100,7 @@ def _runs(job: Job) -> list[_Run]:
     length = job.operands.query.shape[1]
     if not _has_window(job):
         return [_Run(slice(0, length), None)]
-    starts = blocks.starts(job.layout, job.axis.size, length).astype(np.int32)
+    starts = layouts.starts(job.layout, job.axis.size, length).astype(np.int32)
     first = jnp.asarray(starts)[job.device]
     step = length // len(first)
     return [_Run(slice(a * step, (a + 1) * step), first[a]) for a in range(len(first))]
@@ -121,7 +121,7 @@ def _gather(job: Job) -> Held:
     def gathered(x: jax.Array) -> jax.Array:
         x = lax.all_gather(x, job.axis.name, axis=1, tiled=True)
         ordered = _has_window(job) and not _has_gaps(job)
-        return blocks.to_positions(x, job.axis.size, job.layout) if ordered else x
+        return layouts.to_positions(x, job.axis.size, job.layout) if ordered else x
 
     return jax.tree.map(gathered, job.held)
 
@@ -158,10 +158,10 @@ def _backward_by_source(job: Job, rows: Rows) -> tuple[jax.Array, jax.Array, jax
     return lax.fori_loop(0, job.axis.size, step, zeros)
 
 
-def _plan(job: Job) -> blocks.Plan:
+def _plan(job: Job) -> layouts.Plan:
     size, mask = job.operands.sizes, job.operands.mask
     everyone = np.ones((job.axis.size, job.axis.size), bool)
-    return blocks.plan(
+    return layouts.plan(
         job.layout, job.axis.size, size.queries, size.keys, mask.left, mask.right, everyone
     )
 

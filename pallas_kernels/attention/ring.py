@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes
-from pallas_kernels.attention import blocks
+from pallas_kernels.attention import layouts
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.merge import merge_parts
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
@@ -160,9 +160,9 @@ def _backward(job: Job, rows: Rows) -> Gradients:
     return cast(job, d_query, *d_held)
 
 
-def _schedule(job: Job) -> blocks.Schedule:
+def _schedule(job: Job) -> layouts.Schedule:
     size, mask = job.operands.sizes, job.operands.mask
-    return blocks.schedule(
+    return layouts.schedule(
         job.layout, job.axis.size, size.queries, size.keys, mask.left, mask.right
     )
 
@@ -204,10 +204,10 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-def add_attention(job: Job, plan: blocks.Plan, step: Any, held: Held, total: Partial) -> Partial:
+def add_attention(job: Job, plan: layouts.Plan, step: Any, held: Held, total: Partial) -> Partial:
     """Merges attention over `held`, the slice of device ``job.device - step``, into `total`."""
 
-    def branch(calls: tuple[blocks.Call, ...], offsets: jax.Array) -> Callable[..., Any]:
+    def branch(calls: tuple[layouts.Call, ...], offsets: jax.Array) -> Callable[..., Any]:
         def fn(total: Partial) -> Partial:
             for call in calls:
                 operands = _slice(job, held, call, offsets)
@@ -227,13 +227,13 @@ def add_attention(job: Job, plan: blocks.Plan, step: Any, held: Held, total: Par
 
 
 def add_gradients(
-    job: Job, rows: Rows, plan: blocks.Plan, step: Any, held: Held, d_query: jax.Array
+    job: Job, rows: Rows, plan: layouts.Plan, step: Any, held: Held, d_query: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Returns `d_query` with the share of `held` added, and the shares of its key and value."""
     dtype = d_query.dtype
     shares = tuple(job.constant(x.shape, dtype) for x in (held.key, held.value))
 
-    def branch(calls: tuple[blocks.Call, ...], offsets: jax.Array) -> Callable[..., Any]:
+    def branch(calls: tuple[layouts.Call, ...], offsets: jax.Array) -> Callable[..., Any]:
         def fn(d_query: jax.Array, d_key: jax.Array, d_value: jax.Array) -> Any:
             for call in calls:
                 found = job.route.backward(
@@ -255,7 +255,7 @@ def add_gradients(
     return d_query, (d_key, d_value)
 
 
-def _slice(job: Job, held: Held, call: blocks.Call, offsets: jax.Array) -> Operands:
+def _slice(job: Job, held: Held, call: layouts.Call, offsets: jax.Array) -> Operands:
     """Returns the operands of one call."""
     query = job.operands.query[:, call.rows]
     query_ids, key_ids = job.operands.mask.query_segment_ids, held.segment_ids
@@ -271,7 +271,7 @@ def _slice(job: Job, held: Held, call: blocks.Call, offsets: jax.Array) -> Opera
 
 
 def _take_branch(
-    job: Job, plan: blocks.Plan, step: Any, branch: Callable[..., Any], *state: Any
+    job: Job, plan: layouts.Plan, step: Any, branch: Callable[..., Any], *state: Any
 ) -> Any:
     """Takes the branch of `plan` for this device and the one whose slice it holds."""
     source = (job.device - step) % job.axis.size

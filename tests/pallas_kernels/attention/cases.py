@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.attention import core, dropout
 from pallas_kernels.attention.mask import Mask
@@ -249,3 +251,20 @@ CASES: tuple[Case, ...] = (
     Case("wide keys", head_dim=96, value_dim=64),
     Case("wide values", head_dim=64, value_dim=112, right=0),
 )  # fmt: skip
+
+
+# Together they have every feature; a kernel's interpreter takes seconds for each.
+QUICK = {
+    "causal window", "grouped heads", "more queries, causal", "causal at the end",
+    "negative offset leaves empty rows", "a length of zero", "shuffled segments",
+    "dense mask of keys", "bias of queries",
+    "soft cap and bias", "sinks and empty rows", "everything", "wide values",
+}  # fmt: skip
+
+
+def some_slow(of: Iterable[Case]) -> list[Any]:
+    """Marks the cases that are not in `QUICK` as slow."""
+    return [
+        pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow, id=case.name)
+        for case in of
+    ]

@@ -18,7 +18,7 @@ from pallas_kernels.attention.mosaic_tpu import ROUTE, Blocks, Config, steps, ta
 from pallas_kernels.attention.problem import Device
 from pallas_kernels.targets import compile_in_child, compile_with_schedule
 from tests.pallas_kernels.attention import cases
-from tests.pallas_kernels.attention.cases import CASES, Case
+from tests.pallas_kernels.attention.cases import CASES, Case, some_slow
 from tests.pallas_kernels.targets import needs
 
 PROGRAMS = "tests.pallas_kernels.attention.mosaic_tpu_cases"
@@ -26,19 +26,8 @@ SMALL = Blocks(128, 128, 128, 128)
 CONFIG = Config(SMALL, SMALL)
 TPU = Device("tpu", "TPU v5 lite")
 
-QUICK = {
-    "causal window", "grouped heads", "more queries, causal", "causal at the end",
-    "negative offset leaves empty rows", "a length of zero", "shuffled segments",
-    "dense mask of keys", "bias of queries",
-    "soft cap and bias", "sinks and empty rows", "everything", "wide values",
-}  # fmt: skip
 
-
-def some_slow(case):
-    return pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow, id=case.name)
-
-
-@pytest.mark.parametrize("case", [some_slow(case) for case in CASES])
+@pytest.mark.parametrize("case", some_slow(CASES))
 def test_cases(case):
     cases.check_route(ROUTE, case, config=CONFIG, interpret=True)
 

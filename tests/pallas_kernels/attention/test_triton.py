@@ -18,7 +18,7 @@ from pallas_kernels.attention.triton import ROUTE, Blocks, Config
 from pallas_kernels.targets import CHIPS, compile_in_child
 from tests.pallas_kernels.attention import cases
 from tests.pallas_kernels.attention import triton_cases as programs
-from tests.pallas_kernels.attention.cases import CASES, Case
+from tests.pallas_kernels.attention.cases import CASES, Case, some_slow
 from tests.pallas_kernels.targets import needs
 
 # So small that windows and causal masks have tiles to skip, whole ones and partial ones, and no two
@@ -35,7 +35,7 @@ def check(case: Case, config: Config | None = SMALL) -> None:
     cases.check_route(ROUTE, case, config=config, interpret=True)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", some_slow(CASES))
 def test_values_and_gradients(case):
     check(case)
 
