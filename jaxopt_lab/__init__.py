@@ -21,8 +21,25 @@ from jaxopt_lab.transforms.muon import (
 from jaxopt_lab.transforms.sgdp import ScaleBySgdpState, scale_by_sgdp, sgdp
 
 if TYPE_CHECKING:
-    from jaxopt_lab import diagnostics, quantization, subspace
+    from jaxopt_lab import diagnostics, distributed, quantization, subspace
     from jaxopt_lab.diagnostics import state_bytes, training_memory
+    from jaxopt_lab.distributed import (
+        co2,
+        compressed_mean,
+        diloco,
+        econtrol,
+        ef21,
+        error_feedback,
+        gossip,
+        hierarchical_mean,
+        local_updates,
+        noloco,
+        one_bit_adam,
+        powersgd,
+        scale_by_one_bit_adam,
+        sync_gradients,
+        wire_bytes,
+    )
     from jaxopt_lab.quantization import (
         apply_updates_compensated,
         apply_updates_stochastic,
@@ -58,18 +75,31 @@ __all__ = [
     "apply_updates_stochastic",
     "badam",
     "clip_coordinates",
+    "co2",
+    "compressed_mean",
     "dct_adamw",
     "diagnostics",
     "diffgrad",
+    "diloco",
+    "distributed",
+    "econtrol",
+    "ef21",
+    "error_feedback",
     "exadam",
     "frugal",
     "frugal_adamw",
     "galore_adamw",
+    "gossip",
+    "hierarchical_mean",
     "init_compensation",
     "init_sharded",
     "lion",
+    "local_updates",
     "muon",
     "muon_dimension_numbers",
+    "noloco",
+    "one_bit_adam",
+    "powersgd",
     "quantization",
     "quantize_state",
     "scale_by_adabelief",
@@ -78,16 +108,19 @@ __all__ = [
     "scale_by_exadam",
     "scale_by_lion",
     "scale_by_muon",
+    "scale_by_one_bit_adam",
     "scale_by_sgdp",
     "sgdp",
     "state_bytes",
     "state_shardings",
     "subspace",
+    "sync_gradients",
     "training_memory",
+    "wire_bytes",
 ]
 
 # Folders that are imported when one of their names is first asked for.
-_LATER = ("diagnostics", "quantization", "subspace")
+_LATER = ("diagnostics", "distributed", "quantization", "subspace")
 
 if not TYPE_CHECKING:  # a type checker would take every name for granted
 

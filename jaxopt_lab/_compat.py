@@ -11,7 +11,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def type_apart_from_leading_axis(x: jax.Array) -> Any:
     """Returns what two arrays must share to be concatenated along axis 0 without a change."""
     aval = jax.typeof(x)
-    return aval.shape[1:], aval.dtype, str(aval.sharding.spec), str(_varying_axes(aval))
+    return aval.shape[1:], aval.dtype, str(aval.sharding.spec), str(aval.manual_axis_type)
+
+
+def varying_axes(x: jax.Array) -> frozenset[Any]:
+    """Returns the mesh axes over which `x` varies, as far as `shard_map` checks it."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def unshard(x: jax.Array) -> jax.Array:
@@ -26,11 +31,6 @@ def reshard_like(x: jax.Array, like: jax.Array) -> jax.Array:
     if not _explicit(like):
         return x
     return jax.sharding.reshard(x, jax.typeof(like).sharding)
-
-
-def _varying_axes(aval: Any) -> Any:
-    kind = getattr(aval, "manual_axis_type", None)
-    return kind if kind is not None else getattr(aval, "vma", None)
 
 
 def _explicit(x: jax.Array) -> bool:

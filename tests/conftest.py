@@ -1,4 +1,4 @@
-"""Settings of the whole suite: four pretend devices, and no accelerator even where there is one."""
+"""Settings of the suite: eight pretend devices, and no accelerator even where there is one."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
