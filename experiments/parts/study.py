@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,7 +61,7 @@ class Study:
         self.workload, self.candidates, self.store = workload, candidates, store
         self.steps, self.rates, self.seeds = steps, rates, seeds
         self._validation_loss = jax.jit(workload.validation_loss)
-        self._loops: dict[str, TrainLoop] = {}
+        self._loops: dict[str, Any] = {}
         self._timing_steps = len(candidates) * (TIMING_ROUNDS + 1) * (steps // EVALUATIONS)
 
     @property
@@ -82,7 +82,7 @@ class Study:
             progress.skip(self._timing_steps)
         else:
             seconds = interleaved_seconds_per_step(
-                {c.name: self._loop(c, progress) for c in self.candidates},
+                {c.name: self._timed_loop(c, progress) for c in self.candidates},
                 {c.name: c.learning_rate for c in self.candidates},
                 TIMING_ROUNDS,
                 lambda steps, name: progress.advance(steps, f"timing {name}"),
@@ -111,7 +111,7 @@ class Study:
         def on_chunk(steps: int, loss: float) -> None:
             progress.advance(steps, f"{label}: {loss:.3f}")
 
-        curve = train(loop, self._validation_loss, rate, seed, on_chunk)
+        curve = self._train(loop, rate, seed, on_chunk)
         progress.skip(self.steps - curve["steps"][-1])
         run = {
             "optimizer": candidate.name,
@@ -134,8 +134,19 @@ class Study:
             )
         return run
 
-    def _loop(self, candidate: Candidate, progress: Progress) -> TrainLoop:
+    def _loop(self, candidate: Candidate, progress: Progress) -> Any:
         if candidate.name not in self._loops:
             progress.note(f"{candidate.name}: compiling")
-            self._loops[candidate.name] = TrainLoop(self.workload, candidate.make, self.steps)
+            self._loops[candidate.name] = self._make_loop(candidate)
         return self._loops[candidate.name]
+
+    def _make_loop(self, candidate: Candidate) -> Any:
+        return TrainLoop(self.workload, candidate.make, self.steps)
+
+    def _timed_loop(self, candidate: Candidate, progress: Progress) -> Any:
+        return self._loop(candidate, progress)
+
+    def _train(
+        self, loop: Any, rate: float, seed: int, on_chunk: Callable[[int, float], None]
+    ) -> dict[str, Any]:
+        return train(loop, self._validation_loss, rate, seed, on_chunk)

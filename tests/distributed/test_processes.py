@@ -76,7 +76,8 @@ def run(folder: Path, processes: int, devices: int, kill: Sequence[object] = ())
                 child.wait()
         found = []
         for (child, out, err), end in zip(children, ends, strict=True):
-            out.seek(0), err.seek(0)
+            out.seek(0)
+            err.seek(0)
             found.append(Ended(child.returncode, out.read(), err.read(), end - min(ends)))
     return found
 
