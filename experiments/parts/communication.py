@@ -1,0 +1,401 @@
+"""Replicas of the language model that agree by many methods, and their training loop.
+
+A replica draws its batches from its own slice of the text, with a key that depends on the seed, the
+step and the replica only: every method sees the same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxopt_lab
+from experiments.parts import UserError
+from experiments.parts.optimizers import Candidate, Known, candidate
+from experiments.parts.store import Store
+from experiments.parts.study import TIMING_ROUNDS, Study
+from experiments.parts.training import EVALUATIONS, unit_schedule
+from experiments.parts.workload import Workload, parameter_count
+from jaxopt_lab import distributed
+from jaxopt_lab.distributed.replicas import shared_counters
+
+AXIS = "replica"
+BASELINE = "sync"
+FREEZE_SHARE = 0.2
+"""The share of the steps after which one-bit Adam freezes its second moment."""
+
+Make = Callable[["Setting", dict[str, Any]], optax.GradientTransformation]
+
+
+class Setting(NamedTuple):
+    """What the methods are made for."""
+
+    steps: int
+    replicas: int
+    sync_every: int  # local steps in a round
+
+    @property
+    def freeze_step(self) -> int:
+        """The steps of one-bit Adam's warm-up."""
+        return max(1, round(FREEZE_SHARE * self.steps))
+
+    @property
+    def timed_steps(self) -> int:
+        """Whole chunks of steps that are whole rounds, or a run if that is less."""
+        chunk = self.steps // EVALUATIONS
+        return min(math.lcm(chunk, self.sync_every), self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way for replicas to agree.
+
+    Attributes:
+      make: (setting, AdamW's arguments) -> transformation.
+      text: what it does, for lists.
+      peaks: (setting, step) -> how many of the first steps send as much as any step does.
+      overlaps: whether a round's exchange may run beside the next round's steps.
+    """
+
+    make: Make
+    text: str
+    peaks: Callable[[Setting, Any], Any] = lambda setting, step: step
+    overlaps: bool = False
+
+
+def _after(transformation: optax.GradientTransformation) -> Make:
+    return lambda setting, given: optax.chain(transformation, optax.adamw(**given))
+
+
+def _local(method: Callable[..., optax.GradientTransformation]) -> Make:
+    return lambda setting, given: method(
+        optax.adamw(**given), sync_every=setting.sync_every, axis_name=AXIS
+    )
+
+
+def _rounds(setting: Setting, step: Any) -> Any:
+    return step // setting.sync_every
+
+
+def _one_bit_adam(setting: Setting, given: dict[str, Any]) -> optax.GradientTransformation:
+    # With bias correction its warm-up is AdamW.
+    return distributed.one_bit_adam(
+        freeze_step=setting.freeze_step, axis_name=AXIS, bias_correction=True, **given
+    )
+
+
+METHODS: dict[str, Method] = {
+    BASELINE: Method(
+        _after(distributed.sync_gradients(AXIS)), "AdamW on the mean of all gradients, each step"
+    ),
+    "one-bit-adam": Method(
+        _one_bit_adam,
+        "signs of the momentum each step, after a warm-up as AdamW",
+        lambda setting, step: np.minimum(step, setting.freeze_step),
+    ),
+    "ef21-top1": Method(
+        _after(distributed.ef21(distributed.top_k(0.01), AXIS)),
+        "EF21: the largest 1% of each gradient's change, then AdamW",
+    ),
+    "ef-int8": Method(
+        _after(distributed.error_feedback(distributed.stochastic_int8(), AXIS, two_phase=True)),
+        "error feedback: gradients in int8, both ways, then AdamW",
+    ),
+    "diloco": Method(
+        _local(distributed.diloco),
+        "AdamW on its own, an outer step on the mean each round",
+        _rounds,
+    ),
+    "noloco": Method(
+        _local(distributed.noloco), "AdamW on its own, an outer step with a partner", _rounds
+    ),
+    "co2": Method(
+        _local(distributed.co2), "AdamW on its own, an outer step one round late", _rounds, True
+    ),
+    "gossip": Method(
+        _local(distributed.gossip), "AdamW on its own, an average with a partner", _rounds
+    ),
+}
+
+
+def contenders(names: Sequence[str], setting: Setting, workload: Workload) -> list[Candidate]:
+    """The methods in the order asked for; the synchronous one is added in front if missing."""
+    names = list(dict.fromkeys(names if BASELINE in names else [BASELINE, *names]))
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"--methods: unknown method {name!r}; known: {', '.join(METHODS)}")
+    lab = Path(jaxopt_lab.__file__).parent
+    sources = (Path(__file__), lab / "distributed", *sorted(lab.glob("_*.py")))
+
+    def known(name: str) -> Known:
+        def make(rate: optax.Schedule, decay: float, mask: Any) -> optax.GradientTransformation:
+            given = {"learning_rate": rate, "weight_decay": decay, "mask": mask}
+            return METHODS[name].make(setting, given)
+
+        return Known(make, 1, "that of AdamW")
+
+    return [candidate(name, known(name), workload, *sources) for name in names]
+
+
+def shards(workload: Workload, replicas: int) -> np.ndarray:
+    """The training text in contiguous slices of equal length, one a replica."""
+    tokens, context = np.asarray(workload.data["train"]), workload.identity["context"]
+    length = len(tokens) // replicas
+    if length <= context + 1:
+        raise UserError(
+            f"--replicas {replicas}: a replica's slice of the text has {length} characters; "
+            f"expected more than the context of {context}"
+        )
+    return tokens[: replicas * length].reshape(replicas, length)
+
+
+def sent(
+    setting: Setting,
+    make: Callable[[optax.Schedule], optax.GradientTransformation],
+    workload: Workload,
+) -> distributed.WireBytes:
+    """What one replica sends in one step, counted in the traced step."""
+    tx = optax.with_extra_args_support(make(optax.constant_schedule(1e-3)))
+
+    def step(params: optax.Params, data: Any, key: jax.Array) -> Any:
+        grads = jax.grad(workload.loss)(params, workload.sample(data, key))
+        return tx.update(grads, tx.init(params), params)
+
+    key = jax.random.key(0)
+    params = jax.eval_shape(workload.init, key)
+    sizes = {AXIS: setting.replicas}
+    return distributed.wire_bytes(step, params, workload.data, key, axis_sizes=sizes)
+
+
+class State(NamedTuple):
+    """What one step of all replicas carries to the next."""
+
+    step: int  # steps taken
+    replicas: distributed.TrainState
+
+    @property
+    def params(self) -> Any:
+        return self.replicas.params
+
+
+class ReplicaLoop:
+    """One method's compiled training loop for all replicas, for any peak rate and seed.
+
+    Args:
+      workload: what is trained.
+      make: schedule -> transformation.
+      setting: the run's length and the number of replicas.
+      replicas: those of devices, or simulated.
+      slices: each replica's text.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        make: Callable[[optax.Schedule], optax.GradientTransformation],
+        setting: Setting,
+        replicas: distributed.Replicas,
+        slices: np.ndarray,
+    ):
+        self.workload, self.setting, self.replicas = workload, setting, replicas
+        self.steps, self.chunk_steps = setting.steps, setting.steps // EVALUATIONS
+        local = list(replicas.local)
+        self._data = replicas.shard((slices[local], np.asarray(local, np.int32)))
+        unit = unit_schedule(setting.steps)
+        self._tx = make(unit)
+
+        def run_chunk(state: Any, data: Any, first: Any, peak: Any, seed: Any) -> Any:
+            key = jax.random.split(jax.random.key(seed))[1]
+            tx = make(lambda count: peak * unit(count))
+
+            def one_step(state: Any, step: jax.Array) -> tuple[Any, jax.Array]:
+                def loss(params: optax.Params, own: Any) -> jax.Array:
+                    tokens, replica = own
+                    of_step = jax.random.fold_in(jax.random.fold_in(key, step), replica)
+                    return workload.loss(params, workload.sample({"train": tokens}, of_step))
+
+                state, losses = replicas.train_step(loss, tx)(state, data)
+                return state, losses.mean()
+
+            state, losses = jax.lax.scan(one_step, state, first + jnp.arange(self.chunk_steps))
+            return state, losses.mean()
+
+        state = self.start(0.0, 0)
+        self.state_bytes_per_parameter = sum(
+            leaf.nbytes for leaf in jax.tree.leaves(state.replicas.opt_state)
+        ) / parameter_count(state.params)
+        arguments = self._data, np.int32(0), np.float32(0), np.int32(0)
+        compiled = jax.jit(run_chunk, donate_argnums=0).lower(state.replicas, *arguments).compile()
+        self._run_chunk = compiled
+
+    def start(self, peak: float, seed: int) -> State:
+        """Equal weights and fresh optimizer states; those do not depend on the peak rate."""
+        del peak
+        params = self.workload.init(jax.random.split(jax.random.key(seed))[0])
+        return State(0, jax.block_until_ready(self.replicas.init(self._tx, params)))
+
+    def run_chunk(self, state: State, peak: float, seed: int) -> tuple[State, float]:
+        """Trains for `chunk_steps`, consuming `state`; returns it with the mean training loss."""
+        arguments = np.int32(state.step), np.float32(peak), np.int32(seed)
+        after, loss = self._run_chunk(state.replicas, self._data, *arguments)
+        loss = float(np.asarray(loss.addressable_data(0)))
+        return State(state.step + self.chunk_steps, jax.block_until_ready(after)), loss
+
+
+class Validation:
+    """Validation losses of replicas, compiled once for all methods."""
+
+    def __init__(self, workload: Workload, replicas: distributed.Replicas):
+        self._data = {"validation": np.asarray(workload.data["validation"])}
+        self._of_one = jax.jit(workload.validation_loss)
+        self._of_each = replicas.map(lambda params: workload.validation_loss(params, self._data))
+        everywhere = None
+        if replicas.mesh is not None:
+            everywhere = jax.sharding.NamedSharding(replicas.mesh, jax.P())
+        # `Replicas.consensus` would compile anew at each evaluation.
+        self._mean = jax.jit(
+            lambda tree: jax.tree.map(lambda x: x[0] + jnp.mean(x - x[0], axis=0), tree),
+            out_shardings=everywhere,
+        )
+
+    def of_consensus(self, state: State) -> float:
+        """The loss of the mean of all models."""
+        mean = jax.tree.map(np.asarray, self._mean(state.params))
+        return float(self._of_one(mean, self._data))
+
+    def of_single(self, state: State) -> float:
+        """The mean over the models of their losses."""
+        return float(self._mean(self._of_each(state.params)))
+
+
+class TimedLoop:
+    """The loop over whole rounds, once one-bit Adam's warm-up is over."""
+
+    def __init__(self, loop: ReplicaLoop):
+        self._loop, self.chunk_steps = loop, loop.setting.timed_steps
+
+    def run_chunk(self, state: State, peak: float, seed: int) -> tuple[State, float]:
+        """Trains for `chunk_steps`, consuming `state`."""
+        loss = math.nan
+        for _ in range(self.chunk_steps // self._loop.chunk_steps):
+            state, loss = self._loop.run_chunk(state, peak, seed)
+        return state, loss
+
+    def start(self, peak: float, seed: int) -> State:
+        """A fresh state whose counters say that the warm-up is over."""
+        state = self._loop.start(peak, seed).replicas
+        later = np.int32(self._loop.setting.freeze_step)
+
+        def count(flag: bool, tree: Any) -> Any:
+            return jax.device_put(later, tree.sharding) if flag else tree
+
+        opt_state = jax.tree.map(count, shared_counters(state.opt_state), state.opt_state)
+        return State(int(later), state._replace(opt_state=opt_state))
+
+
+def train(
+    loop: ReplicaLoop,
+    validation: Validation,
+    peak: float,
+    seed: int,
+    on_chunk: Callable[[int, float], None],
+) -> dict[str, Any]:
+    """One run from scratch; it ends early when a loss is not finite.
+
+    Returns:
+      The fields of `training.train`, with the validation losses of the mean model; and
+      `single_loss`, at the end the mean of the models' own.
+    """
+    state = loop.start(peak, seed)
+    curve: dict[str, Any] = {
+        "status": "finished",
+        "steps": [0],
+        "validation_loss": [validation.of_consensus(state)],
+        "train_loss": [None],
+        "train_seconds": [0.0],
+        "single_loss": None,
+    }
+    while state.step < loop.steps:
+        began = time.perf_counter()
+        state, chunk_loss = loop.run_chunk(state, peak, seed)
+        seconds = time.perf_counter() - began
+        losses = validation.of_consensus(state), chunk_loss
+        on_chunk(loop.chunk_steps, losses[0])
+        curve["steps"].append(state.step)
+        curve["train_seconds"].append(curve["train_seconds"][-1] + seconds)
+        for name, loss in zip(("validation_loss", "train_loss"), losses, strict=True):
+            curve[name].append(loss if np.isfinite(loss) else None)
+        if not np.isfinite(losses).all():
+            return {**curve, "status": "diverged"}
+    single = validation.of_single(state)
+    return {**curve, "single_loss": single if np.isfinite(single) else None}
+
+
+class ReplicaStudy(Study):
+    """Search and seeds of every method, on replicas.
+
+    Args:
+      workload: what is trained.
+      candidates: the contenders.
+      store: where finished runs are kept.
+      setting: the run's length, replicas and rounds.
+      replicas: those of devices, or simulated.
+      rates: number of learning rates tried for each, with seed 0.
+      seeds: number of seeds at each one's best rate.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        candidates: Sequence[Candidate],
+        store: Store,
+        *,
+        setting: Setting,
+        replicas: distributed.Replicas,
+        rates: int,
+        seeds: int,
+    ):
+        super().__init__(workload, candidates, store, steps=setting.steps, rates=rates, seeds=seeds)
+        self.setting, self._replicas = setting, replicas
+        self._slices = shards(workload, setting.replicas)
+        self._timing_steps = len(candidates) * (TIMING_ROUNDS + 1) * setting.timed_steps
+        self._validation = Validation(workload, replicas)
+
+    @property
+    def on_devices(self) -> bool:
+        """Whether each replica has a device of its own."""
+        return self._replicas.mesh is not None
+
+    def sent(self) -> dict[str, distributed.WireBytes]:
+        """What one replica sends in a step of each method."""
+        return {c.name: sent(self.setting, c.make, self.workload) for c in self.candidates}
+
+    def _make_loop(self, candidate: Candidate) -> ReplicaLoop:
+        return ReplicaLoop(
+            self.workload, candidate.make, self.setting, self._replicas, self._slices
+        )
+
+    def _timed_loop(self, candidate: Candidate, progress: Any) -> TimedLoop:
+        return TimedLoop(self._loop(candidate, progress))
+
+    def _train(
+        self, loop: ReplicaLoop, rate: float, seed: int, on_chunk: Callable[[int, float], None]
+    ) -> dict[str, Any]:
+        return train(loop, self._validation, rate, seed, on_chunk)
+
+
+class FollowingStore(Store):
+    """The store of a process that trains with others and leaves the writing to the first."""
+
+    def save(self, name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        self._results[name] = {"kind": "result", **result}
+        return self._results[name]

@@ -1,0 +1,261 @@
+"""The experiment on communication from its command line: results, resumption, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from experiments import low_communication
+from experiments.parts import communication, communication_summary, processes, study
+from experiments.parts.communication import METHODS, Setting, contenders, sent, train
+from experiments.parts.language_model import language_model
+from jaxopt_lab.distributed import WireBytes, wire_bytes
+from tests.experiments.tiny_low_communication import SIZES
+
+TINY = ["--methods", "diloco", "--replicas", "2", "--budget", "20", "--rates", "1", "--seeds", "2",
+        "--sync-every", "5", "--size", "tiny"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text"
+    path.write_text("The quick brown fox jumps over the lazy dog; nothing else happens.\n" * 120)
+    return path
+
+
+assert "tiny" in SIZES
+
+
+def run(out: Path, text: Path, *more: str) -> int:
+    return low_communication.main([*TINY, f"--text={text}", "--out", str(out), *more])
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    out = tmp_path_factory.mktemp("low") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "TIMING_ROUNDS", 1)
+        assert run(out, text) == 0
+    return out
+
+
+@pytest.fixture
+def training_runs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Collects (peak rate, seed) of every run that is really trained."""
+    trained = []
+
+    def counted(loop, validation, peak, seed, on_chunk):
+        trained.append((peak, seed))
+        return train(loop, validation, peak, seed, on_chunk)
+
+    monkeypatch.setattr(communication, "train", counted)
+    return trained
+
+
+def test_results_hold_table_runs_and_origin(finished: Path) -> None:
+    content = results(finished)
+    assert content["kind"] == "low_communication"
+    assert {"date", "argv", "device", "versions", "settings", "verdict"} <= content.keys()
+    assert len(content["runs"]) == 2 * 2
+    sync, diloco = content["table"]
+    assert (sync["optimizer"], diloco["optimizer"]) == ("sync", "diloco")
+    for line in (sync, diloco):
+        losses = [r["validation_loss"][-1] for r in content["runs"]
+                  if r["optimizer"] == line["optimizer"]]  # fmt: skip
+        assert line["final_loss"] == pytest.approx(np.mean(losses), rel=1e-12)  # one rounding
+    assert sync["single_loss"] == pytest.approx(sync["final_loss"], rel=1e-6)  # equal replicas
+    above = 100 * (diloco["final_loss"] / sync["final_loss"] - 1)
+    assert diloco["percent_above_sync"] == pytest.approx(above, rel=1e-9)
+    assert content["verdict"][1].startswith("diloco ends ")
+
+
+def test_bytes_are_those_of_the_traced_step(finished: Path, text: Path) -> None:
+    sync, diloco = results(finished)["table"]
+    workload, setting = language_model("tiny", str(text), 2), Setting(20, 2, 5)
+    params = jax.eval_shape(workload.init, jax.random.key(0))
+    for line, candidate in zip((sync, diloco), contenders(["sync", "diloco"], setting, workload)):
+        tx = optax.with_extra_args_support(candidate.make(optax.constant_schedule(0.1)))
+        wire = wire_bytes(
+            lambda p, g, tx=tx: tx.update(g, tx.init(p), p),
+            params,
+            params,
+            axis_sizes={"replica": 2},
+        )
+        every = 1 if candidate.name == "sync" else 5
+        assert line["bytes_per_step"] == wire.average(every)
+        assert line["bytes_per_step_peak"] == wire.peak
+    assert diloco["times_fewer_bytes"] == 5
+
+
+def test_files_are_complete_and_hold_no_path_of_the_machine(finished: Path, text: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    for name in ("bytes.png", "rates.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    for content in (page, (finished / "results.json").read_text()):
+        assert str(finished.parent) not in content
+        assert str(text.parent) not in content
+
+
+def test_finished_runs_are_not_repeated(finished: Path, text: Path, training_runs: list) -> None:
+    before = results(finished)
+    assert run(finished, text) == 0
+    assert training_runs == []
+    assert {**results(finished), "date": 0} == {**before, "date": 0}
+    (lost,) = (finished / "runs").glob("diloco*seed1.json")
+    lost.unlink()
+    assert run(finished, text) == 0
+    assert training_runs == [(0.006, 1)]
+    assert results(finished)["table"] == before["table"]
+
+
+def tiny_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = processes.run_processes
+    module = "tests.experiments.tiny_low_communication"
+    monkeypatch.setattr(processes, "run_processes", lambda _, *rest: real(module, *rest))
+
+
+@pytest.mark.slow
+def test_processes_give_the_losses_of_the_simulation(
+    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_processes(monkeypatch)
+    assert run(tmp_path, text, "--processes", "2", "--seeds", "1") == 0
+    simulated = [found for found in results(finished)["runs"] if found["seed"] == 0]
+    for one, other in zip(results(tmp_path)["runs"], simulated, strict=True):
+        assert one["optimizer"] == other["optimizer"]
+        np.testing.assert_allclose(one["validation_loss"], other["validation_loss"], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    tiny_processes(monkeypatch)
+    monkeypatch.setenv("KILLED_PROCESS", "1")
+    assert run(tmp_path, text, "--processes", "2") == 2
+    error = capfd.readouterr().err
+    assert error == (
+        "low_communication: error: process 1 of 2 was ended by SIGKILL; finished runs are kept, "
+        "the same command goes on from here\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_from_processes_too(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    tiny_processes(monkeypatch)
+    assert run(tmp_path, text, "--processes", "2", "--methods", "dilocos") == 2
+    error = capfd.readouterr().err
+    assert error.startswith("low_communication: error: --methods: unknown method 'dilocos'; known")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "dilocos"], "unknown method 'dilocos'; known: sync, one-bit-adam"),
+        (["--budget", "30"], "--budget 30: expected a multiple of 20"),
+        (["--replicas", "0"], "--replicas: 0 is not a positive whole number"),
+        (["--replicas", "600"], "--replicas 600: a replica's slice of the text has"),
+        (["--processes", "3"], "--processes 3: does not divide --replicas 2"),
+        (["--sync-every", "x"], "--sync-every: x is not a positive whole number"),
+        (["--size", "7B"], "--size 7B: unknown"),
+        (["--text", "no/such/file"], "cannot be read"),
+        (["--no-such-option"], "unrecognized arguments"),
+    ],
+)
+def test_bad_options_are_one_line(
+    options: list[str], message: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(tmp_path, text, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("low_communication: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_results_of_another_experiment_are_not_overwritten(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "results.json").write_text('{"kind": "memory"}')
+    assert run(tmp_path, text) == 2
+    assert "no low_communication" in capsys.readouterr().err
+
+
+def test_list_names_every_method(capsys: pytest.CaptureFixture) -> None:
+    assert low_communication.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in METHODS)
+
+
+def test_every_method_sends_what_it_should() -> None:
+    workload, setting = language_model("tiny", None, 2), Setting(200, 8, 20)
+    d = workload.identity["parameters"]
+    found = {
+        c.name: sent(setting, c.make, workload)
+        for c in contenders(list(METHODS), setting, workload)
+    }
+    whole = 2 * 7 / 8 * 4 * d
+    local = ("diloco", "noloco", "co2", "gossip")
+    assert {name: wire.least for name, wire in found.items() if name in local} == dict.fromkeys(
+        local, 0
+    )
+    for name in ("sync", "diloco", "co2", "one-bit-adam"):
+        assert found[name].peak == whole
+    assert found["noloco"].peak == found["gossip"].peak == 4 * d
+    assert found["one-bit-adam"].least < whole / 25
+    assert found["ef-int8"].peak < whole / 3.5
+    assert found["ef21-top1"].peak == 7 * 8 * round(0.01 * d)
+
+
+def test_bytes_and_modelled_time() -> None:
+    setting, wire = Setting(200, 8, 20), WireBytes(())
+    assert communication_summary.sent_after("sync", setting, wire, 200) == 0
+
+    class Fixed(WireBytes):
+        least, peak = 1.0, 11.0  # type: ignore[assignment]
+
+    fixed = Fixed(())
+    after = communication_summary.sent_after
+    assert after("sync", setting, fixed, 200) == 200 * 11
+    assert after("diloco", setting, fixed, 39) == 39 + 10
+    assert after("one-bit-adam", setting, fixed, np.array([20, 200])).tolist() == [220, 200 + 400]
+    seconds = communication_summary.wall_seconds
+    assert seconds("diloco", setting, fixed, 0.5, 100.0) == pytest.approx(100 + 3.0)
+    # A round of co2 sends 30 bytes while it computes for 10 seconds.
+    assert seconds("co2", setting, fixed, 0.5, 100.0) == pytest.approx(100)
+    assert seconds("co2", setting, fixed, 0.5, 1.0) == pytest.approx(10 * 30)
+
+
+def row(name: str, loss: float | None, above: float | None) -> dict:
+    return {
+        "optimizer": name, "final_loss": loss, "percent_above_sync": above,
+        "final_loss_spread": None, "seeds": 1, "seeds_diverged": int(loss is None),
+        "bytes_per_step": 1.0, "times_fewer_bytes": 20.0, "learning_rate_at_edge": False,
+        "modelled_seconds": dict.fromkeys(communication_summary.LINKS, 1.0),
+    }  # fmt: skip
+
+
+def test_verdict_says_what_the_runs_say() -> None:
+    said = communication_summary.verdict([
+        row("sync", 2.0, 0.0), row("diloco", 2.04, 2.0), row("noloco", 2.05, 2.5),
+        row("one-bit-adam", 2.03, 1.5), row("ef21-top1", None, None),
+    ])  # fmt: skip
+    assert said[1].startswith("diloco ends within 2% of sync: +2.00%, with 20.0 times fewer")
+    assert said[2].startswith("noloco ends not within 2% of sync: +2.50%")
+    assert said[3].startswith("one-bit-adam ends not within 1% of sync: +1.50%")
+    assert said[4] == "ef21-top1 diverged at every learning rate."
+    said = communication_summary.verdict([row("sync", None, None), row("diloco", 2.0, None)])
+    assert said == ["sync diverged at every learning rate: there is nothing to compare with."]
