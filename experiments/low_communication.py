@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from experiments.parts.study import Run
 
 STEPS = 200
-# The other two sort or round all entries of all replicas in every step, which takes a CPU many
-# times what the training step takes.
+# ef21-top1 takes a CPU many times what the training step takes, because in a simulation each replica
+# unpacks what all of them sent; ef-int8 is left out with it.
 DEFAULT = ("sync", "one-bit-adam", "diloco", "noloco", "co2", "gossip")
 HEADER = (
     "method",
