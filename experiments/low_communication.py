@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from experiments.parts.study import Run
 
 STEPS = 200
-# ef21-top1 takes a CPU many times what the training step takes, because in a simulation each replica
+# ef21-top1 takes a CPU many times what the training step takes: in a simulation each replica
 # unpacks what all of them sent; ef-int8 is left out with it.
 DEFAULT = ("sync", "one-bit-adam", "diloco", "noloco", "co2", "gossip")
 HEADER = (
