@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxopt_lab
-from experiments import bench_attention, compare, memory
+from experiments import bench_attention, compare, low_communication, memory
 from experiments.parts import store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -105,6 +105,12 @@ def budgets() -> str:
     return _table(memory.HEADER, map(memory.row_cells, results["table"]))
 
 
+def communication() -> str:
+    """The table of the committed run on replicas."""
+    results = store.read_json(RESULTS / "low_communication.json", "low_communication")
+    return _table(low_communication.HEADER, map(low_communication.row_cells, results["table"]))
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(header)} |", "| --- |" + " --: |" * (len(header) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
@@ -155,6 +161,7 @@ SECTIONS = {
     "methods": methods,
     "compare": comparison,
     "memory": budgets,
+    "low communication": communication,
     "cost": cost,
     "attention": attention,
 }

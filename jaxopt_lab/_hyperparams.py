@@ -68,6 +68,16 @@ def check_positive_integer(**values: Any) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value}")
 
 
+def check_seed(seed: Any) -> None:
+    """Refuses a seed that is no integer.
+
+    Raises:
+      TypeError: the message has its type.
+    """
+    if not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+
+
 def canonical_mu_dtype(mu_dtype: Any) -> np.dtype | None:
     """Returns `mu_dtype` as a dtype, or None.
 

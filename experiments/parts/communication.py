@@ -256,25 +256,16 @@ class Validation:
 
     def __init__(self, workload: Workload, replicas: distributed.Replicas):
         self._data = {"validation": np.asarray(workload.data["validation"])}
-        self._of_one = jax.jit(workload.validation_loss)
+        self._replicas, self._of_one = replicas, jax.jit(workload.validation_loss)
         self._of_each = replicas.map(lambda params: workload.validation_loss(params, self._data))
-        everywhere = None
-        if replicas.mesh is not None:
-            everywhere = jax.sharding.NamedSharding(replicas.mesh, jax.P())
-        # `Replicas.consensus` would compile anew at each evaluation.
-        self._mean = jax.jit(
-            lambda tree: jax.tree.map(lambda x: x[0] + jnp.mean(x - x[0], axis=0), tree),
-            out_shardings=everywhere,
-        )
 
     def of_consensus(self, state: State) -> float:
         """The loss of the mean of all models."""
-        mean = jax.tree.map(np.asarray, self._mean(state.params))
-        return float(self._of_one(mean, self._data))
+        return float(self._of_one(self._replicas.consensus(state.params), self._data))
 
     def of_single(self, state: State) -> float:
         """The mean over the models of their losses."""
-        return float(self._mean(self._of_each(state.params)))
+        return float(self._replicas.consensus(self._of_each(state.params)))
 
 
 class TimedLoop:

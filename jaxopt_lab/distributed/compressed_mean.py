@@ -72,7 +72,7 @@ def compressed_mean(
       >>> jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="replica")(grads)[0]
       Array([ 2., -1.], dtype=float32)
     """
-    exchange.check_seed(seed)
+    _hyperparams.check_seed(seed)
 
     def init_fn(params: optax.Params) -> CompressedMeanState:
         _axes.size(axis_name)
@@ -149,7 +149,7 @@ def error_feedback(
       Seide et al., `1-Bit Stochastic Gradient Descent
       <https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html>`_, Interspeech 2014.
     """
-    exchange.check_seed(seed)
+    _hyperparams.check_seed(seed)
     if _hyperparams.is_number(error_decay) and not 0.0 < error_decay <= 1.0:
         raise ValueError(f"error_decay must be in (0, 1], got {error_decay}")
 

@@ -81,7 +81,7 @@ def econtrol(
     References:
       Gao, Islamov, Stich, `EControl <https://arxiv.org/abs/2311.05645>`_, ICLR 2024.
     """
-    exchange.check_seed(seed)
+    _hyperparams.check_seed(seed)
     if feedback is not None:
         _hyperparams.check_fraction(feedback=feedback)
 

@@ -100,7 +100,7 @@ def ef21(
       `Momentum Provably Improves Error Feedback! <https://arxiv.org/abs/2305.15155>`_,
       NeurIPS 2023.
     """
-    exchange.check_seed(seed)
+    _hyperparams.check_seed(seed)
     if init not in _INITS:
         raise ValueError(f"init must be one of {_INITS}, got {init!r}")
     if momentum is not None:

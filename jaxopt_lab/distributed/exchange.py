@@ -176,12 +176,6 @@ def round_key(seed: int, count: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), count)
 
 
-def check_seed(seed: Any) -> None:
-    """Refuses a seed that is no integer."""
-    if not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
-
-
 def check_contractive(compressor: Compressor, size: int, method: str) -> None:
     """Refuses compressors under whose repeated use an error is bound to grow."""
     omega = compressor.variance(size)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxopt_lab import _hyperparams, _tree
@@ -298,5 +297,4 @@ def _check(
         raise ValueError("max_scale and mask are those of variance_corrected, which is False")
     if max_scale is not None and _hyperparams.is_number(max_scale) and not max_scale >= 1:
         raise ValueError(f"max_scale must be at least 1, got {max_scale}")
-    if not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    _hyperparams.check_seed(seed)

@@ -91,8 +91,7 @@ def noloco_exchange(
         raise ValueError("learning_rate and momentum are those of the default outer step: give "
                          "either them or outer")  # fmt: skip
     _hyperparams.check_non_negative(coupling=coupling)
-    if not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    _hyperparams.check_seed(seed)
     outer_update = optax.with_extra_args_support(outer).update
     one_payload = _hyperparams.is_number(coupling) and coupling == 1
 

@@ -86,7 +86,7 @@ def powersgd(
     References:
       Vogels, Karimireddy, Jaggi, `PowerSGD <https://arxiv.org/abs/1905.13727>`_, NeurIPS 2019.
     """
-    exchange.check_seed(seed)
+    _hyperparams.check_seed(seed)
     _hyperparams.check_positive_integer(rank=rank)
     _hyperparams.check_non_negative(min_compression_rate=min_compression_rate)
 

@@ -87,7 +87,7 @@ class Replicas:
         copies = self.replicate(params)
         shared = shared_counters(jax.eval_shape(jax.vmap(
             tx.init, axis_name=self.axis_name, axis_size=self.count), copies))  # fmt: skip
-        init = self._mapped(tx.init, 1, out_shared=shared)
+        init = self._mapped(tx.init, out_shared=shared)
         return TrainState(copies, jax.jit(init)(copies))
 
     def train_step(
@@ -114,7 +114,7 @@ class Replicas:
         @functools.partial(jax.jit, donate_argnums=0)
         def on_all(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
             specs = shared_counters(state), False
-            return self._mapped(step, 2, in_shared=specs, out_shared=specs)(state, batch)
+            return self._mapped(step, in_shared=specs, out_shared=specs)(state, batch)
 
         return on_all
 
@@ -127,7 +127,7 @@ class Replicas:
         Returns:
           A function of trees with the replicas as leading axis, which returns such trees.
         """
-        return jax.jit(lambda *args: self._mapped(fn, len(args))(*args))
+        return jax.jit(self._mapped(fn))
 
     def replicate(self, tree: Any) -> Any:
         """Returns `tree` with a copy for each replica along a new leading axis."""
@@ -176,17 +176,7 @@ class Replicas:
         Floating leaves are averaged in at least float32 and keep their dtype; of all others the
         first replica's are returned.
         """
-
-        def mean(x: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                return x[0]
-            # The first replica's plus the mean difference: equal replicas give their very bits.
-            wide = x.astype(_tree.compute_dtype(x.dtype))
-            return (wide[0] + jnp.mean(wide - wide[0], axis=0)).astype(x.dtype)
-
-        everywhere = None if self.mesh is None else NamedSharding(self.mesh, jax.P())
-        found = jax.jit(lambda t: jax.tree.map(mean, t), out_shardings=everywhere)(tree)
-        return jax.tree.map(np.asarray, found)
+        return jax.tree.map(np.asarray, _everywhere(_mean, tree, self.mesh))
 
     def check_equal(self, tree: Any, what: str = "parameter") -> None:
         """Refuses replicas that differ where a method takes them to be equal.
@@ -200,14 +190,7 @@ class Replicas:
         Raises:
           ValueError: a leaf differs; the message has its path and a replica.
         """
-
-        def differing(x: jax.Array) -> jax.Array:
-            bits = lax.bitcast_convert_type(x, jnp.uint8) if x.dtype != bool else x
-            return jnp.any(bits != bits[:1], axis=tuple(range(1, bits.ndim)))
-
-        everywhere = None if self.mesh is None else NamedSharding(self.mesh, jax.P())
-        found = jax.jit(lambda t: jax.tree.map(differing, t), out_shardings=everywhere)(tree)
-        for name, flags in _tree.leaves_with_names(found):
+        for name, flags in _tree.leaves_with_names(_everywhere(_differing, tree, self.mesh)):
             if np.any(flags):
                 raise ValueError(
                     f"{what} '{name}' differs between replica 0 and replica "
@@ -222,13 +205,11 @@ class Replicas:
     def _mapped(
         self,
         fn: Callable[..., Any],
-        arguments: int,
         *,
-        in_shared: Any = None,
+        in_shared: Any = False,
         out_shared: Any = False,
     ) -> Callable[..., Any]:
         """Returns `fn` over stacked trees; where a tree of booleans has True there is no axis."""
-        in_shared = (False,) * arguments if in_shared is None else in_shared
 
         def choose(flags: Any, shared: Any, own: Any) -> Any:
             return jax.tree.map(lambda flag: shared if flag else own, flags)
@@ -335,6 +316,28 @@ def shared_counters(state: Any) -> Any:
         )  # fmt: skip
 
     return jax.tree.map(flags, state, is_leaf=ours)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _everywhere(fn: Callable[[jax.Array], jax.Array], tree: Any, mesh: Mesh | None) -> Any:
+    """Maps `fn` over stacked leaves; every process gets all of the results."""
+    found = jax.tree.map(fn, tree)
+    if mesh is None:
+        return found
+    return lax.with_sharding_constraint(found, NamedSharding(mesh, jax.P()))
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x[0]
+    # The first replica's plus the mean difference: equal replicas give their very bits.
+    wide = x.astype(_tree.compute_dtype(x.dtype))
+    return (wide[0] + jnp.mean(wide - wide[0], axis=0)).astype(x.dtype)
+
+
+def _differing(x: jax.Array) -> jax.Array:
+    bits = lax.bitcast_convert_type(x, jnp.uint8) if x.dtype != bool else x
+    return jnp.any(bits != bits[:1], axis=tuple(range(1, bits.ndim)))
 
 
 def _select(flags: Any, trees: Any, fn: Callable[[Any], Any]) -> Any:

@@ -104,8 +104,7 @@ def quantize_state(
       <https://arxiv.org/abs/2110.02861>`_, ICLR 2022.
     """
     _hyperparams.check_positive_integer(min_size=min_size)
-    if not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    _hyperparams.check_seed(seed)
     if not callable(codec) and not _is_codec(codec):
         raise TypeError(
             "codec must be a codec, such as int8(), or a function of a path and a leaf; got "

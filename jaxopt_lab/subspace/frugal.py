@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
@@ -286,8 +285,7 @@ def _check(
     _hyperparams.check_positive_integer(update_gap=update_gap, first_gap=first_gap, stagger=stagger)
     if _hyperparams.is_number(update_gap) and stagger > update_gap:
         raise ValueError(f"stagger must be at most update_gap ({update_gap}), got {stagger}")
-    if not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    _hyperparams.check_seed(seed)
     allowed = (*projection.on_refresh, "reset_all")
     if on_refresh not in allowed:
         raise ValueError(

@@ -87,6 +87,11 @@ def test_feedback_sends_what_the_compressor_says(name):
     assert found.least == found.peak == pytest.approx(factor * compressor.payload_bytes(SIZE))
 
 
+def test_powersgd_sends_two_factors_and_what_is_no_matrix():
+    tx = distributed.powersgd(4, AXIS)
+    assert sent(tx).peak == 2 * (N - 1) / N * 4 * (4 * (1000 + 25) + 3)
+
+
 def test_two_phases_send_each_entry_twice():
     found = sent(distributed.error_feedback(distributed.sign(), AXIS, two_phase=True))
     # A sign an entry there and back, in parts of whole bytes with a scale each.
