@@ -16,7 +16,10 @@ def test_every_optimizer_is_listed():
     made = {
         name
         for name, value in functions.items()
-        if callable(value) and "learning_rate" in inspect.signature(value).parameters
+        if callable(value)
+        and "learning_rate" in inspect.signature(value).parameters
+        # These need a mapped axis: tests/distributed checks them under every kind of it.
+        and not value.__module__.startswith("jaxopt_lab.distributed.")
     }
     assert made == {rule.make.__name__ for rule in OPTIMIZERS}
 
