@@ -91,6 +91,9 @@ class TopK:
         del key
         _check_addressable(x.size)
         _, indices = jax.lax.top_k(jnp.abs(x), self.kept(x.size))
+        # XLA:CPU selects only where the result is used as a whole. In a simulation the replicas'
+        # payloads are parts of one result, and without the barrier it sorts, 10 to 30 times slower.
+        indices = jax.lax.optimization_barrier(indices)
         return TopKPayload(x[indices], indices)
 
     def decompress(self, payload: TopKPayload, size: int, key: jax.Array) -> jax.Array:

@@ -96,6 +96,21 @@ def test_everything_kept_is_the_identity():
         assert np.array_equal(c.decompress(c.compress(x, key), SIZE, key), x)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA:CPU makes of top_k")
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_simulated_replicas_select_instead_of_sorting(two_phase):
+    """A part of a selection, as one replica's payload is, must not turn it into a sort."""
+    tx = distributed.error_feedback(distributed.top_k(0.01), AXIS, two_phase=two_phase)
+
+    def direction(g):
+        return tx.update(g, tx.init(g))[0]
+
+    lowered = jax.jit(jax.vmap(direction, axis_name=AXIS)).lower(jnp.ones((8, 4000)))
+    program = lowered.compile().as_text() or ""
+    assert " sort(" not in program
+    assert "TopK" in program
+
+
 def test_one_bit_mean_conserves_and_masks():
     """Compressed plus errors is the input; what is masked stays zero everywhere."""
     K, d, L = 4, 45, 64
