@@ -56,7 +56,37 @@ def matrix_axes(
         dimension_numbers, params, "dimension_numbers", is_leaf=_is_specification
     )
     named = _tree.leaves_with_names(params)
-    return [_resolve(spec, name, jnp.ndim(leaf)) for spec, (name, leaf) in zip(specs, named)]
+    return [resolve(spec, name, jnp.ndim(leaf)) for spec, (name, leaf) in zip(specs, named)]
+
+
+def resolve(spec: Any, name: str, ndim: int, what: str = "dimension_numbers") -> MatrixAxes | None:
+    """Returns the axes that `spec` names, of a parameter with `ndim` axes, or None for None.
+
+    Raises:
+      ValueError: the axes do not fit; the message begins with `what` and has the path.
+    """
+    if spec is None:
+        return None
+    if not isinstance(spec, optax.contrib.MuonDimensionNumbers):
+        raise ValueError(
+            f"{what} of '{name}' must be optax.contrib.MuonDimensionNumbers or None, got {spec!r}"
+        )
+    groups = []
+    for given in spec:
+        axes = (given,) if isinstance(given, int) else tuple(given)
+        if not axes or any(not -ndim <= a < ndim for a in axes):
+            raise ValueError(
+                f"{what} of '{name}' name the axes {axes}, which a parameter with "
+                f"{ndim} axes does not have"
+            )
+        groups.append(tuple(a % ndim for a in axes))
+    reduction, output = groups
+    if len({*reduction, *output}) < len(reduction) + len(output):
+        raise ValueError(
+            f"{what} of '{name}' use an axis twice: reduction {reduction}, output {output}"
+        )
+    batch = tuple(a for a in range(ndim) if a not in reduction + output)
+    return MatrixAxes(batch, reduction, output)
 
 
 def ends_of_a_model(path: Any) -> bool:
@@ -82,30 +112,3 @@ def from_matrices(x: jax.Array, axes: MatrixAxes, shape: tuple[int, ...]) -> jax
 
 def _is_specification(x: Any) -> bool:
     return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
-
-
-def _resolve(spec: Any, name: str, ndim: int) -> MatrixAxes | None:
-    if spec is None:
-        return None
-    if not isinstance(spec, optax.contrib.MuonDimensionNumbers):
-        raise ValueError(
-            f"dimension_numbers of '{name}' must be optax.contrib.MuonDimensionNumbers or None, "
-            f"got {spec!r}"
-        )
-    groups = []
-    for given in spec:
-        axes = (given,) if isinstance(given, int) else tuple(given)
-        if not axes or any(not -ndim <= a < ndim for a in axes):
-            raise ValueError(
-                f"dimension_numbers of '{name}' name the axes {axes}, which a parameter with "
-                f"{ndim} axes does not have"
-            )
-        groups.append(tuple(a % ndim for a in axes))
-    reduction, output = groups
-    if len({*reduction, *output}) < len(reduction) + len(output):
-        raise ValueError(
-            f"dimension_numbers of '{name}' use an axis twice: reduction {reduction}, "
-            f"output {output}"
-        )
-    batch = tuple(a for a in range(ndim) if a not in reduction + output)
-    return MatrixAxes(batch, reduction, output)

@@ -1,0 +1,37 @@
+"""Which parameters there are to train: adapters and how they start, and merging models."""
+
+from __future__ import annotations
+
+from jaxopt_lab.adapters._targets import FLAX_KERNELS
+from jaxopt_lab.adapters.adapt import (
+    AdapterBase,
+    AdapterConfig,
+    Initializer,
+    apply_adapters,
+    init_adapters,
+    merge_adapters,
+    unmerge_adapters,
+)
+from jaxopt_lab.adapters.gradients import estimate_gradients
+from jaxopt_lab.adapters.lora import LoraConfig
+from jaxopt_lab.adapters.lora_ga import lora_ga
+from jaxopt_lab.adapters.miss import MissConfig
+from jaxopt_lab.adapters.olora import olora
+from jaxopt_lab.adapters.pissa import pissa
+
+__all__ = [
+    "FLAX_KERNELS",
+    "AdapterBase",
+    "AdapterConfig",
+    "Initializer",
+    "LoraConfig",
+    "MissConfig",
+    "apply_adapters",
+    "estimate_gradients",
+    "init_adapters",
+    "lora_ga",
+    "merge_adapters",
+    "olora",
+    "pissa",
+    "unmerge_adapters",
+]

@@ -1,0 +1,299 @@
+r"""Adapters of parameter trees: kernels stay as they are, small factors beside them are trained.
+
+    theta' = apply(base, adapters),      d loss / d adapters  alone
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_lab import _tree
+from jaxopt_lab.adapters import _kernels
+from jaxopt_lab.adapters._kernels import Factors, Kernel
+
+Initializer = Callable[[Kernel, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""A start of low-rank factors: `(kernel, matrices, key) -> (a, b)`.
+
+`matrices` has shape (matrices, inputs, outputs) and is at least float32; `a` is (matrices, inputs,
+r) and `b` (matrices, r, outputs). What is taken out of the base is `kernel.scaling * a @ b`.
+"""
+
+
+class AdapterConfig(Protocol):
+    """What `init_adapters` can make: `LoraConfig` and `MissConfig`; hashable."""
+
+    @property
+    def adapter_dtype(self) -> Any:
+        """Dtype of the factors, or None for the widest of float32 and the kernel's."""
+        ...
+
+    def kernels(self, params: Any) -> tuple[Kernel, ...]:
+        """Returns the kernels that get an adapter."""
+        ...
+
+    def start(
+        self, kernel: Kernel, matrices: jax.Array, key: jax.Array | None, init: Initializer | None
+    ) -> Factors:
+        """Returns the first factors of one kernel."""
+        ...
+
+    def changes_base(self, init: Initializer | None) -> bool:
+        """Whether the base gives up what the first factors add."""
+        ...
+
+    def effective(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+        """Returns the matrices that the layer uses."""
+        ...
+
+    def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> Any:
+        """Returns what `restored` needs beside the effective matrices, or None."""
+        ...
+
+    def restored(
+        self, kernel: Kernel, matrices: jax.Array, factors: Factors, undo: Any
+    ) -> jax.Array:
+        """Returns the base's matrices from the effective ones."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdapterBase:
+    """The parameters that are not trained, and how adapters act on them; a pytree.
+
+    Attributes:
+      params: the caller's container; the kernels of an initialisation that computes its start
+        (PiSSA, OLoRA, CorDA, LoRA-GA) have given up what the first factors add.
+      undo: by kernel, what unmerging needs beside the factors; empty for most.
+      config: the `LoraConfig` or `MissConfig`.
+      kernels: the kernels that have adapters, with their axes, rank and scaling.
+      merged: whether adapters are part of `params`.
+    """
+
+    params: Any
+    undo: dict[str, Any]
+    config: Any = dataclasses.field(metadata={"static": True})
+    kernels: tuple[Kernel, ...] = dataclasses.field(metadata={"static": True})
+    merged: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def init_adapters(
+    params: Any,
+    config: AdapterConfig,
+    key: jax.Array | None = None,
+    *,
+    init: Initializer | None = None,
+) -> tuple[AdapterBase, dict[str, Any]]:
+    r"""Makes adapters for the kernels that `config` chooses.
+
+    With `init` the base gives up what the factors add, :math:`K_0 = K - s a b`, computed in at
+    least float32 from the factors as they are stored, and rounded once to the kernel's dtype: the
+    function stays the same. The container, its other leaves and their shardings stay.
+
+    Args:
+      params: tree of real floating point parameters: nested dictionaries, Linen's `params`, an NNX
+        module or `nnx.state(model, nnx.Param)`.
+      config: a `LoraConfig` or a `MissConfig`.
+      key: random key; what draws nothing does without.
+      init: for a `LoraConfig`, a start that is computed: `pissa()`, `olora()`,
+        `lora_ga(gradients)`, `corda(covariances)`, or a function of one's own.
+
+    Returns:
+      The base, for `apply_adapters`, and the adapters: a tree of nested dictionaries with the paths
+      of the kernels, which is what is trained. For LoRA each kernel has `lora_a`, shape (batch...,
+      inputs..., r), and `lora_b`, (batch..., r, outputs...), at least float32.
+
+    Raises:
+      ValueError: adapters on adapters; patterns that match nothing, with the nearest paths; a rank
+        above the smaller side of a kernel; axes that are not known.
+      TypeError: a kernel that is not real floating point.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jaxopt_lab import adapters
+      >>> params = {"dense": {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}}
+      >>> config = adapters.LoraConfig(target_modules=["dense"], r=2)
+      >>> base, lora = adapters.init_adapters(params, config, jax.random.key(0))
+      >>> jax.tree.map(jnp.shape, lora)
+      {'dense': {'kernel': {'lora_a': (4, 2), 'lora_b': (2, 4)}}}
+      >>> def loss(lora):
+      ...     params = adapters.apply_adapters(base, lora)
+      ...     return jnp.sum(params["dense"]["kernel"] ** 2)
+      >>> tx = optax.adam(1e-3)  # its state is that of the adapters
+      >>> updates, state = tx.update(jax.grad(loss)(lora), tx.init(lora))
+
+    References:
+      Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, ICLR 2022.
+    """
+    if isinstance(params, AdapterBase):
+        raise ValueError(
+            "these parameters have adapters already; merge them (merge_adapters(...).params) to "
+            "start others on top"
+        )
+    kernels = config.kernels(params)
+    leaves = _kernels.named_leaves(params)
+    adapters: dict[str, Any] = {}
+    rests = {}
+    for index, kernel in enumerate(kernels):
+        leaf = jnp.asarray(leaves[kernel.name])
+        dtype = _tree.compute_dtype(leaf.dtype)
+        matrices = kernel.matrices(leaf.astype(dtype))
+        own = None if key is None else jax.random.fold_in(key, index)
+        target = jnp.dtype(config.adapter_dtype or dtype)
+        factors = {
+            name: x.astype(target) for name, x in config.start(kernel, matrices, own, init).items()
+        }
+        _kernels.insert(adapters, kernel.name, factors)
+        if config.changes_base(init):
+            a, b = kernel.stacks({name: x.astype(dtype) for name, x in factors.items()})
+            rest = kernel.kernel(matrices - kernel.scaling * _kernels.product(a, b))
+            rests[kernel.name] = rest.astype(leaf.dtype)
+    return AdapterBase(_kernels.replace_leaves(params, rests), {}, config, kernels), adapters
+
+
+def apply_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> Any:
+    r"""Returns the parameters that the model is to use: with LoRA, :math:`K + s a b`.
+
+    Differentiate with respect to `adapters`: nothing of the base has a gradient. One kernel at a
+    time is made in the caller's dtype, each of which lives as long as the layer needs it. See
+    `factored` for products that never make it.
+
+    Args:
+      base: from `init_adapters`.
+      adapters: the factors, from `init_adapters` or trained.
+
+    Returns:
+      Parameters in the container given to `init_adapters`.
+
+    Raises:
+      TypeError: `base` is not from `init_adapters`.
+      ValueError: the adapters are merged into the base, or are for other parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_lab import adapters
+      >>> config = adapters.LoraConfig(target_modules=["w"], r=1, lora_alpha=2)
+      >>> base, lora = adapters.init_adapters({"w": jnp.zeros((2, 2))}, config, jax.random.key(0))
+      >>> ones = jax.tree.map(jnp.ones_like, lora)
+      >>> adapters.apply_adapters(base, ones)["w"]
+      Array([[2., 2.],
+             [2., 2.]], dtype=float32)
+    """
+    _require_apart(base, "apply_adapters")
+    return _edited(base, adapters, lambda k, m, f: base.config.effective(k, m, f))
+
+
+def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBase:
+    """Folds the adapters into the base, for use without them.
+
+    Args:
+      base: from `init_adapters`.
+      adapters: the factors.
+
+    Returns:
+      A base whose `params` are the parameters to use, and which `unmerge_adapters` takes back.
+
+    Raises:
+      TypeError: `base` is not from `init_adapters`.
+      ValueError: the adapters are merged already, or are for other parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_lab import adapters
+      >>> config = adapters.LoraConfig(target_modules=["w"], r=1)
+      >>> base, lora = adapters.init_adapters({"w": jnp.eye(2)}, config, jax.random.key(0))
+      >>> merged = adapters.merge_adapters(base, lora)
+      >>> merged.params["w"]
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    _require_apart(base, "merge_adapters")
+    undo = {}
+    leaves = _kernels.named_leaves(base.params)
+    for kernel in base.kernels:
+        matrices, factors = _operands(kernel, leaves[kernel.name], adapters)
+        found = base.config.undo(kernel, matrices, factors)
+        if found is not None:
+            undo[kernel.name] = found
+    params = apply_adapters(base, adapters)
+    return AdapterBase(params, undo, base.config, base.kernels, merged=True)
+
+
+def unmerge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBase:
+    """Takes the adapters out of the base again, up to one rounding of its dtype.
+
+    Args:
+      base: from `merge_adapters`.
+      adapters: the factors that were merged.
+
+    Returns:
+      The base, for `apply_adapters`. Keep the one that was merged where its exact bits matter.
+
+    Raises:
+      TypeError: `base` is not from `merge_adapters`.
+      ValueError: nothing is merged, or the adapters are for other parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_lab import adapters
+      >>> config = adapters.LoraConfig(target_modules=["w"], r=1)
+      >>> base, lora = adapters.init_adapters({"w": jnp.eye(2)}, config, jax.random.key(0))
+      >>> ones = jax.tree.map(jnp.ones_like, lora)
+      >>> adapters.unmerge_adapters(adapters.merge_adapters(base, ones), ones).params["w"]
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    _require_base(base, "unmerge_adapters")
+    if not base.merged:
+        raise ValueError("unmerge_adapters: no adapters are merged into this base")
+
+    def restored(kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+        return base.config.restored(kernel, matrices, factors, base.undo.get(kernel.name))
+
+    return AdapterBase(_edited(base, adapters, restored), {}, base.config, base.kernels)
+
+
+def _edited(
+    base: AdapterBase,
+    adapters: Mapping[str, Any],
+    rule: Callable[[Kernel, jax.Array, Factors], jax.Array],
+) -> Any:
+    leaves = _kernels.named_leaves(base.params)
+    new = {}
+    for kernel in base.kernels:
+        leaf = jnp.asarray(leaves[kernel.name])
+        matrices, factors = _operands(kernel, leaf, adapters)
+        new[kernel.name] = kernel.kernel(rule(kernel, matrices, factors)).astype(leaf.dtype)
+    return _kernels.replace_leaves(base.params, new)
+
+
+def _operands(
+    kernel: Kernel, leaf: jax.Array, adapters: Mapping[str, Any]
+) -> tuple[jax.Array, Factors]:
+    """Returns the matrices and the factors in the dtype that is computed in."""
+    factors = _kernels.lookup(dict(adapters), kernel.name)
+    dtype = _tree.compute_dtype(*(x.dtype for x in [leaf, *factors.values()]))
+    return kernel.matrices(leaf.astype(dtype)), {n: x.astype(dtype) for n, x in factors.items()}
+
+
+def _require_base(base: Any, method: str) -> None:
+    if not isinstance(base, AdapterBase):
+        raise TypeError(
+            f"{method} needs the base that init_adapters returned, got {type(base).__name__}: were "
+            "adapters applied to it already?"
+        )
+
+
+def _require_apart(base: Any, method: str) -> None:
+    _require_base(base, method)
+    if base.merged:
+        raise ValueError(
+            f"{method}: adapters are merged into this base already; unmerge_adapters takes them out"
+        )
