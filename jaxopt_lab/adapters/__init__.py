@@ -12,6 +12,7 @@ from jaxopt_lab.adapters.adapt import (
     merge_adapters,
     unmerge_adapters,
 )
+from jaxopt_lab.adapters.factored import factored
 from jaxopt_lab.adapters.gradients import estimate_gradients
 from jaxopt_lab.adapters.lora import LoraConfig
 from jaxopt_lab.adapters.lora_ga import lora_ga
@@ -28,6 +29,7 @@ __all__ = [
     "MissConfig",
     "apply_adapters",
     "estimate_gradients",
+    "factored",
     "init_adapters",
     "lora_ga",
     "merge_adapters",

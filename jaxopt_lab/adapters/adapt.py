@@ -186,7 +186,7 @@ def apply_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> Any:
       Array([[2., 2.],
              [2., 2.]], dtype=float32)
     """
-    _require_apart(base, "apply_adapters")
+    require_apart(base, "apply_adapters")
     return _edited(base, adapters, lambda k, m, f: base.config.effective(k, m, f))
 
 
@@ -214,7 +214,7 @@ def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBas
       Array([[1., 0.],
              [0., 1.]], dtype=float32)
     """
-    _require_apart(base, "merge_adapters")
+    require_apart(base, "merge_adapters")
     undo = {}
     leaves = _kernels.named_leaves(base.params)
     for kernel in base.kernels:
@@ -278,7 +278,7 @@ def _operands(
     kernel: Kernel, leaf: jax.Array, adapters: Mapping[str, Any]
 ) -> tuple[jax.Array, Factors]:
     """Returns the matrices and the factors in the dtype that is computed in."""
-    factors = _kernels.lookup(dict(adapters), kernel.name)
+    factors = _kernels.lookup(adapters, kernel.name)
     dtype = _tree.compute_dtype(*(x.dtype for x in [leaf, *factors.values()]))
     return kernel.matrices(leaf.astype(dtype)), {n: x.astype(dtype) for n, x in factors.items()}
 
@@ -291,7 +291,8 @@ def _require_base(base: Any, method: str) -> None:
         )
 
 
-def _require_apart(base: Any, method: str) -> None:
+def require_apart(base: Any, method: str) -> None:
+    """Refuses what is no base, and a base that has adapters merged into it."""
     _require_base(base, method)
     if base.merged:
         raise ValueError(

@@ -1,0 +1,145 @@
+r"""Low-rank adapters as products of their own: the adapted kernel is never made.
+
+    x K' = x K + s (x a) b
+
+Hu et al., "LoRA", ICLR 2022, arXiv:2106.09685, equation 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_lab import _tree
+from jaxopt_lab.adapters import _kernels, _trace
+from jaxopt_lab.adapters._trace import Convolution, Dot, Tracked
+from jaxopt_lab.adapters.adapt import AdapterBase, AdapterConfig, require_apart
+
+
+def factored(fun: Callable[..., Any]) -> Callable[..., Any]:
+    r"""Turns a function of parameters into one of a base and adapters, with factored products.
+
+    .. math::
+      x K' = x K + s (x a) b
+
+    The function is traced, and each product of a kernel that has a low-rank pair becomes three: in
+    dense layers, `DenseGeneral` and attention, einsums, experts, convolutions, in layers stacked
+    for `jax.lax.scan` or under `jax.checkpoint`, of any framework. What cannot be followed (a
+    kernel used in another way, DoRA, MiSS) is given the adapted kernel, as by `apply_adapters`.
+    Neither the adapted kernel nor its gradient then exists: this saves memory while the rank is
+    small beside the number of tokens and the sides of a kernel, and costs two narrow products.
+
+    Args:
+      fun: `fun(params, *args)`; positional arguments are trees of arrays.
+
+    Returns:
+      `function(base, adapters, *args)`, equal to `fun(apply_adapters(base, adapters), *args)` up to
+      rounding.
+
+    Raises:
+      TypeError: `base` is not from `init_adapters`.
+      ValueError: the adapters are merged into the base, or are for other parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_lab import adapters
+      >>> config = adapters.LoraConfig(target_modules=["w"], r=1)
+      >>> base, lora = adapters.init_adapters({"w": jnp.eye(2)}, config, jax.random.key(0))
+      >>> model = lambda params, x: jnp.tanh(x @ params["w"])
+      >>> adapters.factored(model)(base, lora, jnp.zeros(2))
+      Array([0., 0.], dtype=float32)
+
+    References:
+      Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, ICLR 2022, equation 3.
+    """
+
+    @functools.wraps(fun)
+    def function(base: AdapterBase, adapters: Mapping[str, Any], *args: Any) -> Any:
+        require_apart(base, "factored")
+        factors = {k.name: _kernels.lookup(adapters, k.name) for k in base.kernels}
+        handler = _Factored(base.config)
+        out, _ = _trace.evaluate(fun, base.params, base.kernels, factors, handler, *args)
+        return out
+
+    return function
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factored:
+    config: AdapterConfig
+
+    def materialise(self, kernel: Tracked) -> jax.Array:
+        """Returns the adapted kernel, with the axes and the dtype of the value."""
+        whole, value = kernel.kernel, kernel.value
+        dtype = _tree.compute_dtype(*(x.dtype for x in [value, *kernel.factors.values()]))
+        taken = [axis for axis in whole.axes.batch if axis not in kernel.batch]
+        # What a scan has taken away counts one here.
+        order = sorted(kernel.dims)
+        standing = jnp.transpose(value.astype(dtype), kernel.positions(order))
+        one = whole._replace(shape=tuple(1 if i in taken else n for i, n in enumerate(whole.shape)))
+        factors = {name: x.astype(dtype) for name, x in kernel.factors.items()}
+        adapted = self.config.effective(one, one.matrices(standing.reshape(one.shape)), factors)
+        standing = one.kernel(adapted).reshape(standing.shape)
+        back = [order.index(axis) for axis in kernel.dims]
+        return jnp.transpose(standing, back).astype(value.dtype)
+
+    def product(self, product: Dot | Convolution) -> tuple[jax.Array, dict[str, Any]] | None:
+        """Adds s (x a) b to the product with the kernel as it is."""
+        kernel = product.kernel
+        if set(kernel.factors) != {"lora_a", "lora_b"}:
+            return None
+        a, b = kernel.factors["lora_a"], kernel.factors["lora_b"]
+        dtype = jnp.result_type(product.x.dtype, a.dtype)
+        x, a, b = (z.astype(dtype) for z in (product.x, a, b))
+        change = _dot(product, x, a, b) if isinstance(product, Dot) else _conv(product, x, a, b)
+        y = product.whole()
+        return y + (kernel.kernel.scaling * change).astype(y.dtype), {}
+
+
+def _dot(dot: Dot, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    kernel, params = dot.kernel, dot.eqn.params
+    inputs, outputs = kernel.kernel.axes.reduction, kernel.kernel.axes.output
+    batch = tuple(range(len(kernel.batch)))
+    of_a = tuple(len(batch) + i for i in range(len(inputs)))
+    general = functools.partial(jax.lax.dot_general, precision=params["precision"])
+    u = general(x, a, ((dot.x_inputs, of_a), (dot.x_batch, batch)))
+    z = general(u, b, (((u.ndim - 1,), (len(batch),)), (batch, batch)))
+    # z is (batch, axes of x, outputs), each in the kernel's order; the product has its own.
+    own_batch = [
+        kernel.dims[k] for k in params["dimension_numbers"][1][0 if dot.kernel_is_left else 1]
+    ]
+    free = [axis for axis in kernel.dims if axis in outputs]
+    of_batch = [kernel.batch.index(axis) for axis in own_batch]
+    of_x = list(range(len(batch), z.ndim - len(outputs)))
+    of_outputs = [z.ndim - len(outputs) + outputs.index(axis) for axis in free]
+    rest = [*of_outputs, *of_x] if dot.kernel_is_left else [*of_x, *of_outputs]
+    return jnp.transpose(z, [*of_batch, *rest])
+
+
+def _conv(conv: Convolution, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The pair is a convolution with the layer's own window to r channels, and one of size 1."""
+    kernel, params = conv.kernel, conv.eqn.params
+    spec = params["dimension_numbers"]
+    inputs = kernel.kernel.axes.reduction
+    order = [
+        a.ndim - 1 if place == spec.rhs_spec[0] else inputs.index(axis)
+        for place, axis in enumerate(kernel.dims)
+    ]
+    u = jax.lax.conv_general_dilated(
+        x,
+        jnp.transpose(a, order),
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        spec,
+        precision=params["precision"],
+    )
+    feature = spec.out_spec[1]
+    z = jax.lax.dot_general(u, b, (((feature,), (0,)), ((), ())))
+    return jnp.moveaxis(z, -1, feature)
