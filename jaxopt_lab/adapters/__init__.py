@@ -12,6 +12,8 @@ from jaxopt_lab.adapters.adapt import (
     merge_adapters,
     unmerge_adapters,
 )
+from jaxopt_lab.adapters.corda import corda
+from jaxopt_lab.adapters.covariances import estimate_covariances
 from jaxopt_lab.adapters.factored import factored
 from jaxopt_lab.adapters.gradients import estimate_gradients
 from jaxopt_lab.adapters.lora import LoraConfig
@@ -28,6 +30,8 @@ __all__ = [
     "LoraConfig",
     "MissConfig",
     "apply_adapters",
+    "corda",
+    "estimate_covariances",
     "estimate_gradients",
     "factored",
     "init_adapters",

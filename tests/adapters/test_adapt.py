@@ -57,6 +57,9 @@ def test_every_start_leaves_the_function_unchanged(name):
         "olora": adapters.olora(),
         "lora_ga": adapters.lora_ga(gradients(m, lora)),
     }
+    if name not in ("convolution", "used_otherwise"):  # no product to collect inputs of
+        moments = adapters.estimate_covariances(m.apply, m.params, [m.x], lora)
+        inits |= {method: adapters.corda(moments, method) for method in ("ipm", "kpm")}
     for start, init in inits.items():
         base, factors = adapters.init_adapters(m.params, lora, KEY, init=init)
         assert jax.tree.structure(base.params) == jax.tree.structure(m.params)
@@ -247,6 +250,46 @@ def test_lora_ga_first_step_is_the_gradients_best_part():
         steps.append((np.asarray(a), np.asarray(change)))
     np.testing.assert_allclose(steps[0][0], steps[1][0], 0, 1e-5)
     np.testing.assert_allclose(steps[0][1], steps[1][1], 0, 1e-4 * np.abs(steps[0][1]).max())
+
+
+def test_second_moments_of_stacks():
+    """In a scan over layers, with experts, and over several uses of one kernel."""
+    m = model("scanned")
+    found = adapters.estimate_covariances(m.apply, m.params, [m.x], config(m))["layers/kernel"]
+    x = np.asarray(m.x, np.float64)
+    for index in range(3):
+        kernel, bias = (np.asarray(m.params["layers"][n][index]) for n in ("kernel", "bias"))
+        scaled = x / np.abs(x.max())
+        np.testing.assert_allclose(found[index], scaled.T @ scaled, 1e-4, 1e-5)
+        x = np.tanh(x @ kernel + bias)
+    m = model("experts")
+    found = adapters.estimate_covariances(m.apply, m.params, [m.x], config(m))["experts/kernel"]
+    x = np.asarray(m.x)  # experts, batch, inputs
+    scaled = x / np.abs(x.max((1, 2), keepdims=True))
+    np.testing.assert_allclose(found, np.einsum("ebi,ebj->eij", scaled, scaled), 1e-5, 1e-6)
+
+    def twice(params, x):
+        return jax.lax.scan(lambda x, _: (x @ params["w"], None), x, length=2)[0]
+
+    params, x = {"w": 2 * jnp.eye(3)}, models.draw(30, 4, 3)
+    lora = adapters.LoraConfig(target_modules=["w"], r=1)
+    (found,) = adapters.estimate_covariances(twice, params, [x, x], lora)["w"]
+    scaled = x / np.abs(x.max())
+    np.testing.assert_allclose(found, scaled.T @ scaled, 1e-5, 1e-6)  # doubling changes nothing
+
+
+def test_corda_modes_share_a_kernel():
+    """What one mode takes of rank r, the other leaves: together they are the kernel."""
+    params = {"w": models.draw(31, 7, 5)}
+    x = models.draw(32, 40, 7) * jnp.arange(1, 8)
+    forward = lambda params, x: x @ params["w"]  # noqa: E731
+    total = 0
+    for method, r in (("ipm", 2), ("kpm", 3)):
+        lora = adapters.LoraConfig(target_modules=["w"], r=r, lora_alpha=r)
+        moments = adapters.estimate_covariances(forward, params, [x], lora)
+        _, factors = adapters.init_adapters(params, lora, init=adapters.corda(moments, method))
+        total += factors["w"]["lora_a"] @ factors["w"]["lora_b"]
+    np.testing.assert_allclose(total, params["w"], 0, 2e-5)
 
 
 def test_gradients_in_groups_and_in_halves():
@@ -447,11 +490,32 @@ def test_bad_starts():
     wide = adapters.LoraConfig(target_modules=["w"], r=3)
     with pytest.raises(ValueError, match=r"2 r = 6 directions .* kernel 'w'.* has 4"):
         adapters.init_adapters(params, wide, init=adapters.lora_ga(good))
-    for arguments in ({"direction": "AB"}, {"scale": "gd_scale"}, {"compat": "torch"}):
-        with pytest.raises(ValueError, match="must be"):
-            adapters.lora_ga(good, **arguments)
+    moment = {"w": np.eye(4, dtype=np.float32)}
+    for init, message in [
+        (adapters.corda({}), "no second moment of the inputs of kernel 'w'"),
+        (adapters.corda(moment), r"has shape \(4, 4\); expected \(1, 4, 4\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            adapters.init_adapters(params, lora, init=init)
+    for fun, x, message in [
+        (lambda p, x: jnp.sum(p["w"]) + x, 0.0, "found no product .* kernel 'w'"),
+        (lambda p, x: x @ p["w"], jnp.zeros((2, 4)), "all inputs of kernel 'w' were zero"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            adapters.estimate_covariances(fun, params, [x], lora)
     with pytest.raises(ValueError, match="at least one batch"):
-        adapters.estimate_gradients(lambda p, x: 0.0, params, [], lora)
+        adapters.estimate_covariances(lambda p, x: x, params, [], lora)
+    with pytest.raises(ValueError, match="corda_method must be"):
+        adapters.corda({}, "IPM")
+    for make in (
+        lambda: adapters.lora_ga(good, direction="AB"),
+        lambda: adapters.lora_ga(good, scale="gd_scale"),
+        lambda: adapters.lora_ga(good, compat="torch"),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            make()
+    with pytest.raises(ValueError, match="at least one batch"):
+        adapters.estimate_gradients(lambda p, x: jnp.sum(x), params, [], lora)
     with pytest.raises(ValueError, match="method must be"):
         adapters.pissa("exact")
     miss = adapters.MissConfig(target_modules=["w"], r=3, init_weights="bat")

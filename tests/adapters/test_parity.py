@@ -171,6 +171,32 @@ def test_lora_ga_of_peft(case):
         np.testing.assert_allclose(whole.T, case["W"], 0, 1e-13)
 
 
+def covariances(case):
+    params = {"dense": {"kernel": jnp.asarray(case["W"].T, np.float64)}}
+
+    def forward(params, x):
+        return x @ params["dense"]["kernel"]
+
+    batches = case["xs"].astype(np.float64)
+    return adapters.estimate_covariances(forward, params, batches, config(case))
+
+
+@cases("corda")
+def test_second_moments(case):
+    (found,) = covariances(case)["dense/kernel"]
+    expected = case["ref64_cov"]
+    np.testing.assert_allclose(found, expected, 0, 1e-13 * np.abs(expected).max())
+
+
+@cases("corda")
+def test_corda(case):
+    moments = covariances(case)
+    for method in ("ipm", "kpm"):
+        # The reference inverts in float32: 7e-5.
+        init = adapters.corda(moments, method)
+        check_product(case, init, f"{method}_", tolerance=(1e-13, 7e-5))
+
+
 @cases("miss")
 def test_miss(case):
     init = True if case["init"] == "True" else case["init"]
