@@ -125,10 +125,12 @@ def rewarmed_schedule(
     lengths = _lengths(phase_steps)
     peaks = _per_phase("peak_value", peak_value, len(lengths))
     warmups = _per_phase("warmup_steps", warmup_steps, len(lengths))
+    for phase, peak in enumerate(peaks):
+        _parts.check_rate(**{f"peak_value of phase {phase}": peak})
     ends = [0.1 * peak for peak in peaks] if end_value is None else [end_value] * len(lengths)
     _parts.check_rate(init_value=init_value)
     for phase, (peak, end, warmup, steps) in enumerate(zip(peaks, ends, warmups, lengths)):
-        _parts.check_rate(**{f"peak_value of phase {phase}": peak, "end_value": end})
+        _parts.check_rate(end_value=end)
         _parts.check_steps(**{f"warmup_steps of phase {phase}": warmup})
         _parts.check_not_above("init_value", init_value, "peak_value", peak)
         _parts.check_not_above("end_value", end, "peak_value", peak)

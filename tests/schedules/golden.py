@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import optax
@@ -26,17 +27,24 @@ NO_CASES = re.compile(
     r"uba_(T|eta_max|eta_min|phis)|ref_G_\w+|ref_(smooth|width)_.*|ref_lbfgs_(in|out)"
     r"|tf_(warmup|stable|decay)"
 )
+LENGTH = 205  # of every table that tests make, as long as the longest here: little is compiled
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A schedule with a peak of 1 or of `scale`, and what it is at the steps."""
+    """A schedule and what it is at the steps from the first one on."""
 
     name: str
     schedule: optax.Schedule
-    steps: np.ndarray
+    first: int
     expected: np.ndarray
+
+
+def table(schedule: optax.Schedule, steps: int, first: int = 0, dtype: Any = int) -> np.ndarray:
+    """The values at `steps` steps from the first one on, from a table of a common length."""
+    size = max(steps, LENGTH)
+    return schedules.as_table(schedule, (first + np.arange(size)).astype(dtype))[:steps]
 
 
 def load() -> list[Case]:
@@ -70,8 +78,7 @@ def _of(key: str, arrays: Arrays) -> Iterator[Case]:
     for pattern, cases in _CASES.items():
         if match := re.fullmatch(pattern, key):
             for label, schedule, first, expected in cases(arrays, *match.groups()):
-                steps = first + np.arange(expected.size)
-                yield Case(f"{key}{label}", schedule, steps, expected)
+                yield Case(f"{key}{label}", schedule, first, expected)
             return
     raise KeyError(f"no schedule is mapped to the reference {key!r}")
 
