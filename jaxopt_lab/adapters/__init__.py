@@ -18,9 +18,12 @@ from jaxopt_lab.adapters.factored import factored
 from jaxopt_lab.adapters.gradients import estimate_gradients
 from jaxopt_lab.adapters.lora import LoraConfig
 from jaxopt_lab.adapters.lora_ga import lora_ga
+from jaxopt_lab.adapters.lora_plus import lora_plus, lora_plus_labels
 from jaxopt_lab.adapters.miss import MissConfig
 from jaxopt_lab.adapters.olora import olora
+from jaxopt_lab.adapters.peft_folder import read_peft_folder, write_peft_folder
 from jaxopt_lab.adapters.pissa import pissa
+from jaxopt_lab.adapters.plain import to_plain_lora
 
 __all__ = [
     "FLAX_KERNELS",
@@ -36,8 +39,13 @@ __all__ = [
     "factored",
     "init_adapters",
     "lora_ga",
+    "lora_plus",
+    "lora_plus_labels",
     "merge_adapters",
     "olora",
     "pissa",
+    "read_peft_folder",
+    "to_plain_lora",
     "unmerge_adapters",
+    "write_peft_folder",
 ]

@@ -34,9 +34,9 @@ class Kernel(NamedTuple):
         return self._size(self.axes.reduction), self._size(self.axes.output)
 
     @property
-    def module(self) -> str:
-        """Dotted name of the layer, such as "encoder.query"; empty for a bare array."""
-        return ".".join(self.name.split("/")[:-1])
+    def count(self) -> int:
+        """Number of matrices: 1 for a kernel that is no stack."""
+        return self._size(self.axes.batch)
 
     def matrices(self, x: jax.Array) -> jax.Array:
         """Reshapes a kernel to (matrices, inputs, outputs)."""

@@ -51,15 +51,10 @@ def choose(
         two axes that `kernel_axes` does not name.
       TypeError: a kernel that is not real floating point.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    candidates = {}
-    for path, leaf in flat:
-        name = _kernels.leaf_name(path)
-        if jnp.ndim(leaf) >= 2 and not _NO_KERNEL.fullmatch(name.split("/")[-1]):
-            candidates[name] = (path, leaf)
-    chosen = _matching(candidates, target_modules, "target_modules")
+    kernels = candidates(params)
+    chosen = _matching(kernels, target_modules, "target_modules")
     if exclude_modules is not None:
-        chosen -= _matching(candidates, exclude_modules, "exclude_modules")
+        chosen -= _matching(kernels, exclude_modules, "exclude_modules")
     if layers_to_transform is not None:
         wanted = _as_list(layers_to_transform)
         chosen = {n for n in chosen if _layer(n, layers_pattern) in wanted}
@@ -70,10 +65,19 @@ def choose(
         )
     axes = kernel_axes or {}
     own = {pattern: axes[pattern] for pattern in axes if pattern not in FLAX_KERNELS}
-    check_patterns(candidates, own, "kernel_axes")
-    return tuple(
-        _target(name, leaf, axes) for name, (_, leaf) in candidates.items() if name in chosen
-    )
+    check_patterns(kernels, own, "kernel_axes")
+    return tuple(_target(n, leaf, axes) for n, (_, leaf) in kernels.items() if n in chosen)
+
+
+def candidates(params: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns the path and the leaf of everything with two axes or more that is no bias or norm."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    found = {}
+    for path, leaf in flat:
+        name = _kernels.leaf_name(path)
+        if jnp.ndim(leaf) >= 2 and not _NO_KERNEL.fullmatch(name.split("/")[-1]):
+            found[name] = (path, leaf)
+    return found
 
 
 def by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:

@@ -75,6 +75,7 @@ class AdapterBase:
       config: the `LoraConfig` or `MissConfig`.
       kernels: the kernels that have adapters, with their axes, rank and scaling.
       merged: whether adapters are part of `params`.
+      gave_up: whether the kernels have given up what the first factors added.
     """
 
     params: Any
@@ -82,6 +83,7 @@ class AdapterBase:
     config: Any = dataclasses.field(metadata={"static": True})
     kernels: tuple[Kernel, ...] = dataclasses.field(metadata={"static": True})
     merged: bool = dataclasses.field(default=False, metadata={"static": True})
+    gave_up: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def init_adapters(
@@ -155,7 +157,10 @@ def init_adapters(
             a, b = kernel.stacks({name: x.astype(dtype) for name, x in factors.items()})
             rest = kernel.kernel(matrices - kernel.scaling * _kernels.product(a, b))
             rests[kernel.name] = rest.astype(leaf.dtype)
-    return AdapterBase(_kernels.replace_leaves(params, rests), {}, config, kernels), adapters
+    base = AdapterBase(
+        _kernels.replace_leaves(params, rests), {}, config, kernels, gave_up=bool(rests)
+    )
+    return base, adapters
 
 
 def apply_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> Any:
@@ -223,7 +228,7 @@ def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBas
         if found is not None:
             undo[kernel.name] = found
     params = apply_adapters(base, adapters)
-    return AdapterBase(params, undo, base.config, base.kernels, merged=True)
+    return dataclasses.replace(base, params=params, undo=undo, merged=True)
 
 
 def unmerge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBase:
@@ -257,7 +262,8 @@ def unmerge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterB
     def restored(kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
         return base.config.restored(kernel, matrices, factors, base.undo.get(kernel.name))
 
-    return AdapterBase(_edited(base, adapters, restored), {}, base.config, base.kernels)
+    params = _edited(base, adapters, restored)
+    return dataclasses.replace(base, params=params, undo={}, merged=False)
 
 
 def _edited(

@@ -105,10 +105,7 @@ def _moment_of(covariances: Mapping[str, Any], kernel: Kernel) -> jax.Array:
             "estimate_covariances makes one for each kernel of the same config"
         )
     moment = jnp.asarray(covariances[kernel.name])
-    count = 1
-    for axis in kernel.axes.batch:
-        count *= kernel.shape[axis]
-    expected = (count, kernel.matrix[0], kernel.matrix[0])
+    expected = (kernel.count, kernel.matrix[0], kernel.matrix[0])
     if moment.shape != expected:
         raise ValueError(
             f"corda: the second moment of the inputs of kernel '{kernel.name}' has shape "

@@ -32,7 +32,7 @@ def estimate_covariances(
     r"""Averages the second moment of each kernel's inputs over all products with it.
 
     .. math::
-      C = \frac{1}{n} \sum_{i=1}^n X_i^\top X_i, \quad X_i = \text{inputs}_i / |\max \text{inputs}_i|
+      C = \frac{1}{n} \sum_{i=1}^n X_i^\top X_i, \quad X_i = x_i / |\max x_i|
 
     The function is traced and its products with the kernels are found (see `factored`): no hooks,
     and nothing to change in a model. Each product counts one, with all examples of a batch; the
