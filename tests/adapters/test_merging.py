@@ -1,0 +1,453 @@
+"""Merging of models: the reference values, and what each way of merging promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxopt_lab.adapters import _task_vectors
+from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
+from jaxopt_lab.adapters.task_arithmetic import task_arithmetic, task_vector
+from jaxopt_lab.adapters.ties import ties_merge
+
+ROOT = pathlib.Path(
+    os.environ.get("JAXOPT_LAB_GOLDEN", pathlib.Path(__file__).parents[1] / "golden")
+)
+# A few roundings in float64 of numbers of size 1; the references that were made in float32 are
+# masked inputs, rounded once.
+TIGHT, FLOAT32 = 1e-14, 1e-6
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    arrays: dict[str, np.ndarray]  # names without the case's prefix
+
+    def tree(self, prefix: str) -> Tree:
+        """The arrays `prefix/name` by name; leaves are sorted by name, as the authors sort them."""
+        start = f"{prefix}/"
+        return {k.removeprefix(start): v for k, v in self.arrays.items() if k.startswith(start)}
+
+    def number(self, name: str) -> float:
+        return float(self.arrays[name])
+
+    @property
+    def base(self) -> Tree:
+        return self.tree("base")
+
+    @property
+    def models(self) -> list[Tree]:
+        vectors, found = self.base, []
+        while vectors := self.tree(f"tv{len(found)}"):
+            found.append({name: self.base[name] + vectors[name] for name in vectors})
+        return found
+
+    @property
+    def weights(self) -> list[float]:
+        return self.arrays["weights"].tolist()
+
+
+def load() -> list[Case]:
+    found = []
+    for path in sorted((ROOT / "adapters").glob("*merging*.npz")):
+        with np.load(path) as file:
+            prefixes = sorted({m[0] for key in file.files if (m := re.match(r"c\d+_", key))})
+            for prefix in prefixes:
+                arrays = {
+                    key.removeprefix(prefix): file[key]
+                    for key in file.files
+                    if key.startswith(prefix)
+                }
+                found.append(Case(f"{path.stem}-{prefix[:-1]}", arrays))
+    return found
+
+
+CASES = load()
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def close(found: Tree, expected: Tree, tolerance: float = TIGHT) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance)
+
+
+def changed(case: Case, prefix: str, scale: float = 1.0) -> Tree:
+    """The base plus the reference's task vector."""
+    update = case.tree(prefix)
+    return {name: case.base[name] + scale * update[name] for name in case.base}
+
+
+def split(case: Case, flat: np.ndarray) -> Tree:
+    """The authors' flat vector as a tree."""
+    tree, place = {}, 0
+    for name in case.arrays["auth_order"].tolist():
+        shape = case.base[name].shape
+        size = math.prod(shape)
+        tree[name] = flat[place : place + size].reshape(shape)
+        place += size
+    assert place == flat.size
+    return tree
+
+
+def test_there_are_cases():
+    assert len(CASES) >= 2
+    assert any(min(case.weights) < 0 for case in CASES)
+
+
+@each_case
+def test_peft_linear(case, x64):
+    close(task_arithmetic(case.base, case.models, case.weights), changed(case, "peft_linear"))
+
+
+@each_case
+@pytest.mark.parametrize(("elect", "name"), [("mass", "total"), ("frequency", "frequency")])
+def test_peft_ties(case, elect, name, x64):
+    found = ties_merge(
+        case.base,
+        case.models,
+        case.number("density"),
+        case.weights,
+        scope="tensor",
+        elect=elect,
+        zero_sign="positive",
+    )
+    close(found, changed(case, f"peft_ties_{name}"))
+
+
+@each_case
+def test_authors_ties(case, x64):
+    found = ties_merge(
+        case.base,
+        case.models,
+        case.number("density"),
+        scale=case.number("lambda"),
+        keep="authors",
+    )
+    close(found, split(case, case.arrays["auth_merged_flat"]))
+    close(
+        ties_merge(case.base, case.models, case.number("density"), keep="authors"),
+        split(
+            case,
+            np.concatenate([case.base[k].ravel() for k in case.arrays["auth_order"].tolist()])
+            + case.arrays["auth_dis-mean"],
+        ),
+    )
+
+
+@each_case
+def test_authors_trimming(case, x64):
+    for model, mask, kept in zip(
+        case.models, case.arrays["auth_trim_mask"], case.arrays["auth_kept"], strict=True
+    ):
+        vector = jax.tree.map(jnp.asarray, task_vector(case.base, model))
+        count = math.floor(case.number("density") * mask.size) + 1
+        assert count == kept
+        magnitudes = [jnp.abs(x) for x in jax.tree.leaves(vector)]
+        marks = _task_vectors.largest(magnitudes, count, with_ties=True)
+        np.testing.assert_array_equal(np.concatenate([m.ravel() for m in marks]), mask)
+
+
+@each_case
+def test_peft_trimming(case, x64):
+    """Nothing but trimming is left of one model."""
+    found = ties_merge(case.base, case.models[:1], case.number("density"), scope="tensor")
+    close(found, changed(case, "peft_trim0"))
+
+
+@each_case
+@pytest.mark.parametrize("remove_first", [True, False])
+def test_authors_breadcrumbs(case, remove_first, x64):
+    fractions = case.number("bread_beta_keep"), case.number("bread_gamma_remove")
+    options = {"remove_first": remove_first, "axis": "last"}
+    name = "rf" if remove_first else "kf"
+    for index, model in enumerate(case.models):
+        found = breadcrumbs_merge(case.base, [model], *fractions, 1.0, **options)
+        close(found, changed(case, f"bread_{name}_tv{index}"), FLOAT32)
+    if remove_first:
+        found = breadcrumbs_merge(
+            case.base, case.models, *fractions, case.number("bread_alpha"), **options
+        )
+        close(found, case.tree("bread_merged"), FLOAT32)
+
+
+@each_case
+def test_rows_of_kernels_run_along_the_inputs(case, x64):
+    """The authors' matrices are (out, in): transposed, they are kernels."""
+
+    def transposed(tree):
+        return {name: np.swapaxes(x, -1, -2) if x.ndim > 1 else x for name, x in tree.items()}
+
+    fractions = case.number("bread_beta_keep"), case.number("bread_gamma_remove")
+    found = breadcrumbs_merge(
+        transposed(case.base),
+        [transposed(model) for model in case.models],
+        *fractions,
+        case.number("bread_alpha"),
+    )
+    close(transposed(found), case.tree("bread_merged"), FLOAT32)
+
+
+def models(count: int = 3, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
+    rng = np.random.default_rng(0)
+
+    def tree() -> Any:
+        return {
+            "layer": {"kernel": rng.normal(size=(6, 4)), "bias": rng.normal(size=5)},
+            "norm": (rng.normal(size=()),),
+        }
+
+    def typed(tree: Any) -> Any:
+        floating = jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+        return {**floating, "step": jnp.array(rng.integers(100))}
+
+    return typed(tree()), [typed(tree()) for _ in range(count)]
+
+
+MERGES = {
+    "arithmetic": lambda base, tuned: task_arithmetic(base, tuned, [0.5, -0.2, 0.3]),
+    "ties": lambda base, tuned: ties_merge(base, tuned, 0.5, [1.0, 0.5, 2.0]),
+    "ties-tensor": lambda base, tuned: ties_merge(
+        base, tuned, 0.5, scope="tensor", elect="frequency", keep="authors"
+    ),
+    "breadcrumbs": lambda base, tuned: breadcrumbs_merge(base, tuned, 0.5, 0.2, 0.7),
+    "breadcrumbs-layer": lambda base, tuned: breadcrumbs_merge(
+        base, tuned, 0.5, 0.2, 0.7, scope="layer", remove_first=False
+    ),
+}
+every_merge = pytest.mark.parametrize("name", MERGES)
+
+
+@every_merge
+def test_jit_gives_the_same(name):
+    base, tuned = models()
+    plain, compiled = MERGES[name](base, tuned), jax.jit(MERGES[name])(base, tuned)
+    assert jax.tree.structure(plain) == jax.tree.structure(base)
+    for a, b, leaf in zip(*map(jax.tree.leaves, (plain, compiled, base))):
+        assert a.dtype == b.dtype == leaf.dtype
+        assert a.shape == leaf.shape
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # a fused product and sum
+    assert plain["step"] == base["step"]
+
+
+@every_merge
+def test_bfloat16_is_computed_in_float32(name):
+    base, tuned = models(dtype=jnp.bfloat16)
+
+    def widened(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+    expected = MERGES[name](widened(base), [widened(model) for model in tuned])
+    found = MERGES[name](base, tuned)
+    for a, b, leaf in zip(*map(jax.tree.leaves, (found, expected, base))):
+        assert a.dtype == leaf.dtype
+        np.testing.assert_array_equal(a, b.astype(leaf.dtype))
+
+
+def test_one_untrimmed_model_is_itself(x64):
+    base, (model,) = models(1, np.float64)
+    for found in (
+        ties_merge(base, [model], density=1),
+        ties_merge(base, [model], density=1, scope="tensor", keep="authors", elect="frequency"),
+        breadcrumbs_merge(base, [model], 1, 0, 1.0),
+        task_arithmetic(base, [model], [1.0]),
+    ):
+        expected = {**model, "step": base["step"]}
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-15), found, expected)
+
+
+def test_untouched_breadcrumbs_are_task_arithmetic(x64):
+    base, tuned = models(3, np.float64)
+    for scope in ("row", "layer"):
+        found = breadcrumbs_merge(base, tuned, 1.0, 0.0, 0.3, scope=scope)
+        expected = task_arithmetic(base, tuned, np.full(3, 0.3))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-15), found, expected)
+
+
+def test_average_of_models(x64):
+    base, tuned = models(3, np.float64)
+    found = task_arithmetic(base, tuned, [1 / 3] * 3)
+    np.testing.assert_allclose(
+        found["layer"]["kernel"], np.mean([t["layer"]["kernel"] for t in tuned], 0), atol=1e-15
+    )
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("elect", ["mass", "frequency"])
+def test_properties_of_ties(scope, elect, x64):
+    base, tuned = models(3, np.float64)
+
+    def change(tuned, factor=1.0, **options):
+        scaled = [task_arithmetic(base, [model], [factor]) for model in tuned]
+        options = {"density": 0.4, "scope": scope, "elect": elect, **options}
+        merged = task_vector(base, ties_merge(base, scaled, **options))
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves({**merged, "step": ()})])
+
+    vectors = np.stack([change([model], density=1.0) for model in tuned])
+    trimmed = np.stack([change([model]) for model in tuned])
+    found = change(tuned)
+    assert 0 < np.count_nonzero(found) < found.size
+    np.testing.assert_allclose(change(tuned[::-1]), found, atol=1e-15)
+    assert (np.abs(found) <= np.abs(vectors).max(0) + 1e-12).all()
+    np.testing.assert_allclose(change(tuned, factor=3.0), 3 * found, atol=1e-13)
+    # Differences of sums have noise where they are zero.
+    trimmed = np.where(np.abs(trimmed) < 1e-12, 0, trimmed)
+    elected = np.sign((trimmed if elect == "mass" else np.sign(trimmed)).sum(0))
+    settled = elected != 0
+    agreeing = (np.sign(trimmed) == elected) & (trimmed != 0)
+    mean = (trimmed * agreeing).sum(0) / np.maximum(agreeing.sum(0), 1)
+    np.testing.assert_allclose(found[settled], mean[settled], atol=1e-13)
+
+
+def test_zero_signs():
+    base = {"a": jnp.zeros(4)}
+    tuned = [{"a": jnp.array([1.0, -2.0, -3.0, 0.0])}, {"a": jnp.array([-1.0, -2.0, -1.0, 0.0])}]
+    majority = ties_merge(base, tuned, 1.0)["a"]
+    positive = ties_merge(base, tuned, 1.0, zero_sign="positive")["a"]
+    assert majority.tolist() == [-1, -2, -2, 0]
+    assert positive.tolist() == [1, -2, -2, 0]
+    # The majority of all leaves together, or of the leaf.
+    more = {"a": base["a"], "b": jnp.zeros(5)}
+    tuned = [{**model, "b": jnp.ones(5)} for model in tuned]
+    assert ties_merge(more, tuned, 1.0)["a"].tolist() == [1, -2, -2, 0]
+    assert ties_merge(more, tuned, 1.0, scope="tensor")["a"].tolist() == [-1, -2, -2, 0]
+    # No majority: nothing agrees.
+    tuned = [{"a": jnp.array([1.0, -2.0, 2.0, 0.0])}, {"a": jnp.array([-1.0, -2.0, 2.0, 0.0])}]
+    assert ties_merge(base, tuned, 1.0)["a"].tolist() == [0, -2, 2, 0]
+
+
+def test_equal_magnitudes_keep_the_lower_index():
+    base = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}
+    tuned = [{"a": jnp.array([1.0, -1.0, 5.0]), "b": jnp.array([[1.0, 1.0], [1.0, 0.0]])}]
+    kept = ties_merge(base, tuned, 4 / 7)
+    assert kept["a"].tolist() == [1, -1, 5]
+    assert kept["b"].tolist() == [[1, 0], [0, 0]]
+    authors = ties_merge(base, tuned, 2 / 7, keep="authors")
+    assert authors["b"].tolist() == [[1, 1], [1, 0]]
+    assert ties_merge(base, tuned, 0.1)["a"].tolist() == [0, 0, 0]  # not one whole entry
+    assert ties_merge(base, tuned, 0.1, keep="authors")["a"].tolist() == [0, 0, 5]
+
+
+def test_largest_is_a_sort():
+    rng = np.random.default_rng(1)
+    arrays = [np.abs(rng.normal(size=shape)).round(1) for shape in ((7, 3), (0,), (), (40,))]
+    flat = np.concatenate([x.ravel() for x in arrays])
+    order = np.argsort(-flat, kind="stable")
+    largest = jax.jit(_task_vectors.largest, static_argnums=1)
+    for count in (0, 1, 5, 30, 61, 62, 100):
+        marks = largest([jnp.asarray(x, jnp.float32) for x in arrays], count)
+        assert [m.shape for m in marks] == [x.shape for x in arrays]
+        found = np.concatenate([m.ravel() for m in marks])
+        np.testing.assert_array_equal(np.flatnonzero(found), np.sort(order[:count]))
+
+
+def test_breadcrumbs_of_rows_and_layers():
+    kernel = np.array([[9.0, 1.0], [-5.0, 8.0], [4.0, -7.0], [3.0, 2.0]])
+
+    def middle(name="kernel", **options):
+        base = {name: jnp.zeros_like(kernel, jnp.float32)}
+        return breadcrumbs_merge(base, [{name: jnp.asarray(kernel)}], 0.5, 0.25, 1.0, **options)[
+            name
+        ].tolist()
+
+    # Columns of four: one off the top, then two.
+    assert middle() == [[0, 0], [-5, 0], [4, -7], [0, 2]]
+    assert middle(axis="in") == middle(axis=lambda name, leaf: 0) == middle()
+    # Rows of two: none off the top, then one.
+    by_rows = [[9, 0], [0, 8], [0, -7], [3, 0]]
+    assert middle(axis="last") == middle(axis=lambda name, leaf: -1) == by_rows
+    assert middle(name="embedding") == by_rows
+    # Eight: 9 and 8 off the top, then four.
+    assert middle(scope="layer") == [[0, 0], [-5, 0], [4, -7], [3, 0]]
+    # The four at the top, without the two at the very top.
+    assert middle(scope="layer", remove_first=False) == [[0, 0], [-5, 0], [0, -7], [0, 0]]
+
+
+def test_scalars_are_added_whole():
+    assert breadcrumbs_merge(jnp.array(1.0), [jnp.array(3.0)], 0.0, 1.0, 0.5) == 2
+
+
+def test_properties_of_breadcrumbs():
+    base, tuned = models(1)
+    vector = task_vector(base, tuned[0])["layer"]["kernel"]
+    found = task_vector(base, breadcrumbs_merge(base, tuned, 0.5, 0.34, 1.0))["layer"]["kernel"]
+    rows, kept = np.abs(vector).T, np.abs(found).T > 1e-6
+    assert (kept.sum(1) <= 3).all()  # of six
+    largest = np.argsort(-rows, axis=1)[:, :2]
+    assert not np.take_along_axis(kept, largest, 1).any()
+
+
+def test_task_vector_of_integers():
+    base, (model,) = models(1, jnp.bfloat16)
+    vector = task_vector(base, model)
+    assert vector["step"] == 0
+    assert vector["step"].dtype == base["step"].dtype
+    assert vector["layer"]["bias"].dtype == jnp.float32
+
+
+def test_models_that_do_not_fit():
+    base, tuned = models()
+    bad = {**tuned[1], "new": jnp.zeros(2)}
+    bad["layer"] = {"kernel": jnp.zeros((4, 6)), "scale": jnp.zeros(5)}
+    message = (
+        "finetuned[1] does not match base: 'layer/bias' is missing; 'layer/scale' is not expected; "
+        "'new' is not expected; 'layer/kernel' has shape (4, 6), expected (6, 4)"
+    )
+    for merge in MERGES.values():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            merge(base, [tuned[0], bad, tuned[2]])
+        with pytest.raises(TypeError, match="finetuned must be a list of models, got dict"):
+            merge(base, tuned[0])
+        with pytest.raises(ValueError, match="at least one model, got none"):
+            merge(base, [])
+    with pytest.raises(ValueError, match=re.escape("finetuned[0] does not match base: 'layer/b")):
+        task_vector(base, bad)
+    with pytest.raises(TypeError, match="leaf 'step' has dtype float32, expected one like int32"):
+        task_vector(base, {**tuned[0], "step": jnp.zeros(())})
+    with pytest.raises(TypeError, match="base leaf 'z' is complex"):
+        task_vector({"z": jnp.zeros(2, jnp.complex64)}, {"z": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("merge", "arguments", "message"),
+    [
+        (ties_merge, {"density": 0.0}, "density must be a number in (0, 1], got 0.0"),
+        (ties_merge, {"density": 20}, "density must be a number in (0, 1], got 20"),
+        (ties_merge, {"density": math.nan}, "density must be a number in (0, 1], got nan"),
+        (ties_merge, {"scope": "layer"}, "scope must be one of global, tensor, got 'layer'"),
+        (ties_merge, {"elect": "x"}, "elect must be one of mass, frequency, got 'x'"),
+        (ties_merge, {"zero_sign": "x"}, "zero_sign must be one of majority, positive, got 'x'"),
+        (ties_merge, {"keep": "x"}, "keep must be one of exact, authors, got 'x'"),
+        (ties_merge, {"weights": [1.0]}, "weights must have shape (3,), one for each model, got"),
+        (ties_merge, {"weights": 1.0}, "weights must have shape (3,), one for each model, got ()"),
+        (ties_merge, {"scale": math.nan}, "scale must be finite, got nan"),
+        (task_arithmetic, {"weights": [1, 2, math.inf]}, "weights must be finite, got inf"),
+        (breadcrumbs_merge, {"keep": 1.5}, "keep must be in [0, 1], got 1.5"),
+        (breadcrumbs_merge, {"remove": -0.1}, "remove must be in [0, 1], got -0.1"),
+        (breadcrumbs_merge, {"keep": jnp.ones(())}, "keep must be a number, got ArrayImpl"),
+        (breadcrumbs_merge, {"scope": "x"}, "scope must be one of row, layer, got 'x'"),
+        (breadcrumbs_merge, {"axis": 0}, "axis must be one of in, last, got 0"),
+        (breadcrumbs_merge, {"axis": "in", "scope": "layer"}, "axis must be None with scope layer"),
+        (breadcrumbs_merge, {"axis": lambda n, x: 5}, "axis must return an axis of 'layer/kernel'"),
+    ],
+)
+def test_bad_arguments(merge, arguments, message):
+    base, tuned = models()
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        merge(base, tuned, **arguments)
