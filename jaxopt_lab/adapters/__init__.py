@@ -16,12 +16,14 @@ from jaxopt_lab.adapters.corda import corda
 from jaxopt_lab.adapters.covariances import estimate_covariances
 from jaxopt_lab.adapters.factored import factored
 from jaxopt_lab.adapters.gradients import estimate_gradients
+from jaxopt_lab.adapters.ist import IstState, ist
 from jaxopt_lab.adapters.lora import LoraConfig
 from jaxopt_lab.adapters.lora_ga import lora_ga
 from jaxopt_lab.adapters.lora_plus import lora_plus, lora_plus_labels
 from jaxopt_lab.adapters.miss import MissConfig
 from jaxopt_lab.adapters.olora import olora
 from jaxopt_lab.adapters.peft_folder import read_peft_folder, write_peft_folder
+from jaxopt_lab.adapters.perp import PerpConfig, perp_labels
 from jaxopt_lab.adapters.pissa import pissa
 from jaxopt_lab.adapters.plain import to_plain_lora
 
@@ -30,19 +32,23 @@ __all__ = [
     "AdapterBase",
     "AdapterConfig",
     "Initializer",
+    "IstState",
     "LoraConfig",
     "MissConfig",
+    "PerpConfig",
     "apply_adapters",
     "corda",
     "estimate_covariances",
     "estimate_gradients",
     "factored",
     "init_adapters",
+    "ist",
     "lora_ga",
     "lora_plus",
     "lora_plus_labels",
     "merge_adapters",
     "olora",
+    "perp_labels",
     "pissa",
     "read_peft_folder",
     "to_plain_lora",

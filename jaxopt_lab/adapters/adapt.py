@@ -27,7 +27,12 @@ r) and `b` (matrices, r, outputs). What is taken out of the base is `kernel.scal
 
 
 class AdapterConfig(Protocol):
-    """What `init_adapters` can make: `LoraConfig` and `MissConfig`; hashable."""
+    """What `init_adapters` can make: `LoraConfig`, `PerpConfig` and `MissConfig`; hashable."""
+
+    @property
+    def additive(self) -> bool:
+        """Whether the layer uses K + s a b, which `factored` can split."""
+        ...
 
     @property
     def adapter_dtype(self) -> Any:
@@ -52,14 +57,18 @@ class AdapterConfig(Protocol):
         """Returns the matrices that the layer uses."""
         ...
 
+    def merged(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+        """Returns the matrices to use without adapters; for most, the effective ones."""
+        ...
+
     def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> Any:
-        """Returns what `restored` needs beside the effective matrices, or None."""
+        """Returns what `restored` needs beside the merged matrices, or None."""
         ...
 
     def restored(
         self, kernel: Kernel, matrices: jax.Array, factors: Factors, undo: Any
     ) -> jax.Array:
-        """Returns the base's matrices from the effective ones."""
+        """Returns the base's matrices from the merged ones."""
         ...
 
 
@@ -192,7 +201,7 @@ def apply_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> Any:
              [2., 2.]], dtype=float32)
     """
     require_apart(base, "apply_adapters")
-    return _edited(base, adapters, lambda k, m, f: base.config.effective(k, m, f))
+    return _edited(base, adapters, base.config.effective)
 
 
 def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBase:
@@ -227,7 +236,7 @@ def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBas
         found = base.config.undo(kernel, matrices, factors)
         if found is not None:
             undo[kernel.name] = found
-    params = apply_adapters(base, adapters)
+    params = _edited(base, adapters, base.config.merged)
     return dataclasses.replace(base, params=params, undo=undo, merged=True)
 
 

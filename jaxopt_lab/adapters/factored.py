@@ -91,7 +91,7 @@ class _Factored:
     def product(self, product: Dot | Convolution) -> tuple[jax.Array, dict[str, Any]] | None:
         """Adds s (x a) b to the product with the kernel as it is."""
         kernel = product.kernel
-        if set(kernel.factors) != {"lora_a", "lora_b"}:
+        if not self.config.additive:
             return None
         a, b = kernel.factors["lora_a"], kernel.factors["lora_b"]
         dtype = jnp.result_type(product.x.dtype, a.dtype)

@@ -107,6 +107,11 @@ class LoraConfig:
         alpha, r = _targets.by_pattern(name, self.alpha_pattern, self.lora_alpha), self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
+    @property
+    def additive(self) -> bool:
+        """Whether the layer uses K + s a b."""
+        return not self.use_dora
+
     def kernels(self, params: Any) -> tuple[Kernel, ...]:
         """Returns the kernels that get an adapter; see `init_adapters`."""
         targets = _targets.choose(
@@ -153,6 +158,10 @@ class LoraConfig:
     def effective(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
         """Returns K + s a b, rescaled with DoRA."""
         return self._effective(kernel, matrices, factors)[0]
+
+    def merged(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+        """Returns the effective matrices."""
+        return self.effective(kernel, matrices, factors)
 
     def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array | None:
         """Returns DoRA's factors, (matrices, outputs), which cannot be had from what is merged."""

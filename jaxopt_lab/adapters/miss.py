@@ -83,6 +83,11 @@ class MissConfig:
     def __hash__(self) -> int:
         return hash((str(self.target_modules), self.r, self.mini_r))
 
+    @property
+    def additive(self) -> bool:
+        """Whether the layer uses K + s a b."""
+        return False
+
     def kernels(self, params: Any) -> tuple[Kernel, ...]:
         """Returns the kernels that get an adapter; see `init_adapters`."""
         targets = _targets.choose(
@@ -124,6 +129,10 @@ class MissConfig:
             return matrices + self._repeated(kernel, block)
         tiles = _tiles(matrices, kernel.r)
         return _from_tiles(tiles + _kernels.product(block, tiles) + block, matrices.shape)
+
+    def merged(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+        """Returns the effective matrices."""
+        return self.effective(kernel, matrices, factors)
 
     def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> None:
         """Returns None."""

@@ -1,0 +1,176 @@
+r"""PERP: after pruning, retraining a few parameters in a thousand is enough.
+
+    Z = (K != 0),    "mask_lora": K + s Z (a b),    "scale_lora": K (a b),
+    "lora_prune": K + s a b while training, K + s Z (a b) when merged
+
+products of Z and K entry by entry. Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in
+the Era of LLMs", 2023, arXiv:2312.15230, section 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_lab import _matrices
+from jaxopt_lab.adapters import _kernels
+from jaxopt_lab.adapters._kernels import Factors, Kernel
+from jaxopt_lab.adapters.lora import LoraConfig
+
+_FORMS = ("mask_lora", "lora_prune", "scale_lora")
+_NORM = re.compile(r"norm|(^|[^a-z])ln([^a-z]|$)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerpConfig(LoraConfig):
+    r"""Low-rank adapters of pruned kernels, whose zeros stay zero when merged.
+
+    With Z = 1 where the base's kernel is not zero, entry by entry,
+
+    .. math::
+      K' = K + s\, Z \odot (a b) \text{ ("mask\_lora")}, \quad
+      K' = K \odot (a b) \text{ ("scale\_lora")}
+
+    and "lora_prune" trains K + s a b and merges K + s Z (a b). The factors of "scale_lora" start at
+    :math:`1/\sqrt{r}`, so that their product is one; it has no scaling.
+
+    Attributes:
+      form: "mask_lora", "lora_prune" or "scale_lora".
+      r: 16 by default, as in the authors' runs.
+      lora_alpha: 32 by default.
+
+    Raises:
+      ValueError: an unknown form, or DoRA, and what `LoraConfig` raises.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_lab import adapters
+      >>> config = adapters.PerpConfig(target_modules=["w"], r=1)
+      >>> base, lora = adapters.init_adapters({"w": jnp.eye(2)}, config, jax.random.key(0))
+      >>> lora = jax.tree.map(jnp.ones_like, lora)
+      >>> adapters.merge_adapters(base, lora).params["w"]
+      Array([[33.,  0.],
+             [ 0., 33.]], dtype=float32)
+
+    References:
+      Zimmer et al., `PERP <https://arxiv.org/abs/2312.15230>`_, 2023, section 3.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    form: str = "mask_lora"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in _FORMS:
+            raise ValueError(f"form must be one of {_FORMS}, got {self.form!r}")
+        if self.use_dora:
+            raise ValueError("use_dora rescales kernels as a whole; PerpConfig has no such form")
+
+    __hash__ = LoraConfig.__hash__
+
+    @property
+    def additive(self) -> bool:
+        """Whether the layer uses K + s a b."""
+        return self.form == "lora_prune"
+
+    def changes_base(self, init: Any) -> bool:
+        """Returns False.
+
+        Raises:
+          ValueError: a computed start, whose residual would not be sparse.
+        """
+        if init is not None:
+            raise ValueError("a PerpConfig has no computed start: what it leaves is not sparse")
+        return False
+
+    def start(self, kernel: Kernel, matrices: jax.Array, key: Any, init: Any) -> Factors:
+        """Returns the first factors of one kernel."""
+        if self.form != "scale_lora":
+            return super().start(kernel, matrices, key, init)
+        count, fan_in, fan_out = matrices.shape
+        root = jnp.asarray(1 / math.sqrt(kernel.r), matrices.dtype)
+        a = jnp.broadcast_to(root, (count, fan_in, kernel.r))
+        return kernel.pair(a, jnp.broadcast_to(root, (count, kernel.r, fan_out)))
+
+    def effective(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+        """Returns what the layer uses while training."""
+        if self.form == "lora_prune":
+            return super().effective(kernel, matrices, factors)
+        return self.merged(kernel, matrices, factors)
+
+    def merged(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+        """Returns what is merged, zero where the kernel is."""
+        product = _kernels.product(*kernel.stacks(factors))
+        if self.form == "scale_lora":
+            return matrices * product
+        return matrices + kernel.scaling * jnp.where(matrices != 0, product, 0)
+
+    def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+        """Returns the kernel: a merged entry of zero does not say what it was."""
+        del kernel, factors
+        return matrices
+
+    def restored(
+        self, kernel: Kernel, matrices: jax.Array, factors: Factors, undo: Any
+    ) -> jax.Array:
+        """Returns K."""
+        del kernel, matrices, factors
+        return undo
+
+
+def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: bool = False) -> Any:
+    """Labels parameters for `optax.partition`: "train" for the chosen subset, "freeze" otherwise.
+
+    Args:
+      params: the pruned model's parameters.
+      biases: train everything called `bias` or `b` that is no norm's.
+      norms: train `scale`, `bias` and `weight` below a module whose name has "norm" or "ln" in it.
+      head: train the output layer: what a part of the path calls `head`, `lm_head`, `unembed`,
+        `logits` or `output`, but no embedding.
+
+    Returns:
+      A tree of the same structure; the fraction trained is that of the "train" leaves' sizes.
+
+    Raises:
+      ValueError: nothing would be trained.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxopt_lab import adapters
+      >>> params = {"dense": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)},
+      ...           "norm": {"scale": jnp.ones(2)}}
+      >>> adapters.perp_labels(params)
+      {'dense': {'bias': 'train', 'kernel': 'freeze'}, 'norm': {'scale': 'train'}}
+      >>> transforms = {"train": optax.adamw(5e-4), "freeze": optax.set_to_zero()}
+      >>> tx = optax.partition(transforms, adapters.perp_labels)
+
+    References:
+      Zimmer et al., `PERP <https://arxiv.org/abs/2312.15230>`_, 2023, section 3.
+    """
+
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
+        *parents, own = _kernels.leaf_name(path).split("/")
+        norm = bool(parents) and bool(_NORM.search(parents[-1]))
+        if norm:
+            chosen = norms and own in ("scale", "bias", "weight", "b")
+        elif own in ("bias", "b"):
+            chosen = biases
+        else:
+            embedding = any("embed" in name and "unembed" not in name for name in (*parents, own))
+            chosen = head and not embedding and _matrices.ends_of_a_model(path)
+        del leaf
+        return "train" if chosen else "freeze"
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    if "train" not in jax.tree.leaves(labels):
+        raise ValueError(
+            f"nothing would be trained: with biases={biases}, norms={norms} and head={head} no "
+            "parameter is chosen by its name"
+        )
+    return labels
