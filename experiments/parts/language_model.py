@@ -108,7 +108,7 @@ class LanguageModel(nnx.Module):
         return self.head(self.norm(x))
 
 
-def read_text(path: str | None) -> str:
+def read_text(path: str | None, option: str = "--text") -> str:
     """The user's text, or the documentation topics that every CPython carries."""
     if path is None:
         topics = importlib.import_module("pydoc_data.topics").topics
@@ -116,9 +116,9 @@ def read_text(path: str | None) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path}: cannot be read as UTF-8 text ({error})") from error
+        raise UserError(f"{option} {path}: cannot be read as UTF-8 text ({error})") from error
     if not text.strip():
-        raise UserError(f"--text {path}: the file is empty; expected text to train on")
+        raise UserError(f"{option} {path}: the file is empty; expected text to train on")
     return text
 
 
@@ -134,24 +134,46 @@ def language_model(
     """
     if size not in SIZES:
         raise UserError(f"--size {size}: unknown; expected one of {', '.join(SIZES)}")
-    shape = SIZES[size]
-    batch_size = batch_size or shape.batch_size
     characters = read_text(text)
     alphabet, tokens = np.unique(
         np.frombuffer(characters.encode("utf-32-le"), np.uint32), return_inverse=True
     )
+    checksum = hashlib.sha256(characters.encode("utf-8")).hexdigest()
+    return workload_of_tokens(size, tokens, len(alphabet), checksum, f"--text {text}", batch_size)
+
+
+def workload_of_tokens(
+    size: str,
+    tokens: np.ndarray,
+    vocabulary: int,
+    checksum: str,
+    source: str,
+    batch_size: int | None = None,
+) -> Workload:
+    """As `language_model`, for a text that is numbers already.
+
+    Args:
+      size: a name in `SIZES`.
+      tokens: the text, numbers below `vocabulary`.
+      vocabulary: number of different characters.
+      checksum: of the text.
+      source: where the text is from, for messages.
+      batch_size: windows per step; default that of the size.
+    """
+    shape = SIZES[size]
+    batch_size = batch_size or shape.batch_size
     tokens = tokens.astype(np.int32)
     held_out = int(len(tokens) * HELD_OUT)
     if held_out <= shape.context:
         raise UserError(
-            f"--text {text}: {len(tokens)} characters are too few for --size {size}; its context "
+            f"{source}: {len(tokens)} characters are too few for --size {size}; its context "
             f"of {shape.context} needs at least {int((shape.context + 1) / HELD_OUT) + 1}"
         )
     windows = _spread_windows(tokens[-held_out:], shape.context)
     data = {"train": jnp.asarray(tokens[:-held_out]), "validation": jnp.asarray(windows)}
 
     def build(rngs: nnx.Rngs) -> LanguageModel:
-        return LanguageModel(shape, len(alphabet), rngs=rngs)
+        return LanguageModel(shape, vocabulary, rngs=rngs)
 
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
 
@@ -178,11 +200,11 @@ def language_model(
         "workload": "language_model",
         "size": size,
         "parameters": parameter_count(abstract),
-        "vocabulary": len(alphabet),
+        "vocabulary": vocabulary,
         "context": shape.context,
         "batch_size": batch_size,
         "characters": len(tokens),
-        "text_sha256": hashlib.sha256(characters.encode("utf-8")).hexdigest(),
+        "text_sha256": checksum,
     }
     return Workload(
         "language_model", "nats per character", identity, shape.learning_rate, STEPS, data,
