@@ -12,6 +12,7 @@ from jaxopt_lab.adapters.adapt import (
     merge_adapters,
     unmerge_adapters,
 )
+from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
 from jaxopt_lab.adapters.corda import corda
 from jaxopt_lab.adapters.covariances import estimate_covariances
 from jaxopt_lab.adapters.factored import factored
@@ -26,6 +27,8 @@ from jaxopt_lab.adapters.peft_folder import read_peft_folder, write_peft_folder
 from jaxopt_lab.adapters.perp import PerpConfig, perp_labels
 from jaxopt_lab.adapters.pissa import pissa
 from jaxopt_lab.adapters.plain import to_plain_lora
+from jaxopt_lab.adapters.task_arithmetic import task_arithmetic, task_vector
+from jaxopt_lab.adapters.ties import ties_merge
 
 __all__ = [
     "FLAX_KERNELS",
@@ -37,6 +40,7 @@ __all__ = [
     "MissConfig",
     "PerpConfig",
     "apply_adapters",
+    "breadcrumbs_merge",
     "corda",
     "estimate_covariances",
     "estimate_gradients",
@@ -51,6 +55,9 @@ __all__ = [
     "perp_labels",
     "pissa",
     "read_peft_folder",
+    "task_arithmetic",
+    "task_vector",
+    "ties_merge",
     "to_plain_lora",
     "unmerge_adapters",
     "write_peft_folder",
