@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab.schedules import _parts
+from jaxopt_lab.schedules import _phases
 
 _POWERS = {"linear": 1.0, "sqrt": 0.5}
 
@@ -65,13 +65,13 @@ def scale_learning_rate(
       Granziol et al., `Learning Rates as a Function of Batch Size
       <https://arxiv.org/abs/2006.09092>`_, 2020.
     """
-    _parts.check_choice(tuple(_POWERS), rule=rule)
-    _parts.check_steps(1, batch_size=batch_size, new_batch_size=new_batch_size)
+    _phases.check_choice(tuple(_POWERS), rule=rule)
+    _phases.check_steps(1, batch_size=batch_size, new_batch_size=new_batch_size)
     if saturation is not None:
-        _parts.check_steps(1, saturation=saturation)
+        _phases.check_steps(1, saturation=saturation)
     bound = math.inf if saturation is None else saturation
     factor = (min(new_batch_size, bound) / min(batch_size, bound)) ** _POWERS[rule]
     if callable(rate):
         return lambda step: jnp.asarray(rate(step)) * factor
-    _parts.check_rate(rate=rate)
+    _phases.check_rate(rate=rate)
     return rate * factor

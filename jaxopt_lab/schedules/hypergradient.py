@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _hyperparams, _tree
-from jaxopt_lab.schedules import _parts
+from jaxopt_lab.schedules import _phases
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
 CONTRACT_EXCEPTIONS = {"learning_rate_schedule": "the rate is kept in the state"}
@@ -38,8 +38,8 @@ class HypergradientState(NamedTuple):
 
 def hypergradient(
     inner: optax.GradientTransformation,
-    learning_rate: _parts.Scalar,
-    meta_rate: _parts.Scalar,
+    learning_rate: _phases.Scalar,
+    meta_rate: _phases.Scalar,
     rule: str = "additive",
     bounds: tuple[float, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -109,8 +109,8 @@ def hypergradient(
             "learning_rate must be a number: the rate is kept in the state; chain "
             "optax.scale_by_schedule after hypergradient to combine it with a schedule"
         )
-    _parts.check_rate(learning_rate=learning_rate, meta_rate=meta_rate)
-    _parts.check_choice(RULES, rule=rule)
+    _phases.check_rate(learning_rate=learning_rate, meta_rate=meta_rate)
+    _phases.check_choice(RULES, rule=rule)
     if bounds is None and rule == "fedhyper":
         bounds = _FEDHYPER_BOUNDS
     if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1]):

@@ -19,7 +19,7 @@ import optax
 from jax.core import Tracer
 
 from jaxopt_lab import _hyperparams, _tree
-from jaxopt_lab.schedules import _parts
+from jaxopt_lab.schedules import _phases
 
 KINDS = ("l1", "l2")
 _EXPONENTS = {"l1": -1.0, "l2": -2.0}
@@ -70,8 +70,8 @@ def record_norms(kind: str, length: int) -> optax.GradientTransformation:
       Defazio et al., `Optimal Linear Decay Learning Rate Schedules and Further Refinements
       <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
-    _parts.check_choice(KINDS, kind=kind)
-    _parts.check_steps(1, length=length)
+    _phases.check_choice(KINDS, kind=kind)
+    _phases.check_steps(1, length=length)
 
     def init_fn(params: optax.Params) -> RecordNormsState:
         _tree.check_params(params)
@@ -111,7 +111,7 @@ def _l2_norm(magnitudes: list[jax.Array], dtype: Any) -> jax.Array:
 def refined_schedule(
     norms: Any,
     total_steps: int,
-    peak_value: _parts.Scalar,
+    peak_value: _phases.Scalar,
     kind: str,
     smoothing: float = 0.1,
 ) -> optax.Schedule:
@@ -164,9 +164,9 @@ def refined_schedule(
       Defazio et al., `Optimal Linear Decay Learning Rate Schedules and Further Refinements
       <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
-    _parts.check_choice(KINDS, kind=kind)
-    _parts.check_rate(peak_value=peak_value)
-    _parts.check_steps(2, total_steps=total_steps)
+    _phases.check_choice(KINDS, kind=kind)
+    _phases.check_rate(peak_value=peak_value)
+    _phases.check_steps(2, total_steps=total_steps)
     if not _hyperparams.is_number(smoothing):
         raise TypeError(f"smoothing must be a number, got {type(smoothing).__name__}")
     _hyperparams.check_fraction(smoothing=smoothing)
@@ -174,7 +174,7 @@ def refined_schedule(
     stretch = (table.size - 1) / (total_steps - 1)
 
     def schedule(step: Any) -> jax.Array:
-        position = jnp.clip(_parts.since(step) * stretch, 0, table.size - 1)
+        position = jnp.clip(_phases.since(step) * stretch, 0, table.size - 1)
         left = jnp.clip(jnp.floor(position), 0, table.size - 2)
         values = jnp.asarray(table, position.dtype)
         index = left.astype(jnp.int32)

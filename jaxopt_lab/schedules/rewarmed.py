@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab.schedules import _parts
+from jaxopt_lab.schedules import _phases
 
 
 def rewarmed(
@@ -54,18 +54,18 @@ def rewarmed(
       >>> [float(halves(t)) for t in range(9)]
       [1.0, 0.75, 0.5, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
     """
-    _parts.check_schedule(make_schedule=make_schedule)
-    _parts.check_steps(start_step=start_step)
+    _phases.check_schedule(make_schedule=make_schedule)
+    _phases.check_steps(start_step=start_step)
     lengths = _lengths(phase_steps)
     schedules = [make_schedule(phase, steps) for phase, steps in enumerate(lengths)]
     for phase, schedule in enumerate(schedules):
-        _parts.check_schedule(**{f"make_schedule({phase}, {lengths[phase]})": schedule})
+        _phases.check_schedule(**{f"make_schedule({phase}, {lengths[phase]})": schedule})
     starts = [int(start_step) + n for n in itertools.accumulate([0, *lengths[:-1]])]
 
     def joined(step: Any) -> jax.Array:
         rate = None
         for start, schedule in zip(starts, schedules):
-            own = _parts.since(step, start)
+            own = _phases.since(step, start)
             value = jnp.asarray(schedule(jnp.maximum(own, 0)), own.dtype)
             rate = value if rate is None else jnp.where(own < 0, rate, value)
         return jnp.asarray(rate)
@@ -74,12 +74,12 @@ def rewarmed(
 
 
 def rewarmed_schedule(
-    peak_value: _parts.Scalar | Sequence[_parts.Scalar],
+    peak_value: _phases.Scalar | Sequence[_phases.Scalar],
     phase_steps: Sequence[int],
     warmup_steps: int | Sequence[int],
     *,
-    init_value: _parts.Scalar = 0.0,
-    end_value: _parts.Scalar | None = None,
+    init_value: _phases.Scalar = 0.0,
+    end_value: _phases.Scalar | None = None,
     start_step: int = 0,
 ) -> optax.Schedule:
     r"""Warms up linearly and decays along a cosine, anew in each phase.
@@ -126,14 +126,14 @@ def rewarmed_schedule(
     peaks = _per_phase("peak_value", peak_value, len(lengths))
     warmups = _per_phase("warmup_steps", warmup_steps, len(lengths))
     for phase, peak in enumerate(peaks):
-        _parts.check_rate(**{f"peak_value of phase {phase}": peak})
+        _phases.check_rate(**{f"peak_value of phase {phase}": peak})
     ends = [0.1 * peak for peak in peaks] if end_value is None else [end_value] * len(lengths)
-    _parts.check_rate(init_value=init_value)
+    _phases.check_rate(init_value=init_value)
     for phase, (peak, end, warmup, steps) in enumerate(zip(peaks, ends, warmups, lengths)):
-        _parts.check_rate(end_value=end)
-        _parts.check_steps(**{f"warmup_steps of phase {phase}": warmup})
-        _parts.check_not_above("init_value", init_value, "peak_value", peak)
-        _parts.check_not_above("end_value", end, "peak_value", peak)
+        _phases.check_rate(end_value=end)
+        _phases.check_steps(**{f"warmup_steps of phase {phase}": warmup})
+        _phases.check_not_above("init_value", init_value, "peak_value", peak)
+        _phases.check_not_above("end_value", end, "peak_value", peak)
         if warmup >= steps:
             raise ValueError(
                 f"warmup_steps of phase {phase} must be below its length, got {warmup} >= {steps}"
@@ -143,9 +143,9 @@ def rewarmed_schedule(
         peak, end, warmup = peaks[phase], ends[phase], warmups[phase]
 
         def schedule(step: Any) -> jax.Array:
-            u = _parts.since(step)
-            decay = _parts.decayed((u - warmup) / (steps - warmup), peak, end, "cosine")
-            return _parts.warmed_up(u, decay, init_value, peak, warmup)
+            u = _phases.since(step)
+            decay = _phases.decayed((u - warmup) / (steps - warmup), peak, end, "cosine")
+            return _phases.warmed_up(u, decay, init_value, peak, warmup)
 
         return schedule
 
@@ -158,7 +158,7 @@ def _lengths(phase_steps: Sequence[int]) -> list[int]:
     if len(phase_steps) == 0:
         raise ValueError("phase_steps must have at least one phase, got none")
     for phase, steps in enumerate(phase_steps):
-        _parts.check_steps(1, **{f"phase_steps[{phase}]": steps})
+        _phases.check_steps(1, **{f"phase_steps[{phase}]": steps})
     return [int(steps) for steps in phase_steps]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab.schedules import _parts
+from jaxopt_lab.schedules import _phases
 
 # States of optax whose count is what a schedule is called with.
 _OF_SCHEDULES = ("ScaleByScheduleState", "WrappedScheduleState")
@@ -39,9 +39,9 @@ def as_table(schedule: optax.Schedule, steps: Any) -> np.ndarray:
       >>> as_table(optax.linear_schedule(1.0, 0.0, 4), 5).tolist()
       [1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    _parts.check_schedule(schedule=schedule)
+    _phases.check_schedule(schedule=schedule)
     if np.ndim(steps) == 0:
-        _parts.check_steps(steps=steps)
+        _phases.check_steps(steps=steps)
         steps = jnp.arange(steps, dtype=jnp.int32)
     if np.ndim(steps) != 1:
         raise ValueError(f"steps must be a number or have shape (n,), got {np.shape(steps)}")
@@ -83,7 +83,7 @@ def current_learning_rate(opt_state: optax.OptState, schedule: optax.Schedule) -
       >>> print(f"{current_learning_rate(state, schedule):.2f}")
       0.90
     """
-    _parts.check_schedule(schedule=schedule)
+    _phases.check_schedule(schedule=schedule)
     every = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
     # A field of a state, not a parameter that happens to be called so.
     owners = [(getattr(path[-1], "tuple_name", None), path, count) for path, count in every]

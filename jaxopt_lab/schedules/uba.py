@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _hyperparams
-from jaxopt_lab.schedules import _parts
+from jaxopt_lab.schedules import _phases
 
 ANGLES = ("continuous", "chebyshev")
 
 
 def uba_schedule(
-    peak_value: _parts.Scalar,
-    end_value: _parts.Scalar,
+    peak_value: _phases.Scalar,
+    end_value: _phases.Scalar,
     total_steps: int,
-    phi: _parts.Scalar,
+    phi: _phases.Scalar,
     angle: str = "continuous",
     warmup_steps: int = 0,
 ) -> optax.Schedule:
@@ -80,12 +80,12 @@ def uba_schedule(
     References:
       `Unified budget-aware learning rate schedule <https://arxiv.org/abs/2505.24452>`_, 2025.
     """
-    _parts.check_rate(peak_value=peak_value, end_value=end_value)
-    _parts.check_not_above("end_value", end_value, "peak_value", peak_value)
+    _phases.check_rate(peak_value=peak_value, end_value=end_value)
+    _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
     _hyperparams.check_positive(phi=phi)
-    _parts.check_choice(ANGLES, angle=angle)
-    _parts.check_steps(warmup_steps=warmup_steps)
-    _parts.check_steps(1, total_steps=total_steps)
+    _phases.check_choice(ANGLES, angle=angle)
+    _phases.check_steps(warmup_steps=warmup_steps)
+    _phases.check_steps(1, total_steps=total_steps)
     if total_steps <= warmup_steps:
         raise ValueError(
             f"total_steps must exceed warmup_steps, got {total_steps} <= {warmup_steps}"
@@ -93,7 +93,7 @@ def uba_schedule(
     budget = int(total_steps) - int(warmup_steps)
 
     def schedule(step: Any) -> jax.Array:
-        t = _parts.since(step)
+        t = _phases.since(step)
         after = t - warmup_steps
         if angle == "continuous":
             half = 0.5 * jnp.pi * (jnp.clip(after, 0, budget) / budget)
@@ -103,6 +103,6 @@ def uba_schedule(
         fraction = cosine / (cosine + 0.5 * jnp.asarray(phi, t.dtype) * jnp.square(jnp.sin(half)))
         peak, end = (jnp.asarray(x, t.dtype) for x in (peak_value, end_value))
         decay = end + (peak - end) * fraction
-        return _parts.warmed_up(t, decay, 0.0, peak, warmup_steps)
+        return _phases.warmed_up(t, decay, 0.0, peak, warmup_steps)
 
     return schedule

@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab.schedules import _parts
+from jaxopt_lab.schedules import _phases
 
 
 def wsd_schedule(
-    peak_value: _parts.Scalar,
+    peak_value: _phases.Scalar,
     warmup_steps: int,
     stable_steps: int | None = None,
     decay_steps: int | None = None,
     *,
-    init_value: _parts.Scalar = 0.0,
-    end_value: _parts.Scalar = 0.0,
+    init_value: _phases.Scalar = 0.0,
+    end_value: _phases.Scalar = 0.0,
     warmup_shape: str = "linear",
     decay_shape: str = "sqrt",
     zero_based_warmup: bool = False,
@@ -81,31 +81,31 @@ def wsd_schedule(
       and Compute-Optimal Training Beyond Fixed Training Durations
       <https://arxiv.org/abs/2405.18392>`_, 2024.
     """
-    _parts.check_rate(peak_value=peak_value, init_value=init_value, end_value=end_value)
-    _parts.check_not_above("init_value", init_value, "peak_value", peak_value)
-    _parts.check_not_above("end_value", end_value, "peak_value", peak_value)
-    _parts.check_choice(_parts.WARMUP_SHAPES, warmup_shape=warmup_shape)
-    _parts.check_steps(warmup_steps=warmup_steps)
+    _phases.check_rate(peak_value=peak_value, init_value=init_value, end_value=end_value)
+    _phases.check_not_above("init_value", init_value, "peak_value", peak_value)
+    _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
+    _phases.check_choice(_phases.WARMUP_SHAPES, warmup_shape=warmup_shape)
+    _phases.check_steps(warmup_steps=warmup_steps)
     if (stable_steps is None) != (decay_steps is None):
         raise ValueError(
             "stable_steps and decay_steps must both be given, or both be None for a stable rate "
             f"without end (see branch_decay); got {stable_steps} and {decay_steps}"
         )
     if stable_steps is None or decay_steps is None:
-        _parts.check_choice(_parts.DECAY_SHAPES, decay_shape=decay_shape)
+        _phases.check_choice(_phases.DECAY_SHAPES, decay_shape=decay_shape)
     else:
-        _parts.check_decay(decay_shape, end_value)
-        _parts.check_steps(stable_steps=stable_steps)
-        _parts.check_steps(1, decay_steps=decay_steps)
+        _phases.check_decay(decay_shape, end_value)
+        _phases.check_steps(stable_steps=stable_steps)
+        _phases.check_steps(1, decay_steps=decay_steps)
 
     def schedule(step: Any) -> jax.Array:
-        t = _parts.since(step)
+        t = _phases.since(step)
         if stable_steps is None or decay_steps is None:
             rate = jnp.broadcast_to(jnp.asarray(peak_value, t.dtype), t.shape)
         else:
             q = (t - (warmup_steps + stable_steps)) / decay_steps
-            rate = _parts.decayed(q, peak_value, end_value, decay_shape)
-        return _parts.warmed_up(
+            rate = _phases.decayed(q, peak_value, end_value, decay_shape)
+        return _phases.warmed_up(
             t,
             rate,
             init_value,
@@ -122,7 +122,7 @@ def branch_decay(
     schedule: optax.Schedule,
     start_step: int | jax.Array,
     decay_steps: int,
-    end_value: _parts.Scalar = 0.0,
+    end_value: _phases.Scalar = 0.0,
     decay_shape: str = "sqrt",
 ) -> optax.Schedule:
     r"""Follows a schedule up to a step and cools down from the rate that it has there.
@@ -159,28 +159,28 @@ def branch_decay(
       Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations
       <https://arxiv.org/abs/2405.18392>`_, 2024.
     """
-    _parts.check_schedule(schedule=schedule)
-    _parts.check_rate(end_value=end_value)
-    _parts.check_decay(decay_shape, end_value)
-    _parts.check_steps(1, decay_steps=decay_steps)
+    _phases.check_schedule(schedule=schedule)
+    _phases.check_rate(end_value=end_value)
+    _phases.check_decay(decay_shape, end_value)
+    _phases.check_steps(1, decay_steps=decay_steps)
     if not isinstance(start_step, jax.Array):
-        _parts.check_steps(start_step=start_step)
+        _phases.check_steps(start_step=start_step)
 
     def branched(step: Any) -> jax.Array:
-        after = _parts.since(step, start_step)
+        after = _phases.since(step, start_step)
         start_value = jnp.asarray(schedule(start_step), after.dtype)
-        cooling = _parts.decayed(after / decay_steps, start_value, end_value, decay_shape)
+        cooling = _phases.decayed(after / decay_steps, start_value, end_value, decay_shape)
         return jnp.where(after < 0, jnp.asarray(schedule(step), after.dtype), cooling)
 
     return branched
 
 
 def inverse_sqrt_schedule(
-    peak_value: _parts.Scalar,
+    peak_value: _phases.Scalar,
     warmup_steps: int,
     timescale: int | None = None,
     *,
-    init_value: _parts.Scalar = 0.0,
+    init_value: _phases.Scalar = 0.0,
     zero_based_warmup: bool = False,
 ) -> optax.Schedule:
     r"""Warms up linearly and falls with the inverse square root of the step, without an end.
@@ -211,19 +211,19 @@ def inverse_sqrt_schedule(
     References:
       Vaswani et al., `Attention Is All You Need <https://arxiv.org/abs/1706.03762>`_, 2017.
     """
-    _parts.check_rate(peak_value=peak_value, init_value=init_value)
-    _parts.check_not_above("init_value", init_value, "peak_value", peak_value)
-    _parts.check_steps(warmup_steps=warmup_steps)
+    _phases.check_rate(peak_value=peak_value, init_value=init_value)
+    _phases.check_not_above("init_value", init_value, "peak_value", peak_value)
+    _phases.check_steps(warmup_steps=warmup_steps)
     if timescale is None and warmup_steps == 0:
         raise ValueError("timescale is needed if warmup_steps is 0, got None")
     scale = warmup_steps if timescale is None else timescale
-    _parts.check_steps(1, timescale=scale)
+    _phases.check_steps(1, timescale=scale)
 
     def schedule(step: Any) -> jax.Array:
-        t = _parts.since(step)
+        t = _phases.since(step)
         peak = jnp.asarray(peak_value, t.dtype)
         rate = peak * jax.lax.rsqrt(jnp.maximum(t - warmup_steps, 0) / scale + 1)
-        return _parts.warmed_up(
+        return _phases.warmed_up(
             t, rate, init_value, peak, warmup_steps, zero_based=zero_based_warmup
         )
 
