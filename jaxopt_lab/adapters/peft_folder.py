@@ -67,7 +67,7 @@ def write_peft_folder(
     *,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
-) -> None:
+) -> pathlib.Path:
     """Writes adapters so that `peft` loads them onto the same model in PyTorch.
 
     Heads and other groups of axes are flattened, inputs first; kernels (height, width, inputs |
@@ -82,6 +82,9 @@ def write_peft_folder(
       base_model_name_or_path: what `peft` is to load below the adapters.
       task_type: such as "CAUSAL_LM".
 
+    Returns:
+      The folder.
+
     Raises:
       ValueError: a kernel without a name, or with as many names as it has no matrices; a base that
         has given up a part; adapters that are merged or not LoRA.
@@ -95,7 +98,7 @@ def write_peft_folder(
       >>> base, lora = adapters.init_adapters(params, config, jax.random.key(0))
       >>> names = {"dense/kernel": "model.dense"}
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     adapters.write_peft_folder(folder, base, lora, names)
+      ...     _ = adapters.write_peft_folder(folder, base, lora, names)
       ...     _, again = adapters.read_peft_folder(folder, params, names)
       >>> bool(jnp.all(again["dense"]["kernel"]["lora_a"] == lora["dense"]["kernel"]["lora_a"]))
       True
@@ -148,6 +151,7 @@ def write_peft_folder(
     temporary = folder / f".{CONFIG}.{os.getpid()}"
     temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / CONFIG)
+    return folder
 
 
 def read_peft_folder(
