@@ -129,16 +129,10 @@ def _finetune(options: argparse.Namespace, arguments: list[str], began: float) -
     from experiments.parts.progress import Progress
     from experiments.parts.store import Store, read_json
     from experiments.parts.texts import read_text, standard_library, workloads
-    from experiments.parts.training import EVALUATIONS
 
     out = options.out
-    for option in ("budget", "pretrain_budget"):
-        steps = getattr(options, option)
-        if steps % EVALUATIONS:
-            raise UserError(
-                f"--{option.replace('_', '-')} {steps}: expected a multiple of {EVALUATIONS}, the "
-                "number of evaluations"
-            )
+    finetuning.check_budget("--budget", options.budget)
+    finetuning.check_budget("--pretrain-budget", options.pretrain_budget)
     if options.memory_size not in (*SIZES, "none"):
         raise UserError(
             f"--memory-size {options.memory_size}: unknown; expected none or one of "

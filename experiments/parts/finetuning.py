@@ -7,10 +7,7 @@ and the step only. The optimizer is Adam without weight decay; it has state for 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +21,10 @@ from experiments.parts import UserError
 from experiments.parts.language_model import SIZES, workload_of_tokens
 from experiments.parts.optimizers import GRID_SPACING, Candidate, fingerprint, known_candidate
 from experiments.parts.progress import Progress
-from experiments.parts.store import Store, write_atomically
+from experiments.parts.store import Store
 from experiments.parts.study import Run, Study
 from experiments.parts.training import EVALUATIONS, TrainLoop, TrainState, train, unit_schedule
+from experiments.parts.weights import read_tree, write_tree
 from experiments.parts.workload import Workload, parameter_count
 from jaxopt_lab import adapters
 from jaxopt_lab.adapters import _kernels, _svd, _targets
@@ -165,6 +163,14 @@ def _contender(name: str, method: Method, workload: Workload) -> Candidate:
     checksum = fingerprint(Path(__file__), *(sources if method.config else ()))
     rate = float(f"{workload.learning_rate * method.rate:.3g}")
     return Candidate(name, make, rate, "pilot runs", checksum)
+
+
+def check_budget(option: str, steps: int) -> None:
+    """Refuses a number of steps that the evaluations do not divide."""
+    if steps % EVALUATIONS:
+        raise UserError(
+            f"{option} {steps}: expected a multiple of {EVALUATIONS}, the number of evaluations"
+        )
 
 
 def begin(method: Method, rank: int, workload: Workload, params: Any, seed: int) -> Trained:
@@ -317,7 +323,8 @@ def pretrain(
         optax.with_extra_args_support(adamw.make(lambda count: jnp.float32(peak))).init, params
     )
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state, curve = _read(path, TrainState(step, params, opt_state))
+    kept = read_tree(path, TrainState(step, params, opt_state))
+    state, curve = kept or (None, {"steps": [], "validation_loss": []})
     progress.skip(curve["steps"][-1] if curve["steps"] else 0)
     if not curve["steps"] or curve["steps"][-1] < steps:
         progress.note("pre-training: compiling")
@@ -331,36 +338,11 @@ def pretrain(
                 raise UserError("pre-training diverged; choose another --pretrain-text or size")
             curve["steps"].append(int(state.step))
             curve["validation_loss"].append(loss)
-            _write(path, state, curve)
+            write_tree(path, state, curve)
             progress.advance(loop.chunk_steps, f"pre-training: {loss:.3f}")
         progress.line(f"pre-trained for {steps} steps: {curve['validation_loss'][-1]:.4f}")
     assert state is not None
     return jax.tree.map(jnp.asarray, state.params), {"learning_rate": peak, **curve}
-
-
-def _write(path: Path, state: TrainState, curve: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    np.savez(buffer, curve=np.asarray(json.dumps(curve)), **leaves)  # type: ignore[arg-type]
-    write_atomically(path, buffer.getvalue())
-
-
-def _read(path: Path, like: TrainState) -> tuple[TrainState | None, dict[str, Any]]:
-    if not path.exists():
-        return None, {"steps": [], "validation_loss": []}
-    shapes, structure = jax.tree.flatten(like)
-    try:
-        with np.load(path) as file:
-            leaves = [file[f"leaf{i}"] for i in range(len(shapes))]
-            curve = json.loads(str(file["curve"]))
-        if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in shapes]:
-            raise ValueError("other shapes")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: not a pre-trained model of these settings ({error}); nothing was changed. "
-            "Remove this one file and run again: only what it held is repeated"
-        ) from error
-    return jax.tree.unflatten(structure, [jnp.asarray(x) for x in leaves]), curve
 
 
 class FineTuneStudy(Study):

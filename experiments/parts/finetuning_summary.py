@@ -232,7 +232,9 @@ def curves(
     new.set_title("the new text")
     first.set_title("the first text, which is no longer trained on")
     first.axhline(before[1], color="0.5", lw=1)
-    first.annotate("before", (0, before[1]), (3, -11), textcoords="offset points", color="0.4")
+    first.annotate(
+        f"before {before[1]:.3f}", (0, before[1]), (4, 4), textcoords="offset points", color="0.4"
+    )
     return png(figure)
 
 
@@ -254,7 +256,7 @@ def shared_rates(same_rate: Sequence[Row], unit: str) -> bytes:
     )
     for row in reached:
         at = row["learning_rate"], row["part_of_lora"]
-        parts.annotate(f"{at[1]:.0%}", at, (6, -12), textcoords="offset points")
+        parts.annotate(f"{at[1]:.0%}", at, (0, 8), textcoords="offset points", ha="center")
     for row in same_rate:
         if row["part_of_lora"] is None:
             parts.annotate("never", (row["learning_rate"], 1), (0, 4), ha="center",
@@ -265,6 +267,8 @@ def shared_rates(same_rate: Sequence[Row], unit: str) -> bytes:
     parts.set_ylabel("part of LoRA's steps to LoRA's final loss")
     for axes in (losses, parts):
         axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
         axes.set_xlabel("peak learning rate of both")
         axes.grid(alpha=0.3, which="both")
     if rates:
