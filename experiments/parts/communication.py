@@ -32,6 +32,8 @@ AXIS = "replica"
 BASELINE = "sync"
 FREEZE_SHARE = 0.2
 """The share of the steps after which one-bit Adam freezes its second moment."""
+DILOCO_MOMENTUM = 0.5
+"""Of DiLoCo's outer step. With its default of 0.9 runs of 10 and of 30 rounds end higher."""
 
 Make = Callable[["Setting", dict[str, Any]], optax.GradientTransformation]
 
@@ -93,6 +95,11 @@ def _one_bit_adam(setting: Setting, given: dict[str, Any]) -> optax.GradientTran
     )
 
 
+def _diloco(inner: optax.GradientTransformation, **given: Any) -> optax.GradientTransformation:
+    outer = optax.sgd(0.7, momentum=DILOCO_MOMENTUM, nesterov=True)
+    return distributed.diloco(inner, outer, **given)
+
+
 METHODS: dict[str, Method] = {
     BASELINE: Method(
         _after(distributed.sync_gradients(AXIS)), "AdamW on the mean of all gradients, each step"
@@ -111,7 +118,7 @@ METHODS: dict[str, Method] = {
         "error feedback: gradients in int8, both ways, then AdamW",
     ),
     "diloco": Method(
-        _local(distributed.diloco),
+        _local(_diloco),
         "AdamW on its own, an outer step on the mean each round",
         _rounds,
     ),

@@ -200,6 +200,10 @@ def test_list_names_every_method(capsys: pytest.CaptureFixture) -> None:
     assert all(name in printed for name in METHODS)
 
 
+def test_the_default_run_has_every_method() -> None:
+    assert sorted(low_communication.DEFAULT) == sorted(METHODS)
+
+
 def test_every_method_sends_what_it_should() -> None:
     workload, setting = language_model("tiny", None, 2), Setting(200, 8, 20)
     d = workload.identity["parameters"]
