@@ -62,9 +62,26 @@ class Kernel(NamedTuple):
         rank = a.shape[-1]
         return a.reshape(-1, fan_in, rank), b.reshape(-1, rank, fan_out)
 
+    def change(self, factors: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns a b with the kernel's axes, from products over the factors' own axes."""
+        count = len(self.axes.batch)
+        a, b = factors["lora_a"], factors["lora_b"]
+        batch = tuple(range(count))
+        dims = (((a.ndim - 1,), (count,)), (batch, batch))
+        found = jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)
+        return jnp.transpose(found, np.argsort(sum(self.axes, ())).tolist())
+
+    def by_output(self, x: jax.Array) -> jax.Array:
+        """Reshapes one value an output unit, (batch..., outputs...), to broadcast over kernels."""
+        axes = self.axes.batch + self.axes.output
+        standing = jnp.transpose(x, np.argsort(axes).tolist())
+        return jnp.expand_dims(standing, self.axes.reduction)
+
     def outputs(self, x: jax.Array) -> jax.Array:
-        """Reshapes one value an output unit, (matrices, outputs), to the kernel's axes."""
-        return x.reshape([self.shape[i] for i in (*self.axes.batch, *self.axes.output)])
+        """Undoes `by_output`."""
+        standing = jnp.squeeze(x, self.axes.reduction)
+        axes = self.axes.batch + self.axes.output
+        return jnp.transpose(standing, np.argsort(np.argsort(axes)).tolist())
 
     def _size(self, axes: tuple[int, ...]) -> int:
         return int(np.prod([self.shape[i] for i in axes], dtype=np.int64))

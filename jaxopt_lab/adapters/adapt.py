@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxopt_lab import _tree
 from jaxopt_lab.adapters import _kernels
@@ -53,22 +54,22 @@ class AdapterConfig(Protocol):
         """Whether the base gives up what the first factors add."""
         ...
 
-    def effective(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
-        """Returns the matrices that the layer uses."""
+    # Below, `whole` is a kernel with its own axes, at least float32.
+
+    def effective(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
+        """Returns the kernel that the layer uses."""
         ...
 
-    def merged(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
-        """Returns the matrices to use without adapters; for most, the effective ones."""
+    def merged(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
+        """Returns the kernel to use without adapters; for most, the effective one."""
         ...
 
-    def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> Any:
-        """Returns what `restored` needs beside the merged matrices, or None."""
+    def undo(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> Any:
+        """Returns what `restored` needs beside the merged kernel, or None."""
         ...
 
-    def restored(
-        self, kernel: Kernel, matrices: jax.Array, factors: Factors, undo: Any
-    ) -> jax.Array:
-        """Returns the base's matrices from the merged ones."""
+    def restored(self, kernel: Kernel, whole: jax.Array, factors: Factors, undo: Any) -> jax.Array:
+        """Returns the base's kernel from the merged one."""
         ...
 
 
@@ -163,9 +164,9 @@ def init_adapters(
         }
         _kernels.insert(adapters, kernel.name, factors)
         if config.changes_base(init):
-            a, b = kernel.stacks({name: x.astype(dtype) for name, x in factors.items()})
-            rest = kernel.kernel(matrices - kernel.scaling * _kernels.product(a, b))
-            rests[kernel.name] = rest.astype(leaf.dtype)
+            change = kernel.change({name: x.astype(dtype) for name, x in factors.items()})
+            rest = leaf.astype(dtype) - kernel.scaling * change
+            rests[kernel.name] = _placed_like(rest.astype(leaf.dtype), leaf)
     base = AdapterBase(
         _kernels.replace_leaves(params, rests), {}, config, kernels, gave_up=bool(rests)
     )
@@ -232,8 +233,8 @@ def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBas
     undo = {}
     leaves = _kernels.named_leaves(base.params)
     for kernel in base.kernels:
-        matrices, factors = _operands(kernel, leaves[kernel.name], adapters)
-        found = base.config.undo(kernel, matrices, factors)
+        whole, factors = _operands(kernel, leaves[kernel.name], adapters)
+        found = base.config.undo(kernel, whole, factors)
         if found is not None:
             undo[kernel.name] = found
     params = _edited(base, adapters, base.config.merged)
@@ -268,8 +269,8 @@ def unmerge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterB
     if not base.merged:
         raise ValueError("unmerge_adapters: no adapters are merged into this base")
 
-    def restored(kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
-        return base.config.restored(kernel, matrices, factors, base.undo.get(kernel.name))
+    def restored(kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
+        return base.config.restored(kernel, whole, factors, base.undo.get(kernel.name))
 
     params = _edited(base, adapters, restored)
     return dataclasses.replace(base, params=params, undo={}, merged=False)
@@ -284,18 +285,23 @@ def _edited(
     new = {}
     for kernel in base.kernels:
         leaf = jnp.asarray(leaves[kernel.name])
-        matrices, factors = _operands(kernel, leaf, adapters)
-        new[kernel.name] = kernel.kernel(rule(kernel, matrices, factors)).astype(leaf.dtype)
+        whole, factors = _operands(kernel, leaf, adapters)
+        new[kernel.name] = rule(kernel, whole, factors).astype(leaf.dtype)
     return _kernels.replace_leaves(base.params, new)
 
 
 def _operands(
     kernel: Kernel, leaf: jax.Array, adapters: Mapping[str, Any]
 ) -> tuple[jax.Array, Factors]:
-    """Returns the matrices and the factors in the dtype that is computed in."""
+    """Returns the kernel and the factors in the dtype that is computed in."""
     factors = _kernels.lookup(adapters, kernel.name)
     dtype = _tree.compute_dtype(*(x.dtype for x in [leaf, *factors.values()]))
-    return kernel.matrices(leaf.astype(dtype)), {n: x.astype(dtype) for n, x in factors.items()}
+    return leaf.astype(dtype), {n: x.astype(dtype) for n, x in factors.items()}
+
+
+def _placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Shards a concrete array like another one; a traced one is placed by the compiler."""
+    return x if isinstance(like, Tracer) else jax.device_put(x, like.sharding)
 
 
 def _require_base(base: Any, method: str) -> None:

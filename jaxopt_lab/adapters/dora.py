@@ -11,22 +11,27 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-
-def lengths(matrices: jax.Array) -> jax.Array:
-    """Returns the length of each output unit, (matrices, outputs)."""
-    return jnp.linalg.norm(matrices, axis=-2)
+from jaxopt_lab.adapters._kernels import Kernel
 
 
-def rescaled(matrices: jax.Array, magnitude: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gives each output unit the length `magnitude`, shape (matrices, outputs).
+def lengths(kernel: Kernel, whole: jax.Array) -> jax.Array:
+    """Returns the length of each output unit of a kernel, with ones for its inputs' axes."""
+    return jnp.sqrt(jnp.sum(jnp.square(whole), kernel.axes.reduction, keepdims=True))
+
+
+def rescaled(kernel: Kernel, whole: jax.Array, magnitude: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gives each output unit another length.
 
     Args:
-      matrices: V, shape (matrices, inputs, outputs).
-      magnitude: m; what has the length zero has no direction and keeps the factor 1.
+      kernel: which kernel it is.
+      whole: V, with the kernel's axes.
+      magnitude: m, shape (batch..., outputs...); what has the length zero has no direction and
+        keeps the factor 1.
 
     Returns:
-      K' and the factors m / |V|, shape (matrices, outputs).
+      K' and the factors m / |V|, which broadcast over the kernel.
     """
-    length = jax.lax.stop_gradient(lengths(matrices))
+    length = jax.lax.stop_gradient(lengths(kernel, whole))
+    magnitude = kernel.by_output(magnitude)
     factor = jnp.where(length == 0, 1, magnitude / jnp.where(length == 0, 1, length))
-    return matrices * factor[:, None, :], factor
+    return whole * factor, factor

@@ -83,8 +83,8 @@ class _Factored:
         standing = jnp.transpose(value.astype(dtype), kernel.positions(order))
         one = whole._replace(shape=tuple(1 if i in taken else n for i, n in enumerate(whole.shape)))
         factors = {name: x.astype(dtype) for name, x in kernel.factors.items()}
-        adapted = self.config.effective(one, one.matrices(standing.reshape(one.shape)), factors)
-        standing = one.kernel(adapted).reshape(standing.shape)
+        adapted = self.config.effective(one, standing.reshape(one.shape), factors)
+        standing = adapted.reshape(standing.shape)
         back = [order.index(axis) for axis in kernel.dims]
         return jnp.transpose(standing, back).astype(value.dtype)
 

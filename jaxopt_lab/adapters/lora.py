@@ -152,39 +152,35 @@ class LoraConfig:
         a, b = init(kernel, matrices, key)
         factors = kernel.pair(a, b)
         if self.use_dora:
-            factors["lora_magnitude"] = kernel.outputs(dora.lengths(matrices))
+            lengths = dora.lengths(kernel, kernel.kernel(matrices))
+            factors["lora_magnitude"] = kernel.outputs(lengths)
         return factors
 
-    def effective(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+    def effective(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
         """Returns K + s a b, rescaled with DoRA."""
-        return self._effective(kernel, matrices, factors)[0]
+        return self._effective(kernel, whole, factors)[0]
 
-    def merged(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
-        """Returns the effective matrices."""
-        return self.effective(kernel, matrices, factors)
+    def merged(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
+        """Returns the effective kernel."""
+        return self.effective(kernel, whole, factors)
 
-    def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array | None:
-        """Returns DoRA's factors, (matrices, outputs), which cannot be had from what is merged."""
-        return self._effective(kernel, matrices, factors)[1]
+    def undo(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array | None:
+        """Returns DoRA's factors, which cannot be had from what is merged."""
+        return self._effective(kernel, whole, factors)[1]
 
-    def restored(
-        self, kernel: Kernel, matrices: jax.Array, factors: Factors, undo: Any
-    ) -> jax.Array:
+    def restored(self, kernel: Kernel, whole: jax.Array, factors: Factors, undo: Any) -> jax.Array:
         """Returns K."""
         if undo is not None:
-            matrices = matrices / undo.astype(matrices.dtype)[:, None, :]
-        a, b = kernel.stacks(factors)
-        return matrices - kernel.scaling * _kernels.product(a, b)
+            whole = whole / undo.astype(whole.dtype)
+        return whole - kernel.scaling * kernel.change(factors)
 
     def _effective(
-        self, kernel: Kernel, matrices: jax.Array, factors: Factors
+        self, kernel: Kernel, whole: jax.Array, factors: Factors
     ) -> tuple[jax.Array, jax.Array | None]:
-        a, b = kernel.stacks(factors)
-        changed = matrices + kernel.scaling * _kernels.product(a, b)
+        changed = whole + kernel.scaling * kernel.change(factors)
         if not self.use_dora:
             return changed, None
-        magnitude = factors["lora_magnitude"].reshape(-1, kernel.matrix[1])
-        return dora.rescaled(changed, magnitude)
+        return dora.rescaled(kernel, changed, factors["lora_magnitude"])
 
 
 def _uniform(kernel: Kernel, matrices: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -122,33 +122,34 @@ class MissConfig:
         batch = [kernel.shape[i] for i in kernel.axes.batch]
         return {"miss_block": jnp.zeros((*batch, *shape), matrices.dtype)}
 
-    def effective(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+    def effective(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
         """Returns K'."""
         block = self._block(kernel, factors)
         if self.init_weights != "bat":
-            return matrices + self._repeated(kernel, block)
+            return whole + kernel.kernel(self._repeated(kernel, block))
+        matrices = kernel.matrices(whole)
         tiles = _tiles(matrices, kernel.r)
-        return _from_tiles(tiles + _kernels.product(block, tiles) + block, matrices.shape)
+        changed = tiles + _kernels.product(block, tiles) + block
+        return kernel.kernel(_from_tiles(changed, matrices.shape))
 
-    def merged(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
-        """Returns the effective matrices."""
-        return self.effective(kernel, matrices, factors)
+    def merged(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
+        """Returns K'."""
+        return self.effective(kernel, whole, factors)
 
-    def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> None:
+    def undo(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> None:
         """Returns None."""
-        del kernel, matrices, factors
+        del kernel, whole, factors
 
-    def restored(
-        self, kernel: Kernel, matrices: jax.Array, factors: Factors, undo: Any
-    ) -> jax.Array:
+    def restored(self, kernel: Kernel, whole: jax.Array, factors: Factors, undo: Any) -> jax.Array:
         """Returns K."""
         del undo
         block = self._block(kernel, factors)
         if self.init_weights != "bat":
-            return matrices - self._repeated(kernel, block)
+            return whole - kernel.kernel(self._repeated(kernel, block))
+        matrices = kernel.matrices(whole)
         rest = _tiles(matrices, kernel.r) - block
         one_more = jnp.broadcast_to(block + jnp.eye(kernel.r, dtype=block.dtype), rest.shape)
-        return _from_tiles(jnp.linalg.solve(one_more, rest), matrices.shape)
+        return kernel.kernel(_from_tiles(jnp.linalg.solve(one_more, rest), matrices.shape))
 
     def _block(self, kernel: Kernel, factors: Factors) -> jax.Array:
         block = factors["miss_block"]

@@ -232,7 +232,8 @@ def read_peft_folder(
         factors = kernel.pair(a, b)
         if config.use_dora:
             lengths = jnp.stack([part["lora_magnitude"] for part in parts])
-            factors["lora_magnitude"] = kernel.outputs(lengths)
+            batch, _, outputs = (tuple(kernel.shape[i] for i in axes) for axes in kernel.axes)
+            factors["lora_magnitude"] = lengths.reshape(*batch, *outputs)
         _kernels.insert(adapters, kernel.name, factors)
     return AdapterBase(params, {}, config, kernels), adapters
 

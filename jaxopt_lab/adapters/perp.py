@@ -98,29 +98,27 @@ class PerpConfig(LoraConfig):
         a = jnp.broadcast_to(root, (count, fan_in, kernel.r))
         return kernel.pair(a, jnp.broadcast_to(root, (count, kernel.r, fan_out)))
 
-    def effective(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+    def effective(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
         """Returns what the layer uses while training."""
         if self.form == "lora_prune":
-            return super().effective(kernel, matrices, factors)
-        return self.merged(kernel, matrices, factors)
+            return super().effective(kernel, whole, factors)
+        return self.merged(kernel, whole, factors)
 
-    def merged(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+    def merged(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
         """Returns what is merged, zero where the kernel is."""
-        product = _kernels.product(*kernel.stacks(factors))
+        change = kernel.change(factors)
         if self.form == "scale_lora":
-            return matrices * product
-        return matrices + kernel.scaling * jnp.where(matrices != 0, product, 0)
+            return whole * change
+        return whole + kernel.scaling * jnp.where(whole != 0, change, 0)
 
-    def undo(self, kernel: Kernel, matrices: jax.Array, factors: Factors) -> jax.Array:
+    def undo(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
         """Returns the kernel: a merged entry of zero does not say what it was."""
         del kernel, factors
-        return matrices
+        return whole
 
-    def restored(
-        self, kernel: Kernel, matrices: jax.Array, factors: Factors, undo: Any
-    ) -> jax.Array:
+    def restored(self, kernel: Kernel, whole: jax.Array, factors: Factors, undo: Any) -> jax.Array:
         """Returns K."""
-        del kernel, matrices, factors
+        del kernel, whole, factors
         return undo
 
 

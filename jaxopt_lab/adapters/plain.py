@@ -75,9 +75,10 @@ def to_plain_lora(
         factors = kernel.pair(jnp.concatenate([a, a_0], -1), jnp.concatenate([b, -b_0], -2))
         _kernels.insert(new, kernel.name, factors)
         leaf = jnp.asarray(leaves[kernel.name])
-        matrices = kernel.matrices(leaf.astype(_tree.compute_dtype(leaf.dtype, a_0.dtype)))
-        whole = matrices + kernel.scaling * _kernels.product(a_0, b_0)
-        restored[kernel.name] = kernel.kernel(whole).astype(leaf.dtype)
+        dtype = _tree.compute_dtype(leaf.dtype, a_0.dtype)
+        first = {name: x.astype(dtype) for name, x in _kernels.lookup(initial, kernel.name).items()}
+        whole = leaf.astype(dtype) + kernel.scaling * kernel.change(first)
+        restored[kernel.name] = whole.astype(leaf.dtype)
     original = AdapterBase(
         _kernels.replace_leaves(base.params, restored),
         {},

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from jax.extend import core
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab import adapters
 from jaxopt_lab.adapters import _kernels
@@ -338,6 +340,37 @@ def test_everything_under_jit():
         values.append(float(value))
     assert values[2] < values[0]
     assert step._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_sharded_kernels_stay_sharded():
+    """Starting, adapting and merging keep a kernel where it is; one device would hold all else."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params = {
+        "attention": {"query": {"kernel": models.draw(50, 8, 2, 4)}},
+        "mlp": {"kernel": models.draw(51, 8, 16)},
+    }
+    shardings = {
+        "attention": {"query": {"kernel": NamedSharding(mesh, P("data", "model", None))}},
+        "mlp": {"kernel": NamedSharding(mesh, P(None, "model"))},
+    }
+    placed = jax.device_put(params, shardings)
+    config = adapters.LoraConfig(
+        target_modules=["query", "mlp"], r=2, kernel_axes=adapters.FLAX_KERNELS, use_dora=True
+    )
+    base, factors = adapters.init_adapters(placed, config, init=adapters.pissa())
+    alone, expected = adapters.init_adapters(params, config, init=adapters.pissa())
+
+    @jax.jit
+    def adapted(base, factors):
+        return adapters.merge_adapters(base, factors).params
+
+    for tree in (base.params, adapted(base, factors)):
+        for leaf, like in zip(jax.tree.leaves(tree), jax.tree.leaves(placed)):
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+    for one, other in zip(
+        jax.tree.leaves(adapted(base, factors)), jax.tree.leaves(adapted(alone, expected))
+    ):
+        np.testing.assert_allclose(one, other, 0, 1e-5)
 
 
 def test_gaussian_and_orthogonal():
