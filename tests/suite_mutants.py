@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant("uba", "after = t - warmup_steps", "after = t"),
     # Warm-up, stable, decay
     Mutant("warmup_stable_decay", "schedule(start_step)", "schedule(0)"),
-    Mutant("warmup_stable_decay", "after < 0", "after <= 0"),
+    Mutant("warmup_stable_decay", "after / decay_steps", "(after + 1) / decay_steps"),
     Mutant("warmup_stable_decay", "(warmup_steps + stable_steps)", "stable_steps"),
     Mutant("warmup_stable_decay", "warmup_steps if timescale is None else timescale", "10_000"),
     # Re-warming

@@ -171,10 +171,11 @@ def test_uba_in_several_phases():
     np.testing.assert_array_equal(joined[20:], table(cycle[1], 20))
 
 
-def test_uba_counts_the_warmup_in():
-    warm = table(schedules.uba_schedule(1.0, 0.1, 50, 1.0, warmup_steps=10), 51)
+@pytest.mark.parametrize("angle", ["continuous", "chebyshev"])
+def test_uba_counts_the_warmup_in(angle):
+    warm = table(schedules.uba_schedule(1.0, 0.1, 50, 1.0, angle, warmup_steps=10), 51)
     np.testing.assert_allclose(warm[:10], np.arange(1, 11) / 10, rtol=1e-6)
-    bare = table(schedules.uba_schedule(1.0, 0.1, 40, 1.0), 41)
+    bare = table(schedules.uba_schedule(1.0, 0.1, 40, 1.0, angle), 41)
     np.testing.assert_allclose(warm[10:], bare, rtol=1e-6)
 
 
