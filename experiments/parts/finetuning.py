@@ -118,11 +118,11 @@ METHODS: dict[str, Method] = {
         sources=(adapters.pissa,),
     ),
     "olora": Method(
-        "the kernels' leading rows of a QR decomposition, s = 1", 1, _unit,
+        "the kernels' leading rows of a QR decomposition, s = 1", 3, _unit,
         lambda *_: adapters.olora(), sources=(adapters.olora,),
     ),
     "corda": Method(
-        "the kernels' leading triplets as the new text weighs them, s = 1", 1 / 9, _unit,
+        "the kernels' leading triplets as the new text weighs them, s = 1", 1 / 3, _unit,
         _moment_start("ipm"), sources=(adapters.corda, adapters.estimate_covariances),
     ),
     "bone": Method("shared shards (MiSS), no factors", 1, _blocks),
@@ -299,10 +299,15 @@ def trainable(name: str, rank: int, params: Any) -> int:
     config = method_of(name).config
     if config is None:
         return parameter_count(params)
+
+    def adapters_of(params: Any) -> Any:
+        # LoRA-GA takes twice as many directions, of a gradient that has the shapes of the weights.
+        shapes = _kernels.named_leaves(params)
+        init = adapters.lora_ga(shapes) if name.startswith("lora-ga") else None
+        return adapters.init_adapters(params, config(rank), jax.random.key(0), init=init)[1]
+
     try:
-        found = jax.eval_shape(
-            lambda p: adapters.init_adapters(p, config(rank), jax.random.key(0))[1], params
-        )
+        found = jax.eval_shape(adapters_of, params)
     except ValueError as error:
         raise UserError(f"--rank {rank}: {error}") from error
     return parameter_count(found)

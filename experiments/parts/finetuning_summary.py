@@ -132,7 +132,14 @@ def verdict(
     said = ", ".join(there) if there else "no adapter"
     lines.append(f"Full tuning's final loss is reached by {said}.")
     if "lora-ga" in by_name:
-        lines += _claim(by_name["lora-ga"], same_rate)
+        lines += _claim(by_name["lora-ga"], lora, same_rate)
+    for row in rows:
+        if row["optimizer"].startswith("lora-ga-") and row["final_loss"] is not None:
+            part = row["part_of_lora"]
+            said = (
+                "is never at LoRA's" if part is None else f"is at LoRA's after {part:.0%} of them"
+            )
+            lines.append(f"{row['optimizer']} ends at {summary.loss_text(row)} and {said}.")
     finished = [row for row in rows if row["final_loss"] is not None and row is not full]
     lowest = min(finished, key=lambda row: row["final_loss"])
     least = min(finished, key=lambda row: row["first_loss"])
@@ -167,7 +174,7 @@ def memory_verdict(memory: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _claim(row: Row, same_rate: Sequence[Row]) -> list[str]:
+def _claim(row: Row, lora: Row, same_rate: Sequence[Row]) -> list[str]:
     part = row["part_of_lora"]
     if row["final_loss"] is None:
         return ["lora-ga diverged at every learning rate."]
@@ -177,8 +184,9 @@ def _claim(row: Row, same_rate: Sequence[Row]) -> list[str]:
         said = f"lora-ga is at LoRA's final loss after {part:.0%} of LoRA's steps"
     holds = "at least half" if part is not None and part <= CLAIM else "not half"
     lines = [
-        f"Each at its own best rate, {said}: it saves {holds} of them (its paper reports 2 to 4 "
-        "times fewer)."
+        f"Each at its own best rate ({lora['learning_rate']:g} for LoRA, "
+        f"{row['learning_rate']:g} for lora-ga), {said}: it saves {holds} of them (its paper "
+        "reports 2 to 4 times fewer)."
     ]
     if same_rate:
         said = "; ".join(
@@ -186,16 +194,15 @@ def _claim(row: Row, same_rate: Sequence[Row]) -> list[str]:
             + ("never" if line["part_of_lora"] is None else f"{line['part_of_lora']:.0%}")
             for line in same_rate
         )
-        lines.append(
-            "At one rate for both, as in the paper, lora-ga is where LoRA ends after this part of "
-            f"LoRA's steps (rate: part): {said}."
-        )
-        far = [line["moved_as_far"] for line in same_rate]
-        lines.append(
-            "After the first twentieth of the steps at one rate lora-ga has moved the weights "
-            f"{min(far):.1f} to {max(far):.1f} times as far as LoRA, whose lora_b starts at zero: "
-            "at one rate its steps are larger, and a search finds LoRA a larger rate."
-        )
+        far = [f"{line['moved_as_far']:.1f}" for line in (same_rate[0], same_rate[-1])]
+        lines += [
+            "At one rate for both, lora-ga is where LoRA ends after this part of LoRA's steps "
+            f"(rate: part): {said}.",
+            "After the first twentieth of the steps at one rate it has moved the weights "
+            f"{far[0]} times as far as LoRA at the smallest of these rates and {far[1]} times at "
+            "the largest: lora_b starts at zero and with it LoRA's speed, which a larger rate "
+            "makes up for.",
+        ]
     return lines
 
 

@@ -34,7 +34,8 @@ def read_tree(path: Path, like: Any) -> tuple[Any, dict[str, Any]] | None:
         return None
     expected, structure = jax.tree.flatten(like)
     try:
-        with np.load(path) as file:
+        # Opened here, because numpy leaves a file that is no archive open.
+        with open(path, "rb") as raw, np.load(raw) as file:
             leaves = [file[f"leaf{i}"] for i in range(len(expected))]
             record = json.loads(str(file["record"]))
         if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in expected]:
