@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant("tables", "if owner[0] is not None", ""),
     Mutant("tables", "if owner[0] in _OF_SCHEDULES] or counts", "] or counts"),
     # Merging
-    Mutant("_task_vectors", "reached >= count", "reached > count"),
+    Mutant("_task_vectors", "patterns, count - 1)", "patterns, count)"),
     Mutant("_task_vectors", "(place <= room)", "(place < room)"),
     Mutant("_task_vectors", "seen += jnp.sum(tied, dtype=jnp.uint32)", "pass"),
     Mutant("_task_vectors", "leaf.astype(update.dtype) +", ""),

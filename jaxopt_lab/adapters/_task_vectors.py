@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _hyperparams, _order, _tree
 
 PyTree = Any
 
@@ -147,8 +147,7 @@ def largest(
     """Marks the `count` largest entries of all arrays together.
 
     Of equal ones those with a lower index come first, in the order of the arrays and of their
-    flattened entries; `with_ties` marks all that equal the last one. The order statistic is exact:
-    it is bisected over the bit patterns, without a sort and without joining the arrays.
+    flattened entries; `with_ties` marks all that equal the last one. The order statistic is exact.
 
     Raises:
       ValueError: 2**32 and more entries.
@@ -163,19 +162,8 @@ def largest(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _largest(magnitudes: list[jax.Array], count: jax.Array, with_ties: bool) -> list[jax.Array]:
-    dtype = jnp.result_type(*magnitudes)
-    bits = jnp.finfo(dtype).bits
-    unsigned = jnp.dtype(f"uint{bits}")
-    # Non-negative floats have the order of their bit patterns.
-    patterns = [jax.lax.bitcast_convert_type(x.astype(dtype), unsigned) for x in magnitudes]
-
-    def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
-        shift = (bits - 2 - step).astype(unsigned)
-        candidate = found | jax.lax.shift_left(jnp.ones((), unsigned), shift)
-        reached = sum(jnp.sum(x >= candidate, dtype=jnp.uint32) for x in patterns)
-        return jnp.where(reached >= count, candidate, found)
-
-    last = jax.lax.fori_loop(0, bits - 1, set_bit, jnp.zeros((), unsigned))
+    patterns = _order.bit_patterns(magnitudes)
+    last = _order.pattern_at(patterns, count - 1)
     if with_ties:
         return [x >= last for x in patterns]
     room = count - sum(jnp.sum(x > last, dtype=jnp.uint32) for x in patterns)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _hyperparams, _order, _tree
 
 
 def clip_coordinates(
@@ -91,22 +91,9 @@ def _magnitude_at(magnitudes: list[jax.Array], fraction: _hyperparams.Scalar) ->
     total = sum(x.size for x in magnitudes)
     if total >= 2**32:
         raise ValueError(f"clip_coordinates counts below 2**32 coordinates, got {total}")
-    dtype = jnp.result_type(*magnitudes)
-    bits = jnp.finfo(dtype).bits
-    unsigned = jnp.dtype(f"uint{bits}")
     if _hyperparams.is_number(fraction):
         index = jnp.asarray(math.floor(total * fraction), jnp.uint32)
     else:
         index = jnp.floor(total * fraction).astype(jnp.uint32)
-    # Non-negative floats have the order of their bit patterns, so the wanted magnitude is the
-    # largest pattern that more than `index` magnitudes reach.
-    patterns = [jax.lax.bitcast_convert_type(x.astype(dtype), unsigned) for x in magnitudes]
-
-    def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
-        shift = (bits - 2 - step).astype(unsigned)
-        candidate = found | jax.lax.shift_left(jnp.ones((), unsigned), shift)
-        reached = sum(jnp.sum(x >= candidate, dtype=jnp.uint32) for x in patterns)
-        return jnp.where(reached > index, candidate, found)
-
-    pattern = jax.lax.fori_loop(0, bits - 1, set_bit, jnp.zeros((), unsigned))
-    return jax.lax.bitcast_convert_type(pattern, dtype)
+    pattern = _order.pattern_at(_order.bit_patterns(magnitudes), index)
+    return jax.lax.bitcast_convert_type(pattern, jnp.result_type(*magnitudes))
