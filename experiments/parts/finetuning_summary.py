@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.parts import optimizers, summary
-from experiments.parts.figures import png, style
+from experiments.parts.figures import COLOURS, png, style
 from experiments.parts.finetuning import BASELINE
 from experiments.parts.optimizers import Candidate
 from experiments.parts.study import Run
@@ -18,6 +18,7 @@ from experiments.parts.study import Run
 Row = dict[str, Any]
 
 REFERENCE = "lora"
+NINTH = "#8B5A2B"
 CLAIM = 0.5
 """LoRA-GA is to reach LoRA's final loss after this part of LoRA's steps."""
 
@@ -223,7 +224,7 @@ def curves(
             if not shown:
                 continue
             losses, steps = np.array([run[key] for run in shown]), np.array(shown[0]["steps"])
-            look = {**style(index), "marker": ""}
+            look = _look(index)
             axes.plot(steps, losses.mean(0), **look, lw=1.8)
             axes.fill_between(
                 steps, losses.min(0), losses.max(0), color=look["color"], alpha=0.15, lw=0
@@ -268,8 +269,10 @@ def shared_rates(same_rate: Sequence[Row], unit: str) -> bytes:
         if row["part_of_lora"] is None:
             parts.annotate("never", (row["learning_rate"], 1), (0, 4), ha="center",
                            textcoords="offset points", color=style(2)["color"])  # fmt: skip
-    parts.axhline(1, color="0.5", lw=1)
-    parts.axhline(CLAIM, color="0.5", lw=1, linestyle="--")
+    for level, text in ((1.0, "as many steps as LoRA"), (CLAIM, "half of them")):
+        parts.axhline(level, color="0.5", lw=1, linestyle="-" if level == 1 else "--")
+        parts.annotate(text, (0.02, level), (0, 4), xycoords=("axes fraction", "data"),
+                       textcoords="offset points", color="0.3", fontsize=9)  # fmt: skip
     parts.set_ylim(0, 1.15)
     parts.set_ylabel("part of LoRA's steps to LoRA's final loss")
     for axes in (losses, parts):
@@ -283,6 +286,11 @@ def shared_rates(same_rate: Sequence[Row], unit: str) -> bytes:
     return png(figure)
 
 
+def _look(index: int) -> dict[str, Any]:
+    """Colour and dash of a method; the ninth would have the first one's colour."""
+    return {**style(index), "marker": "", **({"color": NINTH} if index == len(COLOURS) else {})}
+
+
 def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, Mapping[str, Any]]], last: int) -> None:
     """Writes each name beside the end of its curve, moved apart where curves end together."""
     low, high = axes.get_ylim()
@@ -290,11 +298,9 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, Mapping[str, Any]]],
     ordered = sorted(ends, key=lambda end: end[0])
     places = spread([end[0] for end in ordered], apart, low + apart, high - apart)
     for (loss, text, look), place in zip(ordered, places, strict=True):
-        line = {"arrowstyle": "-", "color": look["color"], "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate(
-            text, (last, loss), (1.04 * last, place), va="center", color=look["color"],
-            annotation_clip=False, arrowprops=line, fontsize=9,
-        )  # fmt: skip
+        line = {"color": look["color"], "lw": 0.8, "clip_on": False}
+        axes.plot([last, 1.03 * last], [loss, place], **line)
+        axes.text(1.04 * last, place, text, va="center", color=look["color"], fontsize=9)
     axes.set_xlim(0, last)
     axes.set_ylim(low, high)
     for side in ("top", "right"):
