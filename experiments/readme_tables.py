@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import optax
 
 import jaxopt_lab
-from experiments import bench_attention, compare, low_communication, memory
+from experiments import (
+    bench_attention,
+    compare,
+    finetune,
+    low_communication,
+    memory,
+    merge_models,
+)
 from experiments.parts import store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -111,6 +118,19 @@ def communication() -> str:
     return _table(low_communication.HEADER, map(low_communication.row_cells, results["table"]))
 
 
+def finetuning() -> str:
+    """The table of the committed run on adapters."""
+    results = store.read_json(RESULTS / "finetune.json", "finetune")
+    return _table(finetune.HEADER, map(finetune.row_cells, results["table"]))
+
+
+def merging() -> str:
+    """The table of the committed run on merged models."""
+    results = store.read_json(RESULTS / "merge_models.json", "merge_models")
+    tasks = list(results["settings"]["texts"])
+    return _table(merge_models.header(tasks), map(merge_models.row_cells, results["table"]))
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(header)} |", "| --- |" + " --: |" * (len(header) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
@@ -162,6 +182,8 @@ SECTIONS = {
     "compare": comparison,
     "memory": budgets,
     "low communication": communication,
+    "fine-tuning": finetuning,
+    "merging": merging,
     "cost": cost,
     "attention": attention,
 }

@@ -106,7 +106,7 @@ def _moment_start(method: str) -> Start:
 
 
 METHODS: dict[str, Method] = {
-    BASELINE: Method("all weights", 1 / 3),
+    BASELINE: Method("all weights", 1),
     "lora": Method(f"LoRA, s = {ALPHA} / sqrt(r)", 1, _rank_stabilised),
     "lora-ga": _lora_ga(GAMMA),
     "lora-plus": Method(

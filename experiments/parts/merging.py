@@ -98,7 +98,7 @@ class MergeStudy:
         weights = jax.eval_shape(first.init, jax.random.key(0))
         trainable(method, rank, weights)  # refuses a rank that does not fit
         (self._candidate,) = (c for c in contenders([method], first) if c.name == method)
-        self.rate = self._candidate.learning_rate
+        self.rate = self._candidate.grid(3)[0]
         self._loss = jax.jit(first.validation_loss)
         self._loops: dict[str, FineTuneLoop] = {}
 

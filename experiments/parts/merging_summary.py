@@ -135,7 +135,7 @@ def picture(
     kept.invert_yaxis()
     kept.axvline(0, color="0.5", lw=1)
     kept.axvline(1, color="0.5", lw=1)
-    kept.set_xlabel("part of the gain of fine-tuning on the text alone (0: pre-trained)")
+    kept.set_xlabel("part of the gain of fine-tuning on the text alone")
     kept.grid(alpha=0.3, axis="x")
     figure.legend(
         *kept.get_legend_handles_labels(), loc="outside lower right", ncols=4, title="text",
