@@ -29,6 +29,7 @@ from jaxopt_lab.adapters.pissa import pissa
 from jaxopt_lab.adapters.plain import to_plain_lora
 from jaxopt_lab.adapters.task_arithmetic import task_arithmetic, task_vector
 from jaxopt_lab.adapters.ties import ties_merge
+from jaxopt_lab.adapters.trainable import TrainableParameters, trainable_parameters
 
 __all__ = [
     "FLAX_KERNELS",
@@ -39,6 +40,7 @@ __all__ = [
     "LoraConfig",
     "MissConfig",
     "PerpConfig",
+    "TrainableParameters",
     "apply_adapters",
     "breadcrumbs_merge",
     "corda",
@@ -59,6 +61,7 @@ __all__ = [
     "task_vector",
     "ties_merge",
     "to_plain_lora",
+    "trainable_parameters",
     "unmerge_adapters",
     "write_peft_folder",
 ]

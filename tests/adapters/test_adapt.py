@@ -439,6 +439,20 @@ def test_ranks_and_alphas_by_pattern():
     assert found["encoder/2/up/kernel"] == (4, 1)
 
 
+def test_trainable_parameters_without_allocation():
+    m = model("experts")
+
+    def init(params):
+        return adapters.init_adapters(params, config(m), KEY)
+
+    base, factors = jax.eval_shape(init, m.params)
+    found = adapters.trainable_parameters(base, factors)
+    assert (found.trained, found.total) == (3 * 2 * (5 + 6), 3 * 5 * 6)
+    assert found.kernels == (("experts/kernel", "3", "5 x 6", "2", "1.5", "66"),)
+    with pytest.raises(ValueError, match="nothing at 'experts/kernel'"):
+        adapters.trainable_parameters(base, {})
+
+
 def test_an_adapted_embedding_starts_with_a_zero_table():
     _, factors = adapters.init_adapters(
         TREE, adapters.LoraConfig(target_modules=["embed"], r=2), KEY
