@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters.adapt import AdapterBase
@@ -59,7 +58,7 @@ def trainable_parameters(base: AdapterBase, adapters: Mapping[str, Any]) -> Trai
     rows, trained = [], 0
     for kernel in base.kernels:
         factors = jax.tree.leaves(_kernels.lookup(adapters, kernel.name))
-        count = sum(jnp.size(x) for x in factors)
+        count = sum(x.size for x in factors)
         trained += count
         fan_in, fan_out = kernel.matrix
         rows.append(
@@ -72,5 +71,5 @@ def trainable_parameters(base: AdapterBase, adapters: Mapping[str, Any]) -> Trai
                 f"{count:,}",
             )
         )
-    total = sum(jnp.size(x) for x in jax.tree.leaves(base.params))
+    total = sum(x.size for x in jax.tree.leaves(base.params))
     return TrainableParameters(trained, total, tuple(rows))
