@@ -2,6 +2,7 @@
 
     python -m experiments.low_communication
     python -m experiments.low_communication --methods diloco,noloco --replicas 4 --sync-every 40
+    python -m experiments.low_communication --warm-start 400
     python -m experiments.low_communication --methods diloco --processes 4
 
 Trains a small language model on several replicas, each with its own part of the text, by methods
@@ -11,6 +12,7 @@ Interrupt it at any time; the same command goes on with the runs that are missin
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +23,6 @@ from experiments.parts import UserError
 from experiments.parts.command_line import Parser, exit_code, positive
 
 if TYPE_CHECKING:
-    import argparse
-
     from experiments.parts.communication import ReplicaStudy
     from experiments.parts.study import Run
 
@@ -78,6 +78,13 @@ def parser() -> argparse.ArgumentParser:
         help="steps of one run, a multiple of 20",
     )
     p.add_argument(
+        "--warm-start",
+        type=_steps,
+        default=0,
+        metavar="STEPS",
+        help="synchronous steps from whose weights every run starts, a multiple of 20",
+    )
+    p.add_argument(
         "--processes",
         type=positive,
         metavar="K",
@@ -92,6 +99,12 @@ def parser() -> argparse.ArgumentParser:
         help="where results are kept",
     )
     return p
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 nor a positive whole number")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,11 +155,12 @@ def _low_communication(options: argparse.Namespace, arguments: list[str], began:
     from jaxopt_lab.distributed import device_replicas, simulated_replicas
 
     steps, out = options.budget, options.out
-    if steps % EVALUATIONS:
-        raise UserError(
-            f"--budget {steps}: expected a multiple of {EVALUATIONS}, the number of evaluations"
-        )
-    setting = communication.Setting(steps, options.replicas, options.sync_every)
+    for option, given in (("--budget", steps), ("--warm-start", options.warm_start)):
+        if given % EVALUATIONS:
+            raise UserError(
+                f"{option} {given}: expected a multiple of {EVALUATIONS}, the number of evaluations"
+            )
+    setting = communication.Setting(steps, options.replicas, options.sync_every, options.warm_start)
     names = [n.strip() for n in (options.methods or ",".join(DEFAULT)).split(",")]
     # A replica has an eighth of the batch of a single model of this size.
     batch_size = max(1, SIZES[options.size].batch_size // 8) if options.size in SIZES else None
@@ -179,10 +193,11 @@ def _low_communication(options: argparse.Namespace, arguments: list[str], began:
     if not console.is_terminal:
         console.width = 120
     where = f"{options.processes} processes" if options.processes else "one device"
+    warm = f" after {options.warm_start} synchronous ones" if options.warm_start else ""
     console.print(
         f"{workload.name}: {settings['parameters']:,} parameters, {options.replicas} replicas on "
         f"{where}, {len(found)} methods x ({options.rates} learning rates + {options.seeds - 1} "
-        f"more seeds) x {steps} steps; results in {out}",
+        f"more seeds) x {steps} steps{warm}; results in {out}",
         highlight=False,
         soft_wrap=True,
     )
@@ -225,6 +240,7 @@ def _report(
     results = {
         "kind": "low_communication",
         **record,
+        "warm_start": study.warm_start,
         "verdict": sentences,
         "table": rows,
         "sent_by_kind": {name: wire.by_kind() for name, wire in wires.items()},
@@ -277,12 +293,19 @@ def method(study: ReplicaStudy) -> list[str]:
     """How it was done, in paragraphs."""
     from experiments.parts import communication
 
-    setting = study.setting
+    setting, warm = study.setting, study.warm_start
+    start = "" if warm is None else (
+        f"They are those of a warm start, as in DiLoCo's paper: {warm['steps']} steps of sync "
+        f"with seed 0, at a rate of {warm['learning_rate']:g} and with a schedule of its own, end "
+        f"at {warm['validation_loss']:.4f}. All seeds start from there, with fresh optimizer "
+        "states and other batches; all methods search learning rates around a third of that rate. "
+        "Steps and bytes are those after it. "
+    )  # fmt: skip
     computing = "a step of the simulation divided by the number of replicas"
     if study.on_devices:
         computing = "a step of the processes, which share this machine and exchange over loopback"
     return [
-        f"{setting.replicas} replicas start from the same weights and train on "
+        f"{setting.replicas} replicas start from the same weights. {start}They train on "
         f"{study.workload.identity['batch_size']} windows a step each, from their own contiguous "
         "slice of the text. All methods see the same batches, schedule (linear warm-up over a "
         "tenth of the steps, then a cosine to a tenth of the peak), AdamW and weight decay, and "

@@ -7,6 +7,7 @@ step and the replica only: every method sees the same batches.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,11 @@ import optax
 import jaxopt_lab
 from experiments.parts import UserError
 from experiments.parts.optimizers import Candidate, Known, candidate
+from experiments.parts.progress import Progress
 from experiments.parts.store import Store
-from experiments.parts.study import TIMING_ROUNDS, Study
+from experiments.parts.study import TIMING_ROUNDS, Run, Study
 from experiments.parts.training import EVALUATIONS, unit_schedule
+from experiments.parts.weights import read_tree, write_tree
 from experiments.parts.workload import Workload, parameter_count
 from jaxopt_lab import distributed
 from jaxopt_lab.distributed.replicas import shared_counters
@@ -34,6 +37,9 @@ FREEZE_SHARE = 0.2
 """The share of the steps after which one-bit Adam freezes its second moment."""
 DILOCO_MOMENTUM = 0.5
 """Of DiLoCo's outer step. With its default of 0.9 runs of 10 and of 30 rounds end higher."""
+WARM_RATE_FACTOR = 1 / 3
+"""The centre of every grid after a warm start, divided by that of training from scratch."""
+WARM_FILE = "warm_start.npz"
 
 Make = Callable[["Setting", dict[str, Any]], optax.GradientTransformation]
 
@@ -44,6 +50,7 @@ class Setting(NamedTuple):
     steps: int
     replicas: int
     sync_every: int  # local steps in a round
+    warm_start: int = 0  # synchronous steps before the first
 
     @property
     def freeze_step(self) -> int:
@@ -140,6 +147,9 @@ def contenders(names: Sequence[str], setting: Setting, workload: Workload) -> li
     for name in names:
         if name not in METHODS:
             raise UserError(f"--methods: unknown method {name!r}; known: {', '.join(METHODS)}")
+    if setting.warm_start:
+        rate = workload.learning_rate * WARM_RATE_FACTOR
+        workload = dataclasses.replace(workload, learning_rate=rate)
     lab = Path(jaxopt_lab.__file__).parent
     sources = (Path(__file__), lab / "distributed", *sorted(lab.glob("_*.py")))
 
@@ -227,7 +237,9 @@ class ReplicaLoop:
             def one_step(state: Any, step: jax.Array) -> tuple[Any, jax.Array]:
                 def loss(params: optax.Params, own: Any) -> jax.Array:
                     tokens, replica = own
-                    of_step = jax.random.fold_in(jax.random.fold_in(key, step), replica)
+                    # Counted from the warm start's first: no batch of it comes again.
+                    counted = setting.warm_start + step
+                    of_step = jax.random.fold_in(jax.random.fold_in(key, counted), replica)
                     return workload.loss(params, workload.sample({"train": tokens}, of_step))
 
                 state, losses = replicas.train_step(loss, tx)(state, data)
@@ -307,7 +319,7 @@ def train(
     seed: int,
     on_chunk: Callable[[int, float], None],
 ) -> dict[str, Any]:
-    """One run from scratch; it ends early when a loss is not finite.
+    """One run from the loop's start; it ends early when a loss is not finite.
 
     Returns:
       The fields of `training.train`, with the validation losses of the mean model; and
@@ -338,8 +350,19 @@ def train(
     return {**curve, "single_loss": single if np.isfinite(single) else None}
 
 
+def checksum(params: optax.Params) -> str:
+    """Of the bits of all leaves."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()[:16]
+
+
 class ReplicaStudy(Study):
     """Search and seeds of every method, on replicas.
+
+    With a warm start all runs begin at the same weights, whatever their seed: those of one run of
+    the synchronous method with seed 0 at the workload's own rate. They are kept beside the runs.
 
     Args:
       workload: what is trained.
@@ -367,6 +390,8 @@ class ReplicaStudy(Study):
         self._slices = shards(workload, setting.replicas)
         self._timing_steps = len(candidates) * (TIMING_ROUNDS + 1) * setting.timed_steps
         self._validation = Validation(workload, replicas)
+        self._start: str | None = None
+        self.warm_start: dict[str, Any] | None = None
 
     @property
     def on_devices(self) -> bool:
@@ -376,6 +401,70 @@ class ReplicaStudy(Study):
     def sent(self) -> dict[str, distributed.WireBytes]:
         """What one replica sends in a step of each method."""
         return {c.name: sent(self.setting, c.make, self.workload) for c in self.candidates}
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps of the whole study, finished ones and the warm start included."""
+        return super().total_steps + self.setting.warm_start
+
+    def run(self, progress: Progress) -> dict[str, list[Run]]:
+        """Makes the warm start and the runs that are missing; returns all runs of each method."""
+        if self.setting.warm_start:
+            params = self._warm_params(progress)
+            self._start = checksum(params)
+            self.workload = dataclasses.replace(self.workload, init=lambda key: params)
+        return super().run(progress)
+
+    def _warm_params(self, progress: Progress) -> optax.Params:
+        """The weights to start from, trained unless they are kept already."""
+        steps, path = self.setting.warm_start, self.store.out / WARM_FILE
+        setting = self.setting._replace(steps=steps, warm_start=0)
+        (method,) = contenders([BASELINE], setting, self.workload)
+        peak = method.learning_rate
+        made_by = {
+            **self.workload.identity,
+            "steps": steps,
+            "replicas": setting.replicas,
+            "learning_rate": peak,
+            "fingerprint": method.fingerprint,
+        }
+        kept = read_tree(path, jax.eval_shape(self.workload.init, jax.random.key(0)))
+        if kept:
+            params, record = kept
+            if record.get("made_by") != made_by:
+                raise UserError(
+                    f"--out {self.store.out}: {WARM_FILE} was made by other code or with other "
+                    "settings; choose another --out, or remove its files to repeat them"
+                )
+            progress.skip(steps)
+        else:
+            progress.note("warm start: compiling")
+            loop = ReplicaLoop(self.workload, method.make, setting, self._replicas, self._slices)
+            state, loss = loop.start(peak, 0), math.nan
+            while state.step < steps:
+                state, _ = loop.run_chunk(state, peak, 0)
+                loss = self._validation.of_consensus(state)
+                if not math.isfinite(loss):
+                    raise UserError(f"--warm-start {steps}: diverged after {state.step} steps")
+                progress.advance(loop.chunk_steps, f"warm start: {loss:.3f}")
+            params = self._replicas.consensus(state.params)
+            record = {"made_by": made_by, "validation_loss": loss}
+            if jax.process_index() == 0:
+                write_tree(path, params, record)
+            progress.line(f"warm start of {steps} synchronous steps: {loss:.4f}")
+        self.warm_start = {
+            "steps": steps, "learning_rate": peak, "validation_loss": record["validation_loss"],
+        }  # fmt: skip
+        return params
+
+    def _same_code(self, candidate: Candidate, name: str) -> Run:
+        run = super()._same_code(candidate, name)
+        if run.get("warm_weights") != self._start:
+            raise UserError(
+                f"--out {self.store.out}: runs/{name}.json did not start from the weights in "
+                f"{WARM_FILE}; choose another --out, or remove its files to repeat them"
+            )
+        return run
 
     def _make_loop(self, candidate: Candidate) -> ReplicaLoop:
         return ReplicaLoop(
@@ -388,7 +477,8 @@ class ReplicaStudy(Study):
     def _train(
         self, loop: ReplicaLoop, rate: float, seed: int, on_chunk: Callable[[int, float], None]
     ) -> dict[str, Any]:
-        return train(loop, self._validation, rate, seed, on_chunk)
+        curve = train(loop, self._validation, rate, seed, on_chunk)
+        return {**curve, "warm_weights": self._start}
 
 
 class FollowingStore(Store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +15,8 @@ from experiments import low_communication
 from experiments.parts import communication, communication_summary, processes, study
 from experiments.parts.communication import METHODS, Setting, contenders, sent, train
 from experiments.parts.language_model import language_model
-from jaxopt_lab.distributed import WireBytes, wire_bytes
+from experiments.parts.weights import write_tree
+from jaxopt_lab.distributed import WireBytes, simulated_replicas, wire_bytes
 from tests.experiments.tiny_low_communication import SIZES
 
 TINY = ["--methods", "diloco", "--replicas", "2", "--budget", "20", "--rates", "1", "--seeds", "2",
@@ -125,12 +127,19 @@ def tiny_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("expected", "more"), [("finished", []), ("warmed", ["--warm-start=20"])])
 def test_processes_give_the_losses_of_the_simulation(
-    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    expected: str,
+    more: list[str],
+    request: pytest.FixtureRequest,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    of_one_device = results(request.getfixturevalue(expected))
     tiny_processes(monkeypatch)
-    assert run(tmp_path, text, "--processes", "2", "--seeds", "1") == 0
-    simulated = [found for found in results(finished)["runs"] if found["seed"] == 0]
+    assert run(tmp_path, text, "--processes", "2", "--seeds", "1", *more) == 0
+    simulated = [found for found in of_one_device["runs"] if found["seed"] == 0]
     for one, other in zip(results(tmp_path)["runs"], simulated, strict=True):
         assert one["optimizer"] == other["optimizer"]
         np.testing.assert_allclose(one["validation_loss"], other["validation_loss"], rtol=1e-4)
@@ -166,6 +175,8 @@ def test_a_mistake_is_one_line_from_processes_too(
     [
         (["--methods", "dilocos"], "unknown method 'dilocos'; known: sync, one-bit-adam"),
         (["--budget", "30"], "--budget 30: expected a multiple of 20"),
+        (["--warm-start", "30"], "--warm-start 30: expected a multiple of 20"),
+        (["--warm-start", "-20"], "--warm-start: -20 is neither 0 nor a positive whole number"),
         (["--replicas", "0"], "--replicas: 0 is not a positive whole number"),
         (["--replicas", "600"], "--replicas 600: a replica's slice of the text has"),
         (["--processes", "3"], "--processes 3: does not divide --replicas 2"),
@@ -263,3 +274,155 @@ def test_verdict_says_what_the_runs_say() -> None:
     assert said[4] == "ef21-top1 diverged at every learning rate."
     said = communication_summary.verdict([row("sync", None, None), row("diloco", 2.0, None)])
     assert said == ["sync diverged at every learning rate: there is nothing to compare with."]
+
+
+WARM = ["--warm-start", "20", "--seeds", "1"]
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    out = tmp_path_factory.mktemp("low") / "warmed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "TIMING_ROUNDS", 1)
+        assert run(out, text, *WARM) == 0
+    return out
+
+
+def kept_weights(out: Path) -> tuple[list[np.ndarray], dict]:
+    with np.load(out / communication.WARM_FILE) as file:
+        leaves = [file[name] for name in file.files if name != "record"]
+        return leaves, json.loads(str(file["record"]))
+
+
+def test_a_warm_start_is_a_run_of_sync_at_its_own_rate(warmed: Path, finished: Path) -> None:
+    (scratch,) = (
+        r for r in results(finished)["runs"] if (r["optimizer"], r["seed"]) == ("sync", 0)
+    )
+    content = results(warmed)
+    end = content["warm_start"]["validation_loss"]
+    assert content["warm_start"] == {"steps": 20, "learning_rate": 0.006, "validation_loss": end}
+    assert end == scratch["validation_loss"][-1]
+    assert content["settings"]["warm_start"] == 20
+    assert len(content["runs"]) == 2
+    for found in content["runs"]:
+        assert found["learning_rate"] == 0.002
+        assert found["validation_loss"][0] == pytest.approx(end, rel=1e-6)
+        assert found["validation_loss"][-1] < end
+
+
+def test_all_seeds_start_from_the_warm_weights_with_batches_of_their_own(
+    warmed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, start = [], communication.ReplicaLoop.start
+
+    def seen(loop, peak, seed):
+        state = start(loop, peak, seed)
+        starts.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.params)])
+        return state
+
+    monkeypatch.setattr(communication.ReplicaLoop, "start", seen)
+    shutil.copytree(warmed, tmp_path / "more")
+    assert run(tmp_path / "more", text, *WARM, "--seeds", "2") == 0
+    kept, _ = kept_weights(warmed)
+    assert len(starts) == 4  # seed 1 of two methods, each after the start that compiles its loop
+    for leaves in starts:
+        for leaf, own in zip(leaves, kept, strict=True):
+            np.testing.assert_array_equal(leaf, np.stack([own] * 2))
+    first, second = (r for r in results(tmp_path / "more")["runs"] if r["optimizer"] == "sync")
+    assert first["validation_loss"][0] == second["validation_loss"][0]
+    assert first["train_loss"][1] != second["train_loss"][1]
+
+
+def test_batches_of_the_warm_start_do_not_come_again(text: Path) -> None:
+    workload, replicas = language_model("tiny", str(text), 2), simulated_replicas(2, "replica")
+    slices = communication.shards(workload, 2)
+
+    def losses(steps: int, warm_start: int) -> list[float]:
+        setting = Setting(steps, 2, 5, warm_start)
+        (method,) = contenders(["sync"], setting, workload)
+        loop = communication.ReplicaLoop(workload, method.make, setting, replicas, slices)
+        state, found = loop.start(0.0, 0), []
+        while state.step < steps:
+            state, loss = loop.run_chunk(state, 0.0, 0)  # at rate 0 only the batches differ
+            found.append(loss)
+        return found
+
+    two_steps = np.reshape(losses(20, 20), (10, 2)).mean(1)
+    assert two_steps == pytest.approx(losses(40, 0)[10:], rel=1e-5)
+
+
+def test_a_kept_warm_start_is_not_trained_again(
+    warmed: Path, text: Path, tmp_path: Path, training_runs: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(warmed, tmp_path / "again")
+    monkeypatch.delattr(communication, "write_tree")
+    assert run(tmp_path / "again", text, *WARM) == 0
+    assert training_runs == []
+    (lost,) = (tmp_path / "again" / "runs").glob("diloco*seed0.json")
+    lost.unlink()
+    assert run(tmp_path / "again", text, *WARM) == 0
+    assert training_runs == [(0.002, 0)]
+    assert results(tmp_path / "again")["table"] == results(warmed)["table"]
+    assert results(tmp_path / "again")["warm_start"] == results(warmed)["warm_start"]
+
+
+def test_a_warm_start_is_kept_before_any_run_is_finished(
+    warmed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(communication, "train", interrupted)
+    assert run(tmp_path, text, *WARM) == 130
+    assert not list((tmp_path / "runs").iterdir())
+    (leaves, record), (expected, of_the_whole) = kept_weights(tmp_path), kept_weights(warmed)
+    assert record == of_the_whole
+    for leaf, other in zip(leaves, expected, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.mark.parametrize("steps", ["0", "40"])
+def test_another_warm_start_needs_another_folder(
+    steps: str, warmed: Path, text: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(warmed, text, *WARM, "--warm-start", steps) == 2
+    assert f"warm_start was 20, is {steps}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "moved", "message"),
+    [
+        ({}, 1e-3, "did not start from the weights in warm_start.npz"),
+        ({"fingerprint": "0"}, 0.0, "warm_start.npz was made by other code"),
+        ({"steps": 40}, 0.0, "warm_start.npz was made by other code or with other settings"),
+    ],
+)
+def test_other_warm_weights_are_not_taken_for_these(
+    changed: dict,
+    moved: float,
+    message: str,
+    warmed: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = shutil.copytree(warmed, tmp_path / "other")
+    leaves, record = kept_weights(warmed)
+    leaves[0] = leaves[0] + np.float32(moved)
+    record["made_by"] |= changed
+    write_tree(out / communication.WARM_FILE, leaves, record)
+    assert run(out, text, *WARM) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_diverged_warm_start_is_an_error(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(communication.Validation, "of_consensus", lambda *rest: float("nan"))
+    assert run(tmp_path, text, *WARM) == 2
+    assert capsys.readouterr().err == (
+        "low_communication: error: --warm-start 20: diverged after 1 steps\n"
+    )
+    assert not (tmp_path / communication.WARM_FILE).exists()
