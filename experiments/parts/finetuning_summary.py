@@ -146,7 +146,7 @@ def verdict(
     least = min(finished, key=lambda row: row["first_loss"])
     lines.append(
         f"Of the adapters {lowest['optimizer']} ends lowest ({summary.loss_text(lowest)}), and "
-        f"{least['optimizer']} forgets least."
+        f"{least['optimizer']} forgets least of the first text."
     )
     for row in rows:
         if row["final_loss"] is None:
@@ -183,7 +183,7 @@ def _claim(row: Row, lora: Row, same_rate: Sequence[Row]) -> list[str]:
         said = "lora-ga does not reach LoRA's final loss"
     else:
         said = f"lora-ga is at LoRA's final loss after {part:.0%} of LoRA's steps"
-    holds = "at least half" if part is not None and part <= CLAIM else "not half"
+    holds = "at least half" if part is not None and part <= CLAIM else "less than half"
     lines = [
         f"Each at its own best rate ({lora['learning_rate']:g} for LoRA, "
         f"{row['learning_rate']:g} for lora-ga), {said}: it saves {holds} of them (its paper "

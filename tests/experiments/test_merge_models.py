@@ -64,6 +64,7 @@ def test_results_hold_table_and_origin(finished: Path) -> None:
             assert result["mean_by_scale"][rule][at] == pytest.approx(mean)
 
 
+@pytest.mark.slow
 def test_average_is_the_mean_of_the_weights(finished: Path, paths: dict[str, Path]) -> None:
     found = {"first": tiny_texts.FIRST, "second": tiny_texts.SECOND, "third": tiny_texts.THIRD}
     workloads = texts.workloads("tiny", found)
@@ -79,6 +80,7 @@ def test_average_is_the_mean_of_the_weights(finished: Path, paths: dict[str, Pat
     assert float(loss) == pytest.approx(reported, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_scale_is_chosen_on_other_windows(
     finished: Path, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +116,7 @@ def test_files_are_complete_and_hold_no_path_of_the_machine(
         assert str(paths["first"].parent) not in content
 
 
+@pytest.mark.slow
 def test_finished_models_are_not_trained_again(
     finished: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,10 @@ SECOND = "".join(
 THIRD = "".join(f"{i * 37 % 1000:04d} {i * 11 % 97:02d} | " for i in range(500))
 
 
+# Of equal length, so that what is compiled for one serves the others.
+FIRST, SECOND, THIRD = (text[:4000] for text in (FIRST, SECOND, THIRD))
+
+
 def write(folder: Path) -> dict[str, Path]:
     """Writes the texts; returns their paths by name."""
     paths = {}
