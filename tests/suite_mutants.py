@@ -17,8 +17,24 @@ from collections.abc import Sequence
 from tests.mutants import PACKAGE, Mutant, mutated_source
 
 ROOT = PACKAGE.parent
-SUITES = {"schedules": "tests/schedules", "adapters": "tests/adapters/test_merging.py"}
-NEEDED = ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/golden/adapters")
+SUITES = {"schedules": "tests/schedules", "adapters": "tests/adapters/test_adapt.py"}
+# Files whose tests are elsewhere; of a file the name, else that of its folder counts.
+_MERGING = "tests/adapters/test_merging.py"
+_TRAINING = "tests/adapters/test_training.py"
+_PARITY = "tests/adapters/test_parity.py"
+SUITES |= dict.fromkeys(("_task_vectors", "task_arithmetic", "ties", "breadcrumbs"), _MERGING)
+SUITES |= dict.fromkeys(("ist", "perp", "lora_plus"), _TRAINING)
+SUITES |= dict.fromkeys(("pissa", "olora", "lora_ga", "corda", "miss", "dora", "lora"), _PARITY)
+SUITES |= dict.fromkeys(("peft_folder", "plain"), "tests/adapters/test_peft_folder.py")
+NEEDED = (
+    "pyproject.toml",
+    "tests/__init__.py",
+    "tests/conftest.py",
+    "tests/golden/adapters",
+    "tests/adapters/__init__.py",
+    "tests/adapters/golden.py",
+    "tests/adapters/models.py",
+)
 
 MUTANTS = [
     # What schedules share
@@ -80,6 +96,58 @@ MUTANTS = [
     Mutant("breadcrumbs", "outer & ~inner", "outer"),
     Mutant("breadcrumbs", '== "embedding" else 2', '== "embedding" else 1'),
     Mutant("breadcrumbs", "jnp.moveaxis(found, -1, along)", "found"),
+    # Starts
+    Mutant("pissa", "root = jnp.sqrt(s / kernel.scaling)", "root = jnp.sqrt(s)"),
+    Mutant("olora", "jnp.linalg.qr(jnp.swapaxes(matrices, -1, -2))", "jnp.linalg.qr(matrices)"),
+    Mutant("lora_ga", '"ArB2r": (every[:r], every[r:])', '"ArB2r": (every[r:], every[:r])'),
+    Mutant("lora_ga", "(every[1::2], every[0::2])", "(every[0::2], every[1::2])"),
+    Mutant("lora_ga", "kernel.matrix[1] ** 0.25", "kernel.matrix[0] ** 0.25"),
+    Mutant("lora_ga", "c = jnp.mean(jnp.sqrt(first / s)", "c = jnp.mean(jnp.sqrt(first)"),
+    Mutant("lora_ga", "b = sigma * b", "b = b"),
+    Mutant("corda", "damping * mean * identity", "damping * identity"),
+    Mutant("corda", "slice(-kernel.r, None)", "slice(None, kernel.r)"),
+    Mutant("miss", "_kernels.product(block, tiles) + block", "_kernels.product(block, tiles)"),
+    Mutant(
+        "miss",
+        "jnp.tile(block, (1, -(-fan_in // kernel.r), 1))",
+        "jnp.repeat(block, -(-fan_in // kernel.r), 1)",
+    ),
+    Mutant("dora", "jax.lax.stop_gradient(lengths(kernel, whole))", "lengths(kernel, whole)"),
+    Mutant("lora", "alpha / math.sqrt(r) if self.use_rslora", "alpha / r if self.use_rslora"),
+    # Trees of adapters
+    Mutant("adapt", "leaf.astype(dtype) - kernel.scaling * change", "leaf.astype(dtype) - change"),
+    Mutant("adapt", "    if base.merged:\n        raise", "    if False:\n        raise"),
+    Mutant("_svd", "q = jnp.linalg.qr(_kernels.product(transposed, q))[0]", "q = q"),
+    Mutant("_targets", 'k.endswith(f".{dotted}")', "k.endswith(dotted)"),
+    Mutant("_targets", 'rf"(.*\\.)?({pattern})"', 'rf".*({pattern})"'),
+    Mutant("gradients", "sums[kernel.name] / count", "sums[kernel.name]"),
+    Mutant(
+        "factored",
+        "[*of_outputs, *of_x] if dot.kernel_is_left",
+        "[*of_x, *of_outputs] if dot.kernel_is_left",
+    ),
+    Mutant("factored", "(kernel.kernel.scaling * change)", "change"),
+    Mutant("_trace", "dims=x.dims[1:], batch=x.batch[1:]", "dims=x.dims[1:], batch=x.batch"),
+    Mutant("_trace", "if groups != (1, 1)", "if groups == (0, 0)"),
+    Mutant(
+        "covariances",
+        "signed > 1e-6 * largest, signed, largest",
+        "signed > largest, signed, largest",
+    ),
+    # Training, and folders
+    Mutant("ist", "jax.nn.log_sigmoid(-scores), count", "jax.nn.log_sigmoid(scores), count"),
+    Mutant("ist", "rewards - jnp.mean(rewards)", "rewards"),
+    Mutant(
+        "ist",
+        "return jax.tree.map(jnp.zeros_like, part), old",
+        "return jax.tree.map(jnp.zeros_like, part), train()[1]",
+    ),
+    Mutant("perp", "jnp.where(whole != 0, change, 0)", "change"),
+    Mutant("lora_plus", "jnp.ndim(leaf) == 1", "False"),
+    Mutant("plain", "jnp.concatenate([b, -b_0], -2)", "jnp.concatenate([b, b_0], -2)"),
+    Mutant("plain", "math.sqrt(times) if config.use_rslora", "times if config.use_rslora"),
+    Mutant("peft_folder", "transpose(3, 2, 0, 1)", "transpose(3, 2, 1, 0)"),
+    Mutant("peft_folder", "lora_alpha=fields", "lora_alpha=2 * fields"),
 ]
 
 
@@ -90,7 +158,7 @@ def verdict(mutant: Mutant) -> str:
       RuntimeError: the tests could not be run; the message has their output.
     """
     path, source = mutated_source(mutant)
-    suite = SUITES[path.parent.name]
+    suite = SUITES.get(path.stem) or SUITES[path.parent.name]
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in (*NEEDED, PACKAGE.name, suite):
@@ -110,7 +178,8 @@ def verdict(mutant: Mutant) -> str:
 
 def main(files: Sequence[str]) -> int:
     chosen = [m for m in MUTANTS if not files or m.rule in files]
-    for same in {mutated_source(m)[0].parent: m.rule for m in chosen}.values():
+    by_suite = {SUITES.get(m.rule) or mutated_source(m)[0].parent: m.rule for m in chosen}
+    for same in by_suite.values():
         if verdict(Mutant(same, "import", "import")) == "caught":
             print(f"the tests of {same} fail without any change")
             return 2
