@@ -176,9 +176,9 @@ def init_adapters(
 def apply_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> Any:
     r"""Returns the parameters that the model is to use: with LoRA, :math:`K + s a b`.
 
-    Differentiate with respect to `adapters`: nothing of the base has a gradient. One kernel at a
-    time is made in the caller's dtype, each of which lives as long as the layer needs it. See
-    `factored` for products that never make it.
+    Differentiate with respect to `adapters`: nothing of the base has a gradient. The adapted
+    kernels are in the kernels' dtype, and are kept for the backward pass; `factored` does the same
+    without making them.
 
     Args:
       base: from `init_adapters`.
