@@ -34,8 +34,8 @@ def corda(covariances: Mapping[str, Any], corda_method: str = "ipm") -> Initiali
     The damping d is 0.01, doubled until :math:`\| F F^{-1} - I \|_F < 0.05`. "ipm" trains what the
     given inputs use most: among all matrices of rank r, :math:`s a b` is the nearest to K under F.
     "kpm" trains what they use least, so that the knowledge behind them is preserved. C is a sum
-    over the tokens of a product, as in the authors' code; its scale c leaves :math:`s a b` alone, but
-    makes `a` smaller by :math:`c^{-1/2}` and `b` larger by :math:`c^{1/2}`.
+    over the tokens of a product, as in the authors' code; its scale c leaves :math:`s a b` alone,
+    but makes `a` smaller by :math:`c^{-1/2}` and `b` larger by :math:`c^{1/2}`.
 
     Args:
       covariances: second moment of each kernel's inputs, by its path: from `estimate_covariances`,
