@@ -24,7 +24,7 @@ from experiments.parts.command_line import Parser, exit_code, positive
 if TYPE_CHECKING:
     import argparse
 
-    from experiments.parts.finetuning import FineTuneStudy
+    from experiments.parts.finetuning_study import FineTuneStudy
     from experiments.parts.study import Run
 
 STEPS = 300
@@ -123,7 +123,7 @@ def _finetune(options: argparse.Namespace, arguments: list[str], began: float) -
     import jax
     from rich.console import Console
 
-    from experiments.parts import finetuning
+    from experiments.parts import finetuning, finetuning_study
     from experiments.parts.environment import environment
     from experiments.parts.language_model import SIZES
     from experiments.parts.progress import Progress
@@ -131,8 +131,8 @@ def _finetune(options: argparse.Namespace, arguments: list[str], began: float) -
     from experiments.parts.texts import read_text, standard_library, workloads
 
     out = options.out
-    finetuning.check_budget("--budget", options.budget)
-    finetuning.check_budget("--pretrain-budget", options.pretrain_budget)
+    finetuning_study.check_budget("--budget", options.budget)
+    finetuning_study.check_budget("--pretrain-budget", options.pretrain_budget)
     if options.memory_size not in (*SIZES, "none"):
         raise UserError(
             f"--memory-size {options.memory_size}: unknown; expected none or one of "
@@ -165,7 +165,7 @@ def _finetune(options: argparse.Namespace, arguments: list[str], began: float) -
     store = Store(out, settings)
     if (out / "results.json").exists():
         read_json(out / "results.json", "finetune")  # never overwrite what is not ours
-    study = finetuning.FineTuneStudy(
+    study = finetuning_study.FineTuneStudy(
         first, new, found, store, pretrain_steps=options.pretrain_budget, steps=options.budget,
         rank=options.rank, rates=options.rates, seeds=options.seeds,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from experiments.parts import UserError
 from experiments.parts.command_line import Parser, exit_code, positive
 
 if TYPE_CHECKING:
-    from experiments.parts.communication import ReplicaStudy
+    from experiments.parts.replica_study import ReplicaStudy
     from experiments.parts.study import Run
 
 STEPS = 200
@@ -145,12 +145,12 @@ def _low_communication(options: argparse.Namespace, arguments: list[str], began:
     import jax
     from rich.console import Console
 
-    from experiments.parts import communication
+    from experiments.parts import communication, replica_study
     from experiments.parts.environment import environment
     from experiments.parts.language_model import SIZES, language_model
     from experiments.parts.optimizers import WEIGHT_DECAY
     from experiments.parts.progress import Progress
-    from experiments.parts.store import read_json
+    from experiments.parts.store import Store, read_json
     from experiments.parts.training import EVALUATIONS
     from jaxopt_lab.distributed import device_replicas, simulated_replicas
 
@@ -177,7 +177,7 @@ def _low_communication(options: argparse.Namespace, arguments: list[str], began:
         **{name: origin["versions"][name] for name in ("jax", "optax", "flax")},
     }
     first = jax.process_index() == 0
-    kind = communication.Store if first else communication.FollowingStore
+    kind = Store if first else replica_study.FollowingStore
     store = kind(out, settings)
     if (out / "results.json").exists():
         read_json(out / "results.json", "low_communication")  # never overwrite what is not ours
@@ -185,7 +185,7 @@ def _low_communication(options: argparse.Namespace, arguments: list[str], began:
     replicas = (
         device_replicas(axis) if options.processes else simulated_replicas(options.replicas, axis)
     )
-    study = communication.ReplicaStudy(
+    study = replica_study.ReplicaStudy(
         workload, found, store, setting=setting, replicas=replicas, rates=options.rates,
         seeds=options.seeds,
     )  # fmt: skip

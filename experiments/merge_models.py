@@ -128,7 +128,7 @@ def _merge_models(options: argparse.Namespace, arguments: list[str], began: floa
     from rich.console import Console
 
     from experiments.parts.environment import environment
-    from experiments.parts.finetuning import check_budget
+    from experiments.parts.finetuning_study import check_budget
     from experiments.parts.merging import MergeStudy
     from experiments.parts.optimizers import fingerprint
     from experiments.parts.progress import Progress

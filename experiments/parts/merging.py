@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.parts import UserError
-from experiments.parts.finetuning import FineTuneLoop, contenders, method_of, pretrain, trainable
+from experiments.parts.finetuning import contenders, method_of, trainable
+from experiments.parts.finetuning_study import FineTuneLoop, pretrain
 from experiments.parts.progress import Progress
 from experiments.parts.store import Store
 from experiments.parts.weights import read_tree, write_tree

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from experiments import finetune
-from experiments.parts import UserError, finetuning, texts
+from experiments.parts import UserError, finetuning, finetuning_study, texts
 from experiments.parts import finetuning_summary as summary
 from experiments.parts import study as study_module
 from experiments.parts.optimizers import Candidate
@@ -68,7 +68,7 @@ def training_runs(monkeypatch: pytest.MonkeyPatch) -> list:
         trained.append((peak, seed))
         return train(loop, validation, peak, seed, on_chunk)
 
-    monkeypatch.setattr(finetuning, "train", counted)
+    monkeypatch.setattr(finetuning_study, "train", counted)
     return trained
 
 
@@ -107,7 +107,7 @@ def test_all_start_from_the_pretrained_model(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_that_of_what_is_trained() -> None:
-    found = {"size": "tiny", "rank": 8, **finetuning.step_memory("tiny", 50)}
+    found = {"size": "tiny", "rank": 8, **finetuning_study.step_memory("tiny", 50)}
     steps = found["steps"]
     assert list(steps) == ["full", "lora", "lora-factored"]
     for one in steps.values():
@@ -171,13 +171,13 @@ def test_pretraining_goes_on_where_it_was(
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuning, "write_tree", stopping)
+    monkeypatch.setattr(finetuning_study, "write_tree", stopping)
     with pytest.raises(KeyboardInterrupt):
-        finetuning.pretrain(tiny["first"], 20, path, progress)
-    weights, curve = finetuning.pretrain(tiny["first"], 20, path, progress)
+        finetuning_study.pretrain(tiny["first"], 20, path, progress)
+    weights, curve = finetuning_study.pretrain(tiny["first"], 20, path, progress)
     assert written == list(range(1, 21))  # one step a chunk, none twice
     assert curve["steps"] == written
-    expected, _ = finetuning.pretrain(
+    expected, _ = finetuning_study.pretrain(
         tiny["first"], 20, finished / "pretrained.npz", Progress(20, Console(quiet=True))
     )
     jax.tree.map(np.testing.assert_array_equal, weights, expected)

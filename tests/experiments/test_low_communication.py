@@ -12,9 +12,10 @@ import optax
 import pytest
 
 from experiments import low_communication
-from experiments.parts import communication, communication_summary, processes, study
-from experiments.parts.communication import METHODS, Setting, contenders, sent, train
+from experiments.parts import communication, communication_summary, processes, replica_study, study
+from experiments.parts.communication import METHODS, Setting, contenders, sent
 from experiments.parts.language_model import language_model
+from experiments.parts.replica_study import train
 from experiments.parts.weights import write_tree
 from jaxopt_lab.distributed import WireBytes, simulated_replicas, wire_bytes
 from tests.experiments.tiny_low_communication import SIZES
@@ -59,7 +60,7 @@ def training_runs(monkeypatch: pytest.MonkeyPatch) -> list:
         trained.append((peak, seed))
         return train(loop, validation, peak, seed, on_chunk)
 
-    monkeypatch.setattr(communication, "train", counted)
+    monkeypatch.setattr(replica_study, "train", counted)
     return trained
 
 
@@ -313,14 +314,14 @@ def test_a_warm_start_is_a_run_of_sync_at_its_own_rate(warmed: Path, finished: P
 def test_all_seeds_start_from_the_warm_weights_with_batches_of_their_own(
     warmed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    starts, start = [], communication.ReplicaLoop.start
+    starts, start = [], replica_study.ReplicaLoop.start
 
     def seen(loop, peak, seed):
         state = start(loop, peak, seed)
         starts.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.params)])
         return state
 
-    monkeypatch.setattr(communication.ReplicaLoop, "start", seen)
+    monkeypatch.setattr(replica_study.ReplicaLoop, "start", seen)
     shutil.copytree(warmed, tmp_path / "more")
     assert run(tmp_path / "more", text, *WARM, "--seeds", "2") == 0
     kept, _ = kept_weights(warmed)
@@ -340,7 +341,7 @@ def test_batches_of_the_warm_start_do_not_come_again(text: Path) -> None:
     def losses(steps: int, warm_start: int) -> list[float]:
         setting = Setting(steps, 2, 5, warm_start)
         (method,) = contenders(["sync"], setting, workload)
-        loop = communication.ReplicaLoop(workload, method.make, setting, replicas, slices)
+        loop = replica_study.ReplicaLoop(workload, method.make, setting, replicas, slices)
         state, found = loop.start(0.0, 0), []
         while state.step < steps:
             state, loss = loop.run_chunk(state, 0.0, 0)  # at rate 0 only the batches differ
@@ -355,7 +356,7 @@ def test_a_kept_warm_start_is_not_trained_again(
     warmed: Path, text: Path, tmp_path: Path, training_runs: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(warmed, tmp_path / "again")
-    monkeypatch.delattr(communication, "write_tree")
+    monkeypatch.delattr(replica_study, "write_tree")
     assert run(tmp_path / "again", text, *WARM) == 0
     assert training_runs == []
     (lost,) = (tmp_path / "again" / "runs").glob("diloco*seed0.json")
@@ -372,7 +373,7 @@ def test_a_warm_start_is_kept_before_any_run_is_finished(
     def interrupted(*rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(communication, "train", interrupted)
+    monkeypatch.setattr(replica_study, "train", interrupted)
     assert run(tmp_path, text, *WARM) == 130
     assert not list((tmp_path / "runs").iterdir())
     (leaves, record), (expected, of_the_whole) = kept_weights(tmp_path), kept_weights(warmed)
@@ -420,7 +421,7 @@ def test_other_warm_weights_are_not_taken_for_these(
 def test_a_diverged_warm_start_is_an_error(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(communication.Validation, "of_consensus", lambda *rest: float("nan"))
+    monkeypatch.setattr(replica_study.Validation, "of_consensus", lambda *rest: float("nan"))
     assert run(tmp_path, text, *WARM) == 2
     assert capsys.readouterr().err == (
         "low_communication: error: --warm-start 20: diverged after 1 steps\n"
