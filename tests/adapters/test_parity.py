@@ -60,6 +60,8 @@ def test_every_file_is_tested():
 
 def check_product(case, init, prefix="", tolerance=(5e-15, 1e-6)):
     exact, single = tolerance
+    # The published bounds are absolute, for kernels with entries of about one.
+    exact *= max(1.0, float(np.abs(case["W"]).max()))
     a, b, rest, whole = start(case, init=init)
     np.testing.assert_allclose(case["scaling"] * (a @ b).T, case[f"{prefix}ref64_sBA"], 0, exact)
     np.testing.assert_allclose(rest.T, case[f"{prefix}ref64_W_res"], 0, exact)
@@ -74,7 +76,6 @@ def check_product(case, init, prefix="", tolerance=(5e-15, 1e-6)):
 
 @cases("pissa")
 def test_pissa(case):
-    # The published 5e-15 is absolute, for entries of about 1; one more operation is one rounding.
     a, b = check_product(case, adapters.pissa("full"))
     np.testing.assert_allclose(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), 1e-5)
     lengths = np.sqrt(case["ref64_S"][: case["r"]] / case["scaling"])
