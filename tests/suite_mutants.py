@@ -147,7 +147,7 @@ MUTANTS = [
     Mutant("plain", "jnp.concatenate([b, -b_0], -2)", "jnp.concatenate([b, b_0], -2)"),
     Mutant("plain", "math.sqrt(times) if config.use_rslora", "times if config.use_rslora"),
     Mutant("peft_folder", "transpose(3, 2, 0, 1)", "transpose(3, 2, 1, 0)"),
-    Mutant("peft_folder", "lora_alpha=fields", "lora_alpha=2 * fields"),
+    Mutant("peft_folder", "_whole(kernel.scaling * root)", "_whole(kernel.scaling)"),
 ]
 
 

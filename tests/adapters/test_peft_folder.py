@@ -97,6 +97,8 @@ def test_a_start_that_changed_the_base_is_converted(tmp_path):
     with pytest.raises(ValueError, match=r"given up a part.*to_plain_lora"):
         adapters.write_peft_folder(tmp_path, base, trained, NAMES)
     plain, factors = adapters.to_plain_lora(base, trained, initial)
+    # Whoever makes adapters by the new config has the same scaling.
+    assert plain.config.scaling("head") == pytest.approx(base.kernels[0].scaling)
     np.testing.assert_allclose(plain.params["head"]["kernel"], PARAMS["head"]["kernel"], 0, 1e-6)
     expected = adapters.apply_adapters(base, trained)["head"]["kernel"]
     found = adapters.apply_adapters(plain, factors)["head"]["kernel"]

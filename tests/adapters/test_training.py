@@ -142,6 +142,20 @@ def test_ist_draws_by_weight():
     assert left_out[2] == pytest.approx(0.1 * 0.2 / 0.9 + 0.2 * 0.1 / 0.8, abs=0.01)
 
 
+def test_ist_trains_what_is_important():
+    """Scores of plus and minus 10: layers 2 and 5 are all but certain."""
+    params = layered()
+    tx = adapters.ist(optax.sgd(1.0))
+    state = tx.init(params)
+    scores = jnp.full(LAYERS, 10.0).at[jnp.array([2, 5])].set(-10.0)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(
+        grads, state._replace(scores=scores), params, value_fn=lambda p: jnp.float32(0)
+    )
+    trained = [n for n, layer in updates["layers"].items() if layer["lora_a"].any()]
+    assert trained == ["2", "5"]
+
+
 def test_ist_refuses():
     params = layered()
     with pytest.raises(ValueError, match="matches no parameter, such as 'w'"):
