@@ -147,6 +147,7 @@ def test_ist_trains_what_is_important():
     params = layered()
     tx = adapters.ist(optax.sgd(1.0))
     state = tx.init(params)
+    assert isinstance(state, adapters.IstState)
     scores = jnp.full(LAYERS, 10.0).at[jnp.array([2, 5])].set(-10.0)
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(
