@@ -153,8 +153,10 @@ def test_ist_trains_what_is_important():
     updates, _ = tx.update(
         grads, state._replace(scores=scores), params, value_fn=lambda p: jnp.float32(0)
     )
-    trained = [n for n, layer in updates["layers"].items() if layer["lora_a"].any()]
-    assert trained == ["2", "5"]
+    flat = jax.tree_util.tree_leaves_with_path(updates)
+    moved = [jax.tree_util.keystr(p, simple=True, separator="/") for p, u in flat if u.any()]
+    layers = [f"layers/{i}/{name}" for i in (2, 5) for name in ("lora_a", "lora_b")]
+    assert moved == ["head/bias", *layers]
 
 
 def test_ist_refuses():
