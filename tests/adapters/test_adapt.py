@@ -469,6 +469,8 @@ def test_an_adapted_embedding_starts_with_a_zero_table():
     [
         ({"target_modules": ["quary"]}, r"'quary' matches no kernel.*encoder\.0\.query"),
         ({"target_modules": ".*qry"}, r"'\.\*qry' matches no kernel"),
+        ({"target_modules": ["p"]}, "'p' matches no kernel"),  # up ends with it, but in a word
+        ({"target_modules": ["up"], "rank_pattern": {"p": 1}}, "rank_pattern: 'p'"),
         ({"target_modules": ["up"], "exclude_modules": ["upp"]}, "exclude_modules: 'upp'"),
         ({"target_modules": ["up"], "exclude_modules": ["up"]}, "no kernel is left"),
         ({"target_modules": ["up"], "rank_pattern": {"query": 1}}, "rank_pattern: 'query'"),
