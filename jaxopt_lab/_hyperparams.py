@@ -68,6 +68,17 @@ def check_positive_integer(**values: Any) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value}")
 
 
+def check_choice(options: tuple[str, ...], **values: Any) -> None:
+    """Refuses what is none of `options`, by name.
+
+    Raises:
+      ValueError: the message has the options.
+    """
+    for name, value in values.items():
+        if value not in options:
+            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+
+
 def check_seed(seed: Any) -> None:
     """Refuses a seed that is no integer.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +31,26 @@ class Target(NamedTuple):
     """A kernel chosen, before its rank is known."""
 
     name: str
-    module: str
     shape: tuple[int, ...]
     axes: _matrices.MatrixAxes
 
 
-def choose(
-    params: Any,
-    target_modules: str | Sequence[str],
-    exclude_modules: str | Sequence[str] | None,
-    layers_to_transform: int | Sequence[int] | None,
-    layers_pattern: str | Sequence[str] | None,
-    kernel_axes: Mapping[str, Any] | None,
-) -> tuple[Target, ...]:
+class Choice(Protocol):
+    """The fields of a config that say which kernels; see `LoraConfig`."""
+
+    @property
+    def target_modules(self) -> str | Sequence[str]: ...
+    @property
+    def exclude_modules(self) -> str | Sequence[str] | None: ...
+    @property
+    def layers_to_transform(self) -> int | Sequence[int] | None: ...
+    @property
+    def layers_pattern(self) -> str | Sequence[str] | None: ...
+    @property
+    def kernel_axes(self) -> Mapping[str, Any] | None: ...
+
+
+def choose(params: Any, choice: Choice) -> tuple[Target, ...]:
     """Returns the kernels chosen, in the order of the tree.
 
     Raises:
@@ -52,18 +59,18 @@ def choose(
       TypeError: a kernel that is not real floating point.
     """
     kernels = candidates(params)
-    chosen = _matching(kernels, target_modules, "target_modules")
-    if exclude_modules is not None:
-        chosen -= _matching(kernels, exclude_modules, "exclude_modules")
-    if layers_to_transform is not None:
-        wanted = _as_list(layers_to_transform)
-        chosen = {n for n in chosen if _layer(n, layers_pattern) in wanted}
+    chosen = _matching(kernels, choice.target_modules, "target_modules")
+    if choice.exclude_modules is not None:
+        chosen -= _matching(kernels, choice.exclude_modules, "exclude_modules")
+    if choice.layers_to_transform is not None:
+        wanted = _as_list(choice.layers_to_transform)
+        chosen = {n for n in chosen if _layer(n, choice.layers_pattern) in wanted}
     if not chosen:
         raise ValueError(
             "no kernel is left: exclude_modules or layers_to_transform take away all that "
-            f"target_modules={target_modules!r} matches"
+            f"target_modules={choice.target_modules!r} matches"
         )
-    axes = kernel_axes or {}
+    axes = choice.kernel_axes or {}
     own = {pattern: axes[pattern] for pattern in axes if pattern not in FLAX_KERNELS}
     check_patterns(kernels, own, "kernel_axes")
     return tuple(_target(n, leaf, axes) for n, (_, leaf) in kernels.items() if n in chosen)
@@ -166,4 +173,4 @@ def _target(name: str, leaf: Any, kernel_axes: Mapping[str, Any]) -> Target:
         )
     axes = _matrices.resolve(spec, name, ndim, "kernel_axes")
     assert axes is not None
-    return Target(name, _names(name)[0], jnp.shape(leaf), axes)
+    return Target(name, jnp.shape(leaf), axes)

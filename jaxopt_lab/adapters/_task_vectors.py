@@ -80,17 +80,6 @@ def check_scale(scale: _hyperparams.Scalar) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def check_choice(options: tuple[str, ...], **values: Any) -> None:
-    """Refuses what is none of `options`, by name.
-
-    Raises:
-      ValueError: the message has the options.
-    """
-    for name, value in values.items():
-        if value not in options:
-            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
-
-
 def is_floating(leaf: Any) -> bool:
     """Whether the leaf is merged; others are taken from the base."""
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))

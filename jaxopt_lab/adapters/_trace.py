@@ -46,17 +46,6 @@ class Tracked:
         return tuple(self.dims.index(axis) for axis in axes)
 
 
-class Product(Protocol):
-    """A product of something with a kernel: a `Dot` or a `Convolution`."""
-
-    x: jax.Array
-    kernel: Tracked
-
-    def whole(self) -> jax.Array:
-        """Returns the product with the kernel as it is."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Dot:
     """A `dot_general` that sums over all of a kernel's inputs, and has all its batch axes in step.
@@ -179,9 +168,9 @@ def _plain(x: Any, handler: Handler) -> Any:
     return handler.materialise(x) if isinstance(x, Tracked) else x
 
 
-def _record(records: Records, new: Mapping[str, Any]) -> None:
-    for name, value in new.items():
-        records.setdefault(name, []).append(value)
+def _record(records: Records, new: Mapping[str, list[Any]]) -> None:
+    for name, values in new.items():
+        records.setdefault(name, []).extend(values)
 
 
 def _moved(eqn: Any, operands: Sequence[Any], handler: Handler, records: Records) -> Any:
@@ -212,8 +201,7 @@ def _rematerialised(eqn: Any, operands: Sequence[Any], handler: Handler, records
         body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"]
     )
     found, inner = wrapped(*operands)
-    for name, values in inner.items():
-        records.setdefault(name, []).extend(values)
+    _record(records, inner)
     return found
 
 
@@ -248,8 +236,7 @@ def _scanned(eqn: Any, operands: Sequence[Any], handler: Handler, records: Recor
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    for name, values in inner.items():
-        records.setdefault(name, []).extend(values)
+    _record(records, inner)
     return [*carry, *outputs]
 
 
@@ -294,7 +281,7 @@ def _handled(product: Dot | Convolution, handler: Handler, records: Records) -> 
     if found is None:
         return None
     result, new = found
-    _record(records, new)
+    _record(records, {name: [value] for name, value in new.items()})
     return [result]
 
 

@@ -88,11 +88,11 @@ def breadcrumbs_merge(
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     _hyperparams.check_fraction(keep=keep, remove=remove)
     _task_vectors.check_scale(scale)
-    _task_vectors.check_choice(("row", "layer"), scope=scope)
+    _hyperparams.check_choice(("row", "layer"), scope=scope)
     if scope == "layer" and axis is not None:
         raise ValueError(f"axis must be None with scope layer, got {axis!r}")
     if not callable(axis) and axis is not None:
-        _task_vectors.check_choice(("in", "last"), axis=axis)
+        _hyperparams.check_choice(("in", "last"), axis=axis)
 
     def middle(row: jax.Array) -> jax.Array:
         top, kept = math.floor(row.size * remove), math.floor(row.size * keep)

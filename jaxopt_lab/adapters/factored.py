@@ -31,8 +31,9 @@ def factored(fun: Callable[..., Any]) -> Callable[..., Any]:
     dense layers, `DenseGeneral` and attention, einsums, experts, convolutions, in layers stacked
     for `jax.lax.scan` or under `jax.checkpoint`, of any framework. What cannot be followed (a
     kernel used in another way, DoRA, MiSS) is given the adapted kernel, as by `apply_adapters`.
-    Neither the adapted kernel nor its gradient then exists: this saves memory while the rank is
-    small beside the number of tokens and the sides of a kernel, and costs two narrow products.
+    Neither the adapted kernel nor its gradient then exists. This saves memory where the kernels are
+    large beside the activations; where activations dominate it does not, as each product has an
+    output more. It costs two narrow products.
 
     Args:
       fun: `fun(params, *args)`; positional arguments are trees of arrays.

@@ -114,14 +114,7 @@ class LoraConfig:
 
     def kernels(self, params: Any) -> tuple[Kernel, ...]:
         """Returns the kernels that get an adapter; see `init_adapters`."""
-        targets = _targets.choose(
-            params,
-            self.target_modules,
-            self.exclude_modules,
-            self.layers_to_transform,
-            self.layers_pattern,
-            self.kernel_axes,
-        )
+        targets = _targets.choose(params, self)
         names = [target.name for target in targets]
         _targets.check_patterns(names, self.rank_pattern, "rank_pattern")
         _targets.check_patterns(names, self.alpha_pattern, "alpha_pattern")

@@ -85,9 +85,8 @@ def lora_ga(
     References:
       Wang, Yu and Li, `LoRA-GA <https://arxiv.org/abs/2407.05000>`_, NeurIPS 2024, theorem 3.1.
     """
-    for name, value, known in (("direction", direction, _DIRECTIONS), ("scale", scale, _SCALES)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    _hyperparams.check_choice(_DIRECTIONS, direction=direction)
+    _hyperparams.check_choice(_SCALES, scale=scale)
     if compat not in (None, "peft"):
         raise ValueError(f"compat must be None or 'peft', got {compat!r}")
     _svd.check_method(method)

@@ -90,14 +90,7 @@ class MissConfig:
 
     def kernels(self, params: Any) -> tuple[Kernel, ...]:
         """Returns the kernels that get an adapter; see `init_adapters`."""
-        targets = _targets.choose(
-            params,
-            self.target_modules,
-            self.exclude_modules,
-            self.layers_to_transform,
-            self.layers_pattern,
-            self.kernel_axes,
-        )
+        targets = _targets.choose(params, self)
         found = tuple(Kernel(t.name, t.shape, t.axes, self.r, 1.0) for t in targets)
         for kernel in found:
             self._check(kernel)

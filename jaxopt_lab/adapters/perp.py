@@ -1,4 +1,4 @@
-r"""PERP: after pruning, retraining a few parameters in a thousand is enough.
+r"""PERP: after pruning, few parameters are retrained, and zeros stay zero.
 
     Z = (K != 0),    "mask_lora": K + s Z (a b),    "scale_lora": K (a b),
     "lora_prune": K + s a b while training, K + s Z (a b) when merged

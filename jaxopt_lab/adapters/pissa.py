@@ -29,8 +29,8 @@ def pissa(method: str = "auto", *, power_iterations: int = 4) -> Initializer:
 
     Args:
       method: "full" for the exact decomposition, "randomized" for a random range with
-        max(2 r, r + 10) test vectors (`peft` takes r of them: with 4 iterations its error is 12%
-        where this one's is 0.02%), "auto" for full up to a smaller side of 2048.
+        max(2 r, r + 10) test vectors (`peft` takes r of them, with larger errors), "auto" for full
+        up to a smaller side of 2048.
       power_iterations: of "randomized".
 
     Returns:

@@ -55,10 +55,10 @@ def to_plain_lora(
     """
     require_apart(base, "to_plain_lora")
     config = base.config
-    if not isinstance(config, LoraConfig) or config.use_dora:
+    if type(config) is not LoraConfig or config.use_dora:  # a PerpConfig is another function
         raise ValueError(
-            "to_plain_lora converts LoRA: MiSS does not change its base, and the magnitudes of "
-            "DoRA belong to the adapted kernel"
+            "to_plain_lora converts LoRA: MiSS and PERP do not change their base, and the "
+            "magnitudes of DoRA belong to the adapted kernel"
         )
     new: dict[str, Any] = {}
     restored = {}

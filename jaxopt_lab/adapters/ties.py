@@ -79,10 +79,10 @@ def ties_merge(
     models = _task_vectors.check_models(base, finetuned)
     if not _hyperparams.is_number(density) or not 0 < density <= 1:
         raise ValueError(f"density must be a number in (0, 1], got {density}")
-    _task_vectors.check_choice(("global", "tensor"), scope=scope)
-    _task_vectors.check_choice(("mass", "frequency"), elect=elect)
-    _task_vectors.check_choice(("majority", "positive"), zero_sign=zero_sign)
-    _task_vectors.check_choice(("exact", "authors"), keep=keep)
+    _hyperparams.check_choice(("global", "tensor"), scope=scope)
+    _hyperparams.check_choice(("mass", "frequency"), elect=elect)
+    _hyperparams.check_choice(("majority", "positive"), zero_sign=zero_sign)
+    _hyperparams.check_choice(("exact", "authors"), keep=keep)
     _task_vectors.check_scale(scale)
     if weights is not None:
         weights = _task_vectors.check_weights(weights, len(models))

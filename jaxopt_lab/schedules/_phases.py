@@ -98,17 +98,6 @@ def check_steps(least: int = 0, **values: Any) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_choice(options: tuple[str, ...], **values: Any) -> None:
-    """Refuses what is none of `options`, by name.
-
-    Raises:
-      ValueError: the message has the options.
-    """
-    for name, value in values.items():
-        if value not in options:
-            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
-
-
 def check_not_above(name: str, value: Scalar, bound_name: str, bound: Scalar) -> None:
     """Refuses a number above another one.
 
@@ -125,7 +114,7 @@ def check_decay(shape: str, end_value: Scalar) -> None:
     Raises:
       ValueError: see above.
     """
-    check_choice(DECAY_SHAPES, decay_shape=shape)
+    _hyperparams.check_choice(DECAY_SHAPES, decay_shape=shape)
     if shape == "exponential" and _hyperparams.is_number(end_value) and end_value == 0:
         raise ValueError("decay_shape exponential needs end_value above 0, got 0")
 

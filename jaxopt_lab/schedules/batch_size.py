@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from jaxopt_lab import _hyperparams
 from jaxopt_lab.schedules import _phases
 
 _POWERS = {"linear": 1.0, "sqrt": 0.5}
@@ -65,7 +66,7 @@ def scale_learning_rate(
       Granziol et al., `Learning Rates as a Function of Batch Size
       <https://arxiv.org/abs/2006.09092>`_, 2020.
     """
-    _phases.check_choice(tuple(_POWERS), rule=rule)
+    _hyperparams.check_choice(tuple(_POWERS), rule=rule)
     _phases.check_steps(1, batch_size=batch_size, new_batch_size=new_batch_size)
     if saturation is not None:
         _phases.check_steps(1, saturation=saturation)

@@ -110,7 +110,7 @@ def hypergradient(
             "optax.scale_by_schedule after hypergradient to combine it with a schedule"
         )
     _phases.check_rate(learning_rate=learning_rate, meta_rate=meta_rate)
-    _phases.check_choice(RULES, rule=rule)
+    _hyperparams.check_choice(RULES, rule=rule)
     if bounds is None and rule == "fedhyper":
         bounds = _FEDHYPER_BOUNDS
     if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1]):

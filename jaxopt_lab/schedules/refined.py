@@ -70,7 +70,7 @@ def record_norms(kind: str, length: int) -> optax.GradientTransformation:
       Defazio et al., `Optimal Linear Decay Learning Rate Schedules and Further Refinements
       <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
-    _phases.check_choice(KINDS, kind=kind)
+    _hyperparams.check_choice(KINDS, kind=kind)
     _phases.check_steps(1, length=length)
 
     def init_fn(params: optax.Params) -> RecordNormsState:
@@ -164,7 +164,7 @@ def refined_schedule(
       Defazio et al., `Optimal Linear Decay Learning Rate Schedules and Further Refinements
       <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
-    _phases.check_choice(KINDS, kind=kind)
+    _hyperparams.check_choice(KINDS, kind=kind)
     _phases.check_rate(peak_value=peak_value)
     _phases.check_steps(2, total_steps=total_steps)
     if not _hyperparams.is_number(smoothing):

@@ -83,7 +83,7 @@ def uba_schedule(
     _phases.check_rate(peak_value=peak_value, end_value=end_value)
     _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
     _hyperparams.check_positive(phi=phi)
-    _phases.check_choice(ANGLES, angle=angle)
+    _hyperparams.check_choice(ANGLES, angle=angle)
     _phases.check_steps(warmup_steps=warmup_steps)
     _phases.check_steps(1, total_steps=total_steps)
     if total_steps <= warmup_steps:

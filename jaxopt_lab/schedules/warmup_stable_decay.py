@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxopt_lab import _hyperparams
 from jaxopt_lab.schedules import _phases
 
 
@@ -84,7 +85,7 @@ def wsd_schedule(
     _phases.check_rate(peak_value=peak_value, init_value=init_value, end_value=end_value)
     _phases.check_not_above("init_value", init_value, "peak_value", peak_value)
     _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
-    _phases.check_choice(_phases.WARMUP_SHAPES, warmup_shape=warmup_shape)
+    _hyperparams.check_choice(_phases.WARMUP_SHAPES, warmup_shape=warmup_shape)
     _phases.check_steps(warmup_steps=warmup_steps)
     if (stable_steps is None) != (decay_steps is None):
         raise ValueError(
@@ -92,7 +93,7 @@ def wsd_schedule(
             f"without end (see branch_decay); got {stable_steps} and {decay_steps}"
         )
     if stable_steps is None or decay_steps is None:
-        _phases.check_choice(_phases.DECAY_SHAPES, decay_shape=decay_shape)
+        _hyperparams.check_choice(_phases.DECAY_SHAPES, decay_shape=decay_shape)
     else:
         _phases.check_decay(decay_shape, end_value)
         _phases.check_steps(stable_steps=stable_steps)

@@ -297,6 +297,29 @@ def test_corda_modes_share_a_kernel():
     np.testing.assert_allclose(total, params["w"], 0, 2e-5)
 
 
+def test_lora_ga_random_halves_and_clipping():
+    kernel = models.draw(60, 10, 12)
+    gradient = {"w": np.asarray(models.draw(61, 10, 12))}
+    config = adapters.LoraConfig(target_modules=["w"], r=3, lora_alpha=3)
+
+    def factors(**options):
+        init = adapters.lora_ga(gradient, **options)
+        return adapters.init_adapters({"w": kernel}, config, KEY, init=init)[1]["w"]
+
+    u, _, vt = np.linalg.svd(gradient["w"], full_matrices=False)
+    for compat in (None, "peft"):
+        found = factors(direction="random", scale="unit", compat=compat)
+        of_a = np.abs(u[:, :6].T @ found["lora_a"]).max(1) > 0.5
+        of_b = np.abs(found["lora_b"] @ vt[:6].T).max(0) > 0.5
+        assert of_a.sum() == of_b.sum() == 3
+        assert (of_a == of_b).all() if compat else not (of_a & of_b).any()
+    clipped, plain = (factors(stable_gamma=1e-4, norm_clip=clip) for clip in (True, False))
+    largest = np.abs(kernel).max()
+    assert np.abs(plain["lora_a"] @ plain["lora_b"]).max() > 2 * largest
+    clipped_to = np.abs(clipped["lora_a"] @ clipped["lora_b"]).max()
+    np.testing.assert_allclose(clipped_to, largest, 1e-5)
+
+
 def test_gradients_in_groups_and_in_halves():
     m = model("linen")
     lora = config(m)

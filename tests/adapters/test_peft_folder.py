@@ -194,6 +194,12 @@ def test_what_cannot_be_written(tmp_path):
     miss, blocks = adapters.init_adapters(PARAMS, config)
     with pytest.raises(ValueError, match="only LoRA can be written"):
         adapters.write_peft_folder(tmp_path, miss, blocks, NAMES)
+    config = adapters.PerpConfig(target_modules=["head"], r=2)
+    perp, factors = adapters.init_adapters(PARAMS, config, KEY)
+    with pytest.raises(ValueError, match="only LoRA can be written, got adapters of a PerpConfig"):
+        adapters.write_peft_folder(tmp_path, perp, factors, NAMES)
+    with pytest.raises(ValueError, match="converts LoRA"):
+        adapters.to_plain_lora(perp, factors, factors)
     with pytest.raises(ValueError, match="converts LoRA"):
         adapters.to_plain_lora(miss, blocks, blocks)
     assert not list(tmp_path.iterdir())
