@@ -103,9 +103,10 @@ def canonical_mu_dtype(mu_dtype: Any) -> np.dtype | None:
     return dtype
 
 
-def increment(count: jax.Array) -> jax.Array:
-    """Returns `count + 1`, or the largest int32 for ever."""
-    return jnp.asarray(optax.safe_increment(count))
+def increment(count: jax.Array, by: int = 1) -> jax.Array:
+    """Returns `count + by`, or the largest int32 for ever."""
+    largest = jnp.iinfo(count.dtype).max
+    return jnp.where(count < largest - by, count + by, jnp.asarray(largest, count.dtype))
 
 
 def one_minus_power(b: Scalar, count: jax.Array, dtype: Any) -> jax.Array:

@@ -35,6 +35,7 @@ from jaxopt_lab.distributed.replicas import (
     simulated_replicas,
 )
 from jaxopt_lab.distributed.sync import sync_gradients
+from jaxopt_lab.distributed.train_rounds import TrainRounds, train_rounds
 from jaxopt_lab.distributed.wire import Collective, WireBytes, compiled_collectives, wire_bytes
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "PowerSGDState",
     "Replicas",
     "ScaleByOneBitAdamState",
+    "TrainRounds",
     "TrainState",
     "WireBytes",
     "co2",
@@ -86,6 +88,7 @@ __all__ = [
     "stochastic_int8",
     "sync_gradients",
     "top_k",
+    "train_rounds",
     "vary",
     "wire_bytes",
 ]

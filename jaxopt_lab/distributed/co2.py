@@ -194,7 +194,7 @@ def co2(
     """Local steps with `inner`, and every `sync_every` of them an outer step one round late.
 
     A replica sends 2 (N-1)/N times the slow weights' bytes a round. One update is one local step,
-    so the all-reduce overlaps with local steps only in a program that compiles a round as a whole,
+    so the all-reduce overlaps with local steps only in a program of a whole round: `train_rounds`
     with `co2_exchange`.
 
     Args:

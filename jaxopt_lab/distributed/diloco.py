@@ -102,7 +102,8 @@ def diloco(
 
     A replica sends 2 (N-1)/N times the slow weights' bytes a round. Keep the outer momentum in
     bfloat16 with `optax.sgd(..., accumulator_dtype=jax.numpy.bfloat16)` or
-    `quantize_state(outer, bfloat16())`.
+    `quantize_state(outer, bfloat16())`, and in host memory, with the slow weights, by
+    `train_rounds` with `diloco_exchange`.
 
     Args:
       inner: any optax transformation; its state is each replica's own.

@@ -23,8 +23,8 @@ from jaxopt_lab.distributed import _axes
 class Exchange(NamedTuple):
     """What replicas do between two rounds of local steps: three pure functions and an axis.
 
-    A training loop that compiles a round as a whole calls them itself: `begin`, the local steps,
-    `finish`. The collectives of `begin` may then run beside the steps.
+    `local_updates` calls them within an update, `train_rounds` around the steps of a whole round:
+    `begin`, the local steps, `finish`.
     """
 
     init: Callable[[Any], Any]  # params -> exchange state
