@@ -274,4 +274,7 @@ def _maximum(a: Any, b: Any) -> Any:
 def _where(condition: Any, a: Any, b: Any) -> Any:
     if _is_number(condition):
         return a if condition else b
+    if _is_number(a) and _is_number(b):
+        # Pallas' Triton lowering gives constants of a weak type the type of the condition.
+        a, b = np.int32(a), np.int32(b)
     return jnp.where(condition, a, b)

@@ -53,15 +53,6 @@ def key_ranges(mask: Mask, sizes: Sizes, block_q: int, block_kv: int) -> jax.Arr
 def _ranges(
     mask: Mask, sizes: Sizes, block_q: int, block_kv: int, workers: int, *, by_keys: bool
 ) -> jax.Array:
-    if mask.is_static and not mask.has_segments and mask.dense is None:
-        with jax.ensure_compile_time_eval():
-            return _list_ranges(mask, sizes, block_q, block_kv, workers, by_keys)
-    return _list_ranges(mask, sizes, block_q, block_kv, workers, by_keys)
-
-
-def _list_ranges(
-    mask: Mask, sizes: Sizes, block_q: int, block_kv: int, workers: int, by_keys: bool
-) -> jax.Array:
     kinds = masks.tile_kinds(mask, sizes.batch, sizes.queries, sizes.keys, block_q, block_kv)
     # One list for all heads: a dense mask of its own for each is skipped where all heads skip.
     needed, whole = (kinds != masks.SKIP).any(axis=1), (kinds == masks.WHOLE).all(axis=1)
