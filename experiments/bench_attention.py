@@ -5,15 +5,14 @@ contenders of a shape take turns; reported are medians, TFLOP/s, the compiled pr
 memory, and the error against the next wider dtype. TFLOP/s count 4 B N T S d operations forward and
 2.5 times as many more backward, half of both under a causal mask, whatever a code computes.
 
-``--tune ROUTE`` times the candidates for a route's blocks instead and writes the fastest of each
-shape to the table that the route reads.
+``--tune`` times what the routes offer for their blocks instead, kernel by kernel, and ``--write``
+saves the fastest for the chip it runs on in the file that the routes read.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import json
 import statistics
 import sys
 import time
@@ -27,9 +26,16 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-import pallas_kernels
-from experiments.parts import UserError, attention_contenders, environment, report, store
+from experiments.parts import (
+    UserError,
+    attention_contenders,
+    attention_tuning,
+    environment,
+    report,
+    store,
+)
 from experiments.parts.attention_contenders import Shape
+from experiments.parts.attention_tuning import Trial
 from experiments.parts.command_line import Parser, exit_code, positive
 from experiments.parts.figures import COLOURS
 from pallas_kernels.attention import tuning
@@ -61,20 +67,23 @@ def draw(shape: Shape) -> tuple[jax.Array, ...]:
     )
 
 
+def compile_one(program: Any, arrays: tuple[jax.Array, ...]) -> Any:
+    """Returns the compiled program, run once, or the error that came instead."""
+    try:
+        compiled = jax.jit(program).lower(*arrays).compile()
+        jax.block_until_ready(compiled(*arrays))
+    except Exception as error:
+        # A contender that a shape breaks is a result, not the end of the benchmark.
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return compiled
+
+
 def compile_all(fns: dict[str, Any], arrays: tuple[jax.Array, ...]) -> dict[str, dict[str, Any]]:
-    """Returns for each contender its compiled passes, or the error that came instead."""
-    programs = {}
-    for name, fn in fns.items():
-        programs[name] = {}
-        for which, program in passes(fn).items():
-            try:
-                compiled = jax.jit(program).lower(*arrays).compile()
-                jax.block_until_ready(compiled(*arrays))
-                programs[name][which] = compiled
-            except Exception as error:
-                # A contender that a shape breaks is a result, not the end of the benchmark.
-                programs[name][which] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return programs
+    """Returns for each contender its compiled passes, or the errors."""
+    return {
+        name: {which: compile_one(program, arrays) for which, program in passes(fn).items()}
+        for name, fn in fns.items()
+    }
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
@@ -162,46 +171,47 @@ def picture(shapes: list[Shape], all_measured: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def tune(route: str, shapes: list[Shape], rounds: int, table: Path, console: Console) -> None:
-    """Times the candidates of a route on each shape and saves the fastest by its gradient step."""
-    configs = attention_contenders.candidates(route)
-    if not configs:
-        raise UserError(f"--tune {route}: there are no candidates for this route")
-    kind, entries = jax.devices()[0].device_kind, []
-    for shape in track(shapes, f"tuning {route}", console=console, transient=True):
-        fns = {
-            json.dumps(tuning.fields(config)): functools.partial(
-                pallas_kernels.attention,
-                is_causal=shape.causal,
-                implementation=route,
-                config=config,
-            )
-            for config in configs
-        }
+def tune(names: list[str], shapes: list[Shape], rounds: int, console: Console) -> list[Trial]:
+    """Times what the named routes, or all that serve a shape here, offer for their blocks."""
+    for name in names:
+        if name not in attention_contenders.ROUTES:
+            known = ", ".join(attention_contenders.ROUTES)
+            raise UserError(f"--tune {name}: no route with blocks; expected some of {known}")
+    trials: list[Trial] = []
+    for shape in shapes:
         arrays = draw(shape)
-        programs = {
-            name: compiled["gradient"]
-            for name, compiled in compile_all(fns, arrays).items()
-            if not isinstance(compiled["gradient"], str)
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in programs}
-        for _ in range(rounds):
-            for name, program in programs.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(program(*arrays))
-                seconds[name].append(time.perf_counter() - begin)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        best = min(medians, key=medians.__getitem__)
-        console.print(f"{shape}: {best} {medians[best]:.4f} s, slowest {max(medians.values()):.4f}")
-        entries.append(
-            tuning.Entry(
-                route, kind, shape.dtype, shape.head_dim, shape.length, shape.causal,
-                json.loads(best),
-            )
-        )  # fmt: skip
+
+        def compiled(fn: Any, which: str, arrays: Any = arrays) -> Any:
+            program = compile_one(passes(fn)[which], arrays)
+            return program if isinstance(program, str) else functools.partial(program, *arrays)
+
+        for name, reason in attention_tuning.refusals(shape).items():
+            if names and name not in names:
+                continue
+            if reason is not None:
+                if names:
+                    console.print(f"{shape}: {name} {reason}")
+                continue
+            with console.status(f"tuning {name} on {shape}"):
+                found = attention_tuning.tune(name, shape, rounds, compiled)
+            title, header = f"{name}, {shape}", attention_tuning.HEADER
+            console.print(report.terminal_table(title, header, [x.row() for x in found]))
+            for trial in found:
+                for blocks, error in trial.errors.items():
+                    words = f"{trial.kernel} {attention_tuning.written(blocks)}: {error}"
+                    console.print(words, markup=False, highlight=False)
+            trials += found
+    if not trials:
+        raise UserError("--tune: none of these routes serves any of these shapes here")
+    return trials
+
+
+def write(trials: list[Trial], table: Path, console: Console) -> None:
+    """Saves the fastest blocks for the chip that they were measured on."""
+    kind = jax.devices()[0].device_kind
     record = environment.environment(sys.argv[1:])
-    versions = f"jax {record['versions']['jax']}"
-    tuning.save(entries, f"last written {record['date'][:10]} on {kind} with {versions}", table)
+    note = f"{kind} measured on {record['date'][:10]} with jax {record['versions']['jax']}"
+    tuning.save([x.entry(kind) for x in trials if x.best is not None], note, table)
     console.print(f"wrote {table}")
 
 
@@ -222,8 +232,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         parser.add_argument("--list", action="store_true", help="list the shapes and stop")
         parser.add_argument("--out", type=Path, default=Path("results/bench-attention"))
-        parser.add_argument("--tune", metavar="ROUTE", help="find the blocks of this route")
-        parser.add_argument("--table", type=Path, default=tuning.TABLE, help="where --tune writes")
+        parser.add_argument(
+            "--tune", nargs="*", metavar="ROUTE", help="find the blocks of these routes, or of all"
+        )
+        parser.add_argument("--write", action="store_true", help="save what --tune finds")
+        parser.add_argument("--table", type=Path, default=tuning.TABLE, help="where --write saves")
         options = parser.parse_args(argv)
         console = Console()
         shapes = chosen(options.shapes, jax.default_backend())
@@ -231,7 +244,9 @@ def main(argv: list[str] | None = None) -> int:
             console.print("\n".join(map(str, shapes)))
             return
         if options.tune is not None:
-            tune(options.tune, shapes, options.rounds, options.table, console)
+            trials = tune(options.tune, shapes, options.rounds, console)
+            if options.write:
+                write(trials, options.table, console)
             return
         all_measured = []
         for shape in track(shapes, "timing", console=console, transient=True):

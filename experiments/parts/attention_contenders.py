@@ -126,11 +126,3 @@ def exact(shape: Shape, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q, k, v, is_causal=shape.causal, implementation="chunked", precision="highest"
         )
         return found.astype(jnp.float32)
-
-
-def candidates(route: str) -> list[Any]:
-    """The configs that `--tune` tries for a route."""
-    if route == "chunked":
-        sizes = (128, 256, 512, 1024)
-        return [pallas_kernels.ChunkedConfig(q, kv) for q in sizes for kv in sizes]
-    return []

@@ -30,6 +30,7 @@ from pallas_kernels.attention.chunks import (
     ChunkedConfig,
     add_summed,
     arrange,
+    choices,
     choose_blocks,
     from_steps,
     heads_first,
@@ -216,7 +217,7 @@ def refusal(settings: Settings, operands: Operands, device: _compat.Device) -> s
     return None
 
 
-ROUTE = Route("chunked", forward, backward, refusal, ChunkedConfig)
+ROUTE = Route("chunked", forward, backward, refusal, ChunkedConfig, choices)
 
 
 def _keys_and_values(

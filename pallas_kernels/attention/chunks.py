@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from typing import Any, NamedTuple
@@ -11,16 +12,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
+from pallas_kernels.attention import tuning
 from pallas_kernels.attention.mask import tile_kinds
 from pallas_kernels.attention.problem import Operands, Settings, Sizes
 
 
 class ChunkedConfig(NamedTuple):
-    """How much is computed at once; None is chosen by the platform and the sizes."""
+    """How much is computed at once; what is None comes from the file of block sizes."""
 
-    block_q: int | None = None  # rows of queries
+    block_q: int | None = None  # rows of queries; None: `rows`, shared by the heads of a group
     block_kv: int | None = None  # keys
-    tile: int | None = None  # entries of all scores alive at once, over batch entries and heads
+    tile: int | None = None  # entries of all scores alive at once; None: by the platform
+    rows: int | None = None  # rows of scores with one key/value head
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether all sizes are positive."""
+        return all(x is None or x > 0 for x in self)
 
 
 class Blocks(NamedTuple):
@@ -50,21 +58,38 @@ class Arranged(NamedTuple):
 def choose_blocks(settings: Settings, operands: Operands) -> Blocks:
     """Returns blocks of about equal sizes: a tile of scores fits a cache, or fills an accelerator.
 
-    512 x 512 float32 scores were fastest on two CPU cores among 128 to 1024 each; accelerators
-    take as many heads at once as 64 MiB of scores allow.
+    Accelerators take as many heads at once as 64 MiB of scores allow.
     """
     size = operands.sizes
-    config = settings.config if settings.config is not None else ChunkedConfig()
-    assert isinstance(config, ChunkedConfig)
+    given, listed = settings.config, _listed(operands)
+    given = ChunkedConfig() if given is None else given
+    assert isinstance(given, ChunkedConfig)
+    config = ChunkedConfig(*(y if x is None else x for x, y in zip(given, listed)))
+    assert config.rows is not None
+    assert config.block_kv is not None
     cpu = _compat.device().platform == "cpu"
     tile = config.tile or (2**17 * max(2, os.cpu_count() or 1) if cpu else 2**24)
-    block_q = config.block_q or max(64, 512 // size.group)
-    block_q = _even(size.queries, block_q)
-    block_kv = _even(size.keys, config.block_kv or 512)
+    block_q = _even(size.queries, config.block_q or max(64, config.rows // size.group))
+    block_kv = _even(size.keys, config.block_kv)
     at_once = max(1, tile // max(1, size.group * block_q * block_kv))
     heads = _divisor(size.kv_heads, at_once)
     batch = _divisor(size.batch, at_once // heads) if heads == size.kv_heads else 1
     return Blocks(batch, heads, block_q, block_kv)
+
+
+def choices(operands: Operands) -> tuple[tuning.Choice, ...]:
+    """Returns the blocks to try, which serve the forward and the backward pass alike."""
+    size = operands.sizes
+    rows = tuning.largest((128, 256, 512, 1024, 2048), size.queries * size.group)
+    keys = tuning.largest((128, 256, 512, 1024), size.keys)
+    tried = (ChunkedConfig(block_kv=kv, rows=r) for r, kv in itertools.product(rows, keys))
+    return (tuning.Choice(tuning.ALL, "gradient", _listed(operands), tuple(tried)),)
+
+
+def _listed(operands: Operands) -> ChunkedConfig:
+    device = _compat.device()
+    lookup = tuning.lookup_of(operands, device, device.platform)
+    return tuning.find("chunked", ChunkedConfig, tuning.ALL, lookup)
 
 
 def _even(length: int, block: int) -> int:

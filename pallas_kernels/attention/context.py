@@ -327,23 +327,21 @@ def _chosen_at_each_call(implementation: Any) -> Route:
     """
 
     def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        route, settings = _choose(implementation, settings, operands)
-        return route.forward(settings, operands)
+        return _choose(implementation, settings, operands).forward(settings, operands)
 
     def backward(settings: Settings, operands: Operands, *rows: Any) -> Gradients:
-        route, settings = _choose(implementation, settings, operands)
-        return route.backward(settings, operands, *rows)
+        return _choose(implementation, settings, operands).backward(settings, operands, *rows)
 
     return Route(str(implementation), forward, backward, lambda *call: None)
 
 
-def _choose(implementation: Any, settings: Settings, operands: Operands) -> tuple[Route, Settings]:
+def _choose(implementation: Any, settings: Settings, operands: Operands) -> Route:
     if isinstance(implementation, Route):
-        return implementation, settings
+        return implementation
     name = routes.choose(implementation, settings, operands, residual=True)
     if name not in routes.KERNELS:
         raise NotImplementedError(
             f"implementation={name!r} has no backward pass that takes the log-sum-exp of whole "
             f"rows; expected one of {', '.join(routes.KERNELS)}"
         )
-    return routes.load(name), routes.tuned(name, settings, operands)
+    return routes.load(name)

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import Device, device, vary_like
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import reference, tuning
 from pallas_kernels.attention.decode_problem import (
     Operands,
     Settings,
     blocks_of_split,
     canonical,
     keys_needed,
+    lookup_of,
     sees,
 )
 from pallas_kernels.attention.mask import Mask
@@ -38,7 +39,12 @@ from pallas_kernels.attention.merge import merge_parts
 from pallas_kernels.attention.problem import Operands as AttentionOperands
 from pallas_kernels.attention.problem import Settings as AttentionSettings
 
-_BLOCK_ELEMENTS = 2**19  # of keys that the chunked loop holds at once: 2 MB in float32
+
+class ChunkedConfig(NamedTuple):
+    """How much of the cache the chunked loop holds at once."""
+
+    block_kv: int  # tokens, at most
+    elements: int  # of keys, over batch entries and heads, unless that is less than 16 tokens
 
 
 def decode_attention(
@@ -184,7 +190,8 @@ def _chunked(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arr
     """Runs blocks of keys in a loop; returns outputs (P, B, K, R, dv) and lses (P, B, K, R)."""
     b, k, _, d = operands.query.shape
     num_splits = settings.num_splits or 1
-    wanted = max(16, min(512, _BLOCK_ELEMENTS // max(1, b * k * d)))
+    config = _config(operands)
+    wanted = max(16, min(config.block_kv, config.elements // max(1, b * k * d)))
     if operands.page_table is None:
         block = min(wanted, operands.capacity)
     else:
@@ -201,6 +208,10 @@ def _chunked(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arr
         output, lse = part(jnp.int32(0))
         return output[None], lse[None]
     return jax.vmap(part)(jnp.arange(num_splits, dtype=jnp.int32))
+
+
+def _config(operands: Operands) -> ChunkedConfig:
+    return tuning.default("decode_chunked", ChunkedConfig, lookup_of(operands, device()))
 
 
 def _loop_over_blocks(

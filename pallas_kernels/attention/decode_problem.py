@@ -20,6 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._compat import Device
+from pallas_kernels.attention import tuning
+
 QUANTIZED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
 
@@ -57,6 +60,13 @@ def keys_needed(settings: Settings, length: Any) -> tuple[Any, Any]:
     if settings.left is None:
         return jnp.zeros_like(length), length
     return jnp.maximum(length - settings.queries - settings.left, 0), length
+
+
+def lookup_of(operands: Operands, place: Device) -> tuning.Lookup:
+    """Describes a call to the file of block sizes, by the dtype of its cache."""
+    widest = max(operands.key.shape[3], operands.value.shape[3])
+    chips = (place.kind, place.platform)
+    return tuning.Lookup(chips, str(operands.key.dtype), widest, operands.capacity, True, 0)
 
 
 def sees(settings: Settings, length: Any, token: Any, key: Any) -> Any:

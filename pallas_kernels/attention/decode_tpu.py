@@ -22,17 +22,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._compat import Device, out_struct
+from pallas_kernels._compat import Device, device, out_struct
+from pallas_kernels.attention import tuning
 from pallas_kernels.attention.decode_problem import (
     Operands,
     Settings,
     blocks_of_split,
     keys_needed,
+    lookup_of,
 )
 
 _LANES = 128
-_BLOCK_ROWS = 2048  # rows, token by head, of a block: what one step of the loop computes on
 _VMEM_BYTES = 64 * 2**20
+
+
+class Config(NamedTuple):
+    """How the keys of a part are cut."""
+
+    block_rows: int  # rows, token by head, of a block: what one step of the loop computes on
 
 
 class _Plan(NamedTuple):
@@ -52,7 +59,7 @@ class _Plan(NamedTuple):
         return self.pages_per_block * self.page_rows
 
 
-def refusal(settings: Settings, operands: Operands, device: Device) -> str | None:
+def refusal(settings: Settings, operands: Operands, place: Device) -> str | None:
     """Returns why the call cannot be served, or None."""
     if 0 in operands.query.shape:
         return "the query is empty"
@@ -78,8 +85,8 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
             f"page_size={operands.key.shape[1]} with K={plan.kv_heads} and N * T = "
             f"{plan.rows * plan.kv_heads}; expected smaller pages or fewer rows"
         )
-    if not settings.interpret and device.platform != "tpu":
-        return f"it needs a TPU, and this is {device.platform!r}"
+    if not settings.interpret and place.platform != "tpu":
+        return f"it needs a TPU, and this is {place.platform!r}"
     return None
 
 
@@ -150,12 +157,16 @@ def _row_alignment(operands: Operands) -> int:
     return 32 // min(operands.key.dtype.itemsize, operands.value.dtype.itemsize)
 
 
+def _config(operands: Operands) -> Config:
+    return tuning.default("decode_mosaic_tpu", Config, lookup_of(operands, device()))
+
+
 def _page_size(operands: Operands) -> int | None:
     length, kv_heads = operands.key.shape[1:3]
     alignment = _row_alignment(operands)
     if operands.page_table is not None:
         return None if length * kv_heads % alignment else length
-    sizes = (x for x in range(min(length, max(1, _BLOCK_ROWS // kv_heads)), 0, -1))
+    sizes = (x for x in range(min(length, max(1, _config(operands).block_rows // kv_heads)), 0, -1))
     return next((x for x in sizes if length % x == 0 and x * kv_heads % alignment == 0), None)
 
 
@@ -167,7 +178,7 @@ def _plan(operands: Operands) -> _Plan:
     return _Plan(
         page=page,
         pages=pages,
-        pages_per_block=max(1, min(_BLOCK_ROWS // (page * kv_heads), pages)),
+        pages_per_block=max(1, min(_config(operands).block_rows // (page * kv_heads), pages)),
         kv_heads=kv_heads,
         rows=rows,
         padded_rows=-(-kv_heads * rows // 16) * 16,

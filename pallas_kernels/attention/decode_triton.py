@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._compat import Device, out_struct
+from pallas_kernels._compat import Device, device, out_struct
+from pallas_kernels.attention import tuning
 from pallas_kernels.attention.decode_problem import (
     Operands,
     Settings,
     blocks_of_split,
     keys_needed,
+    lookup_of,
     sees,
 )
 
 _MAX_ROWS = 128
 _MAX_HEAD_DIM = 512
-_TILE_BYTES = 32768  # of the keys and values of one block
 
 
-def refusal(settings: Settings, operands: Operands, device: Device) -> str | None:
+class Config(NamedTuple):
+    """How the keys of a part are cut."""
+
+    block_kv: int  # tokens of a block, a power of two, at most
+    tile_bytes: int  # of the keys and values of one block
+    num_warps: int
+    num_stages: int
+
+
+def refusal(settings: Settings, operands: Operands, place: Device) -> str | None:
     """Returns why the call cannot be served, or None."""
     rows = operands.query.shape[2]
     if rows > _MAX_ROWS:
@@ -54,15 +64,15 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
         )
     if settings.interpret:
         return None
-    if device.platform != "gpu":
-        return f"it needs an NVIDIA GPU, and this is {device.platform!r}"
-    if device.compute_capability is None:
+    if place.platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is {place.platform!r}"
+    if place.compute_capability is None:
         return None
-    if device.compute_capability < (8, 0):
-        return f"it needs compute capability 8.0, and {device.kind} has less"
+    if place.compute_capability < (8, 0):
+        return f"it needs compute capability 8.0, and {place.kind} has less"
     e4m3 = jnp.dtype(jnp.float8_e4m3fn)
-    if e4m3 in (operands.key.dtype, operands.value.dtype) and device.compute_capability < (8, 9):
-        return f"float8_e4m3fn needs compute capability 8.9, and {device.kind} has less"
+    if e4m3 in (operands.key.dtype, operands.value.dtype) and place.compute_capability < (8, 9):
+        return f"float8_e4m3fn needs compute capability 8.9, and {place.kind} has less"
     return None
 
 
@@ -79,7 +89,8 @@ def decode(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
     padded_rows = max(16, pl.next_power_of_2(rows))
     d_tile, dv_tile = (max(16, pl.next_power_of_2(x)) for x in (d, dv))
     width = d_tile * operands.key.dtype.itemsize + dv_tile * operands.value.dtype.itemsize
-    block = pl.next_power_of_2(max(16, min(128, _TILE_BYTES // width)))
+    config = _config(operands)
+    block = pl.next_power_of_2(max(16, min(config.block_kv, config.tile_bytes // width)))
     splits = settings.num_splits or default_splits(operands, _cores(), block)
 
     def cache_spec(*columns: int) -> pl.BlockSpec:
@@ -127,10 +138,16 @@ def decode(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
         ],
         out_specs=[row_spec(1, dv_tile), row_spec(1)],
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
         interpret=bool(settings.interpret),
         name="decode_attention",
     )(*operands)
+
+
+def _config(operands: Operands) -> Config:
+    return tuning.default("decode_triton", Config, lookup_of(operands, device()))
 
 
 def _cores() -> int:

@@ -64,7 +64,7 @@ class Settings(NamedTuple):
     soft_cap: float | None = None
     dropout_rate: float = 0.0
     precision: Any = None
-    config: Hashable = None  # block sizes of the route, None for its table
+    config: Hashable = None  # block sizes of the route, None for those of the file
     interpret: Any = False  # False, True or an interpreter's parameter object
 
 
@@ -94,6 +94,9 @@ class Route(NamedTuple):
 
     `refusal(settings, operands, device)` returns why the call cannot be served, or None. Operands
     may be tracers or `jax.ShapeDtypeStruct`; under `settings.interpret` any device serves.
+
+    `choices(operands)` returns what `--tune` tries for each kernel on the device that is compiled
+    for: configs that the route accepts for these operands.
     """
 
     name: str
@@ -104,3 +107,4 @@ class Route(NamedTuple):
     ]
     refusal: Callable[[Settings, Operands, Device], str | None]
     config_type: type | None = None  # what `Settings.config` may be
+    choices: Callable[[Operands], tuple[Any, ...]] = lambda operands: ()  # of `tuning.Choice`

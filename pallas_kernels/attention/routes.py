@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import _compat
-from pallas_kernels.attention import core, cudnn, reference, tuning
+from pallas_kernels.attention import core, cudnn, reference
 from pallas_kernels.attention.problem import Operands, Route, Settings
 
 KERNELS = ("mosaic_gpu", "mosaic_tpu", "triton", "chunked")
@@ -58,17 +58,7 @@ def run(name: str, settings: Settings, operands: Operands) -> tuple[jax.Array, j
         return reference.attend(settings, operands)
     if name == "cudnn":
         return cudnn.attend(settings, operands), None
-    return core.attend(load(name), tuned(name, settings, operands), operands)
-
-
-def tuned(name: str, settings: Settings, operands: Operands) -> Settings:
-    """Returns the settings with the measured config of a route of `KERNELS`, if there is one."""
-    config_type = load(name).config_type
-    if settings.config is None and config_type is not None:
-        measured = tuning.find(name, _compat.device().kind, operands)
-        if measured is not None:
-            return settings._replace(config=tuning.build(config_type, measured))
-    return settings
+    return core.attend(load(name), settings, operands)
 
 
 def refusal(

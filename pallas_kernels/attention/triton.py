@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -43,8 +44,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels._compat import out_struct
-from pallas_kernels.attention import dropout
+from pallas_kernels._compat import device, out_struct
+from pallas_kernels.attention import dropout, tuning
 from pallas_kernels.attention.mask import (
     PARTIAL,
     SKIP,
@@ -73,75 +74,65 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether the kernels can be built with these blocks, if shared memory allows it."""
+        sizes = (self.block_q, self.block_kv)
+        return (
+            all(x >= SMALLEST and not x & (x - 1) for x in sizes)
+            and self.num_warps in (1, 2, 4, 8, 16)
+            and self.num_stages > 0
+        )
+
 
 class Config(NamedTuple):
-    """`settings.config` of this route: the blocks of each kernel."""
+    """What `config=` of this route may be; a kernel that is None gets its entry of the file."""
 
-    forward: Blocks
-    dkv: Blocks
-    dq: Blocks
-    dbias: Blocks
-
-
-def default_config(capability: tuple[int, int] | None, head_dim: int, itemsize: int) -> Config:
-    """Returns the blocks for a chip and a problem: what fits its shared memory without spills.
-
-    Args:
-      capability: Compute capability, None where it is not known: the smallest chip is assumed.
-      head_dim: The larger of the padded head dims of keys and values.
-      itemsize: Bytes of an entry of the query.
-    """
-    # Head dims up to the key; forward, dkv, dq, dbias.
-    wide = {  # float32, all chips
-        64: ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
-        128: ((32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1)),
-        256: ((32, 16, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-    }
-    small = {  # 99 KiB of shared memory: 8.6, 8.9, 12.0
-        64: ((128, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
-        128: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
-        256: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1)),
-    }
-    ampere = {  # 163 KiB: 8.0, 8.7
-        64: ((128, 64, 8, 3), (32, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 1)),
-        128: ((128, 64, 8, 3), (32, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 1)),
-        256: ((64, 64, 8, 2), (32, 32, 8, 3), (64, 32, 8, 2), (16, 32, 8, 1)),
-    }
-    hopper = {  # 227 KiB: 9.0
-        64: ((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 1)),
-        128: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
-        256: ((128, 32, 8, 3), (32, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
-    }
-    blackwell = {  # 227 KiB: 10.0, 10.3, 11.0
-        64: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 1)),
-        128: ((128, 64, 8, 3), (32, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
-        256: ((128, 32, 8, 3), (64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
-    }
-    if itemsize == 4:
-        table = wide
-    elif capability in ((8, 0), (8, 7)):
-        table = ampere
-    elif capability is not None and capability[0] == 9:
-        table = hopper
-    elif capability is not None and capability[0] in (10, 11):
-        table = blackwell
-    else:
-        table = small
-    rows = next(rows for limit, rows in table.items() if head_dim <= limit)
-    return Config(*(Blocks(*row) for row in rows))
+    forward: Blocks | None = None
+    dkv: Blocks | None = None
+    dq: Blocks | None = None
+    dbias: Blocks | None = None
 
 
-def refusal(settings: Settings, operands: Operands, device: Device) -> str | None:
+def choices(operands: Operands) -> tuple[tuning.Choice, ...]:
+    """Returns the blocks to try for each kernel: those that fit registers and shared memory."""
+    lookup, found = tuning.lookup_of(operands, device()), []
+    sizes = [tuning.largest((16, 32, 64, 128), n) for n in operands.sizes[1:3]]
+    for kernel in Config._fields[: 4 if operands.bias is not None else 3]:
+        tried = (Blocks(*x) for x in itertools.product(*sizes, (4, 8), (1, 2, 3, 4)))
+        configs = tuple(Config(**{kernel: x}) for x in tried if _fits(kernel, x, operands))
+        timed = "forward" if kernel == "forward" else "gradient"
+        default = tuning.find("triton", Config, kernel, lookup)
+        found.append(tuning.Choice(kernel, timed, default, configs))
+    return tuple(found)
+
+
+def _fits(kernel: str, blocks: Blocks, operands: Operands) -> bool:
+    """Whether registers hold the float32 sums and shared memory the tiles, about."""
+    size, itemsize = operands.sizes, operands.query.dtype.itemsize
+    width = _padded(size.head_dim) + _padded(size.value_dim)
+    own, walked = blocks.block_q, blocks.block_kv
+    if kernel == "dkv":
+        own, walked = walked, own
+    sums = {"forward": _padded(size.value_dim), "dkv": width, "dq": _padded(size.head_dim)}
+    registers = own * sums.get(kernel, walked) + 2 * own * walked
+    extras = own * walked * (0 if operands.bias is None else operands.bias.dtype.itemsize)
+    kept = own * width * itemsize
+    memory = kept + blocks.num_stages * (walked * width * itemsize + extras)
+    return registers <= blocks.num_warps * 32 * 200 and memory <= _shared_memory()
+
+
+def refusal(settings: Settings, operands: Operands, place: Device) -> str | None:
     """Says why the call cannot be served here, or returns None."""
     size, dtype = operands.sizes, operands.query.dtype
     dense = operands.mask.dense
     if settings.interpret not in (False, None, True):
         return f"interpret={settings.interpret!r}: this route has the plain interpreter only"
     if not settings.interpret:
-        if device.platform != "gpu" or device.compute_capability is None:
-            return f"needs an NVIDIA GPU, not {device.platform} ({device.kind})"
-        if device.compute_capability < (8, 0):
-            return f"needs compute capability 8.0, {device.kind} has {device.compute_capability}"
+        if place.platform != "gpu" or place.compute_capability is None:
+            return f"needs an NVIDIA GPU, not {place.platform} ({place.kind})"
+        if place.compute_capability < (8, 0):
+            return f"needs compute capability 8.0, {place.kind} has {place.compute_capability}"
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"needs bfloat16, float16 or float32, not {dtype}"
     if max(size.head_dim, size.value_dim) > 256:
@@ -150,6 +141,9 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
         return f"an axis has length zero: {size}"
     if dense is not None and dense.size > 2**31:
         return f"a mask with {dense.size} entries needs offsets of more than 32 bits"
+    for blocks in settings.config if isinstance(settings.config, Config) else ():
+        if blocks is not None and not blocks.is_possible:
+            return f"takes blocks that are powers of two, at least {SMALLEST}, not {blocks}"
     return None
 
 
@@ -716,7 +710,8 @@ def _sum_to(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.Array) -> _Plan:
     size, mask = operands.sizes, operands.mask
-    blocks = getattr(_config(settings, operands), kernel)
+    lookup = tuning.lookup_of(operands, device())
+    blocks = tuning.blocks_of("triton", Config, kernel, settings.config, lookup)
     block_q = min(blocks.block_q, _padded(size.queries))
     block_kv = min(blocks.block_kv, _padded(size.keys))
     limits = ranges = kinds = None
@@ -750,31 +745,11 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
     )
 
 
-def _config(settings: Settings, operands: Operands) -> Config:
-    if settings.config is None:
-        size = operands.sizes
-        head_dim = _padded(max(size.head_dim, size.value_dim))
-        return default_config(_capability(), head_dim, operands.query.dtype.itemsize)
-    if not isinstance(settings.config, Config):
-        raise ValueError(f"config={settings.config!r}: expected a triton.Config")
-    for blocks in settings.config:
-        if any(x < SMALLEST or x & (x - 1) for x in (blocks.block_q, blocks.block_kv)):
-            raise ValueError(f"config has {blocks}: blocks are powers of two, at least {SMALLEST}")
-    return settings.config
-
-
-def _capability() -> tuple[int, int] | None:
-    """Returns the compute capability of the chip that is compiled for, None if nothing says it."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None:
-        for chip in CHIPS.values():
-            if isinstance(chip, Gpu) and chip.description == described.device_kind:
-                return chip.compute_capability
-    try:
-        major, minor = jax.local_devices(backend="gpu")[0].compute_capability.split(".")
-    except RuntimeError:
-        return None
-    return int(major), int(minor)
+def _shared_memory() -> int:
+    """Returns the bytes that a block of the chip that is compiled for may have."""
+    gpus = (chip for chip in CHIPS.values() if isinstance(chip, Gpu))
+    sizes = {x.compute_capability: x.shared_memory_per_block for x in gpus}
+    return sizes.get(device().compute_capability or (0, 0), min(sizes.values()))
 
 
 # The arrays whose last axis is read in blocks that may be larger than it.
@@ -839,4 +814,4 @@ def _silence_deprecation() -> None:
     )
 
 
-ROUTE = Route("triton", forward, backward, refusal)
+ROUTE = Route("triton", forward, backward, refusal, Config, choices)

@@ -1,7 +1,7 @@
 """Route "mosaic_gpu": Pallas kernels for NVIDIA Hopper, with TMA, wgmma and specialised warpgroups.
 
 `forward.py`, `backward_dkv.py` and `backward_dq.py` hold a kernel each, `_common.py`, `_tiles.py`
-and `_extras.py` what they share, `config.py` the block sizes. The same source runs on the device
+and `_extras.py` what they share, `config.py` their blocks. The same source runs on the device
 and, from jax 0.11 on, in Pallas' GPU interpreter.
 """
 
@@ -10,10 +10,18 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.attention.mosaic_gpu._common import lookup_of
 from pallas_kernels.attention.mosaic_gpu.backward import backward
-from pallas_kernels.attention.mosaic_gpu.config import Blocks, Config
+from pallas_kernels.attention.mosaic_gpu.config import (
+    SHARED_MEMORY,
+    Blocks,
+    Config,
+    choices,
+    shared_memory,
+)
 from pallas_kernels.attention.mosaic_gpu.forward import forward
 from pallas_kernels.attention.problem import Device, Operands, Route, Settings
+from pallas_kernels.attention.tuning import Choice
 
 __all__ = ["ROUTE", "Blocks", "Config"]
 
@@ -34,9 +42,6 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
         return f"takes heads up to 256 wide, these are {size.head_dim} and {size.value_dim}"
     if 0 in (size.batch, size.queries, size.keys, size.heads, size.head_dim, size.value_dim):
         return f"takes no empty arrays, query is {operands.query.shape}, key {operands.key.shape}"
-    for blocks in settings.config if isinstance(settings.config, Config) else ():
-        if blocks is not None and not blocks.is_possible:
-            return f"takes blocks that are multiples of 64 up to 256 and 2 slots or more: {blocks}"
     bias = operands.bias
     if bias is not None and bias.dtype not in (*_DTYPES, jnp.float32):
         return f"takes a bias of bfloat16, float16 or float32, this is {bias.dtype}"
@@ -52,7 +57,27 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
             "has no shared memory for segment ids beside a float32 bias of rows and keys and heads "
             "wider than 128; a bias in query's dtype fits"
         )
+    given = settings.config._asdict() if isinstance(settings.config, Config) else {}
+    for kernel, blocks in given.items():
+        reason = None if blocks is None else _refusal_of_blocks(kernel, blocks, operands)
+        if reason is not None:
+            return reason
     return None
 
 
-ROUTE = Route("mosaic_gpu", forward, backward, refusal, Config)
+def _refusal_of_blocks(kernel: str, blocks: Blocks, operands: Operands) -> str | None:
+    if not blocks.is_possible:
+        return f"takes blocks that are multiples of 64 up to 256 and 2 slots or more: {blocks}"
+    lookup = lookup_of(operands)
+    segments = operands.mask.has_segments
+    needed = shared_memory(kernel, blocks, lookup.head_dim, lookup.bias, segments=segments)
+    if needed > SHARED_MEMORY:
+        return f"{kernel} with {blocks} needs {needed} bytes of shared memory of {SHARED_MEMORY}"
+    return None
+
+
+def _choices(operands: Operands) -> tuple[Choice, ...]:
+    return choices(lookup_of(operands))
+
+
+ROUTE = Route("mosaic_gpu", forward, backward, refusal, Config, _choices)

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._compat import device
+from pallas_kernels.attention import tuning
 from pallas_kernels.attention.mask import Limits, Mask
-from pallas_kernels.attention.mosaic_gpu.config import Blocks, Config, blocks_of
+from pallas_kernels.attention.mosaic_gpu.config import Blocks, Config
 from pallas_kernels.attention.problem import Operands, Settings, Sizes
 
 LOG2E = math.log2(math.e)
@@ -199,7 +201,7 @@ class Bias(NamedTuple):
 
     `kind` says what varies inside a tile: ``"tile"`` rows and keys, array (B or 1, N or 1, T, S);
     ``"keys"``, float32 (B or 1, N or 1, S); ``"rows"``, float32 (B or 1, N or 1, T). T and S are
-    padded, to a multiple of 8 where TMA copies tiles and to `VECTOR` where it copies vectors.
+    padded, to a multiple of 64 where TMA copies tiles and to `VECTOR` where it copies vectors.
     """
 
     kind: str
@@ -221,12 +223,22 @@ def bias_of(settings: Settings, operands: Operands) -> Bias | None:
     if bias is None:
         return None
     if bias.shape[2] != 1 and bias.shape[3] != 1:
-        return Bias("tile", pad(pad(bias, 2, 8), 3, 8))
+        return Bias("tile", pad(pad(bias, 2, 64), 3, 64))
     bias = bias.astype(jnp.float32)
     if bias.shape[3] == 1:
         rows = jnp.broadcast_to(bias[..., 0], (*bias.shape[:2], operands.sizes.queries))
         return Bias("rows", pad(rows, 2, VECTOR))
     return Bias("keys", pad(bias[:, :, 0], 2, VECTOR))
+
+
+def lookup_of(operands: Operands) -> tuning.Lookup:
+    """Describes a call to the file of block sizes; a dense mask is part of the bias."""
+    bias, dense = operands.bias, operands.mask.dense
+    shapes = [x.shape for x in (bias, dense) if x is not None]
+    bits = 0
+    if shapes and 1 not in jnp.broadcast_shapes(*shapes)[2:]:
+        bits = 8 * (operands.query if bias is None else bias).dtype.itemsize
+    return tuning.lookup_of(operands, device(), "sm_90")._replace(bias=bits)
 
 
 def pad(x: jax.Array, axis: int, multiple: int, value: Any = 0) -> jax.Array:
@@ -256,12 +268,11 @@ class Call:
     dtype: Any
     bias_kind: str | None
     bias_dtype: Any
+    lookup: tuning.Lookup
 
     def blocks(self, kernel: str) -> Blocks:
         """Returns the blocks of a kernel, a field of `Config`."""
-        bias_bytes = self.bias_dtype.itemsize if self.bias_kind == "tile" else 0
-        config = cast("Config | None", self.settings.config)
-        return blocks_of(kernel, config, self.d, bias_bytes)
+        return tuning.blocks_of("mosaic_gpu", Config, kernel, self.settings.config, self.lookup)
 
     @property
     def has_segments(self) -> bool:
@@ -305,6 +316,7 @@ def prepare(settings: Settings, operands: Operands) -> tuple[Call, dict[str, jax
         dtype=operands.query.dtype,
         bias_kind=None if bias is None else bias.kind,
         bias_dtype=None if bias is None else bias.array.dtype,
+        lookup=lookup_of(operands),
     )
     inputs["counts"] = jnp.arange(VECTOR, dtype=jnp.int32)
     if not mask.is_static:

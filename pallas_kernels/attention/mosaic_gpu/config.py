@@ -1,13 +1,16 @@
-"""Block sizes by head dimension and bias, as plain data.
+"""Blocks of the Hopper kernels: what there may be, and what fits.
 
-The starting point is what won on an H100 among the configurations that tokamax tried for kernels of
-the same shape; what shared memory and registers allow here decides the rest. Nothing of this table
-has been timed.
+The file that holds them (`tuning`) starts from what won on an H100 among the configurations that
+tokamax tried for kernels of the same shape; what shared memory and registers allow here decided the
+rest. None of them has been timed.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
+
+from pallas_kernels.attention.tuning import Choice, Lookup, find, largest
 
 
 class Blocks(NamedTuple):
@@ -37,45 +40,75 @@ class Blocks(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What `config=` of this route may be; a kernel that is None gets its entry of the table."""
+    """What `config=` of this route may be; a kernel that is None gets its entry of the file."""
 
     forward: Blocks | None = None
     backward_dkv: Blocks | None = None
     backward_dq: Blocks | None = None
 
 
-# The largest head dimension that an entry serves, then what the bias of a tile is: nothing (or a
-# vector), 16 bits or 32 bits an entry.
-TABLE: dict[str, dict[int, tuple[Blocks, Blocks, Blocks]]] = {
-    "forward": {
-        64: (Blocks(64, 128, 6), Blocks(64, 128, 6), Blocks(64, 64, 6)),
-        128: (Blocks(64, 128, 4), Blocks(64, 64, 6), Blocks(64, 64, 6)),
-        256: (Blocks(64, 64, 4), Blocks(64, 64, 3), Blocks(64, 64, 3, 1)),
-    },
-    "backward_dkv": {
-        64: (Blocks(64, 128, 4), Blocks(64, 128, 4), Blocks(64, 64, 4)),
-        128: (Blocks(64, 64, 4), Blocks(64, 64, 4), Blocks(64, 64, 4)),
-        256: (Blocks(64, 64, 4), Blocks(64, 64, 3), Blocks(64, 64, 3)),
-    },
-    "backward_dq": {
-        64: (Blocks(64, 128, 4), Blocks(64, 64, 4), Blocks(64, 64, 4)),
-        128: (Blocks(64, 64, 4), Blocks(64, 64, 4), Blocks(64, 64, 4)),
-        256: (Blocks(64, 64, 3), Blocks(64, 64, 2, 1), Blocks(64, 64, 2, 1)),
-    },
-}
+SHARED_MEMORY = 232_448  # bytes that a block may have
+_BARRIERS = 4096  # bytes that barriers and the alignment of the arrays take at most
+_WORKERS = 2  # compute warpgroups
+_ACCUMULATORS = 200  # registers of a thread for float32 tiles, of 240 in all
 
 
-def blocks_of(kernel: str, config: Config | None, head_dim: int, bias_bytes: int) -> Blocks:
-    """Returns the blocks of a kernel.
+def shared_memory(
+    kernel: str, blocks: Blocks, head_dim: int, bias: int, *, segments: bool = True
+) -> int:
+    """Returns about how many bytes of shared memory a kernel needs, barriers included.
 
     Args:
       kernel: A field of `Config`.
-      config: `Settings.config`.
+      blocks: Its blocks.
       head_dim: The larger of d and dv.
-      bias_bytes: Bytes of a bias entry where the bias varies along both axes of a tile, else 0.
+      bias: Bits of a bias that differs from one entry of a tile to the next, else 0.
+      segments: Whether segment ids are compared.
     """
-    chosen = None if config is None else getattr(config, kernel)
-    if chosen is not None:
-        return chosen
-    entries = TABLE[kernel]
-    return entries[min(d for d in entries if d >= head_dim)][(0, 2, 4).index(bias_bytes)]
+    d = _padded(head_dim)
+    own, other = blocks.block_q, blocks.block_kv
+    workers = _WORKERS
+    if kernel == "backward_dkv":
+        own, other, workers = other, own, 1
+    tiles = 2 * d * blocks.slots * other
+    # What a program keeps: q and the lse; K, V, p and the row data; q, dO and the row data.
+    kept = {
+        "forward": 2 * d * _WORKERS * own + 4 * _WORKERS * own,
+        "backward_dkv": 2 * d * 2 * own + 2 * 2 * own * other + 4 * blocks.slots * other,
+        "backward_dq": 2 * d * 2 * _WORKERS * own + 4 * 2 * _WORKERS * own,
+    }[kernel]
+    extras = 4 * _WORKERS * other + blocks.extra_slots * workers * own * other * bias // 8
+    if segments:
+        extras += 4 * _WORKERS * own + 4 * blocks.extra_slots * other
+    return tiles + kept + extras + _BARRIERS
+
+
+def choices(call: Lookup) -> tuple[Choice, ...]:
+    """Returns the blocks to try for each kernel: those that fit shared memory and registers."""
+    found = []
+    for kernel in Config._fields:
+        sizes = itertools.product(
+            largest((64, 128), call.length),
+            largest((64, 128, 256), call.length),
+            (2, 3, 4, 6, 8),
+            (1, 2) if call.bias else (2,),
+        )
+        tried = (Blocks(*size) for size in sizes)
+        configs = tuple(Config(**{kernel: x}) for x in tried if _fits(kernel, x, call))
+        default = find("mosaic_gpu", Config, kernel, call)
+        timed = "forward" if kernel == "forward" else "gradient"
+        found.append(Choice(kernel, timed, default, configs))
+    return tuple(found)
+
+
+def _fits(kernel: str, blocks: Blocks, call: Lookup) -> bool:
+    d, tile = _padded(call.head_dim), blocks.block_q * blocks.block_kv
+    # The sum that a worker keeps, and the products beside it: scores and, for dQ, dp.
+    own = blocks.block_kv if kernel == "backward_dkv" else blocks.block_q
+    registers = (own * d + tile * (2 if kernel == "backward_dq" else 1)) // 128
+    needed = shared_memory(kernel, blocks, call.head_dim, call.bias)
+    return registers <= _ACCUMULATORS and needed <= SHARED_MEMORY
+
+
+def _padded(head_dim: int) -> int:
+    return -(-head_dim // 64) * 64

@@ -1,14 +1,14 @@
 """Route "mosaic_tpu": Pallas kernels for TPU v4 and later, one forward and one fused backward.
 
 `forward.py`, `backward.py` and `bias.py` hold a kernel each, `tiles.py` what they share, `steps.py`
-the order of their tiles and `tables.py` their block sizes.
+the order of their tiles and `tables.py` their blocks.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from pallas_kernels.attention.mosaic_tpu import steps
+from pallas_kernels.attention.mosaic_tpu import steps, tables
 from pallas_kernels.attention.mosaic_tpu.backward import backward
 from pallas_kernels.attention.mosaic_tpu.forward import forward
 from pallas_kernels.attention.mosaic_tpu.tables import Blocks, Config
@@ -30,7 +30,10 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
         return f"takes heads up to 256 wide, these are {size.head_dim} and {size.value_dim}"
     if 0 in (size.batch, size.queries, size.keys, size.heads):
         return f"takes no empty arrays, query is {operands.query.shape}, key {operands.key.shape}"
+    for blocks in settings.config if isinstance(settings.config, Config) else ():
+        if blocks is not None and not blocks.is_possible:
+            return f"takes tiles in whole pieces, both multiples of 128: {blocks}"
     return steps.refusal(settings, operands)
 
 
-ROUTE = Route("mosaic_tpu", forward, backward, refusal)
+ROUTE = Route("mosaic_tpu", forward, backward, refusal, Config, tables.choices)

@@ -11,7 +11,7 @@ the query blocks of all heads of its group, so neither exists for each query hea
 VMEM as well, for all heads of the group at once, and leaves it when the group is done. Compared
 with a dQ for each key block in HBM (S / block copies, then a sum) or one that is read and written
 again with each tile, it costs no traffic and no memory; compared with a kernel of its own for dQ,
-two products of seven. Where dQ of a group is larger than `Config.resident`, the queries are cut
+two products of seven. Where dQ of a group is larger than `Blocks.resident`, the queries are cut
 into chunks, and dK and dV become one float32 partial sum for each chunk.
 
 References:
@@ -49,10 +49,8 @@ def backward(
     with_bias: bool,
 ) -> Gradients:
     """Returns the gradients; see `Route`."""
-    size = operands.sizes
-    config = tables.config_of(settings, operands)
-    blocks = tables.backward_blocks(config, size)
-    dq, dk, dv = _gradients(settings, operands, lse, cotangent, delta, blocks, config.resident)
+    blocks = tables.backward_blocks(settings, operands)
+    dq, dk, dv = _gradients(settings, operands, lse, cotangent, delta, blocks)
     bias = None
     if with_bias:
         bias = bias_gradient(settings, operands, lse, cotangent, delta, blocks)
@@ -75,14 +73,13 @@ def _gradients(
     cotangent: jax.Array,
     delta: jax.Array,
     blocks: Blocks,
-    resident: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns dQ, dK, dV head-major and padded."""
     size = operands.sizes
     t, s = tiles.padded_lengths(operands, blocks)
     group = size.group
     d, dv = (tables.round_up(x, tables.LANES) for x in (size.head_dim, size.value_dim))
-    chunk, chunks = _chunks(t // blocks.q, 4 * group * blocks.q * d, resident)
+    chunk, chunks = _chunks(t // blocks.q, 4 * group * blocks.q * d, blocks.resident)
     t = chunk * chunks * blocks.q
     steps = steps_.of_keys(operands.mask, size.batch, size.queries, size.keys, blocks, group, chunk)
     scalars = tiles.scalars(operands, steps)

@@ -40,8 +40,7 @@ from pallas_kernels.attention.problem import Operands, Settings
 def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Returns output (B, T, N, dv) and lse (B, N, T); see `Route`."""
     size = operands.sizes
-    config = tables.config_of(settings, operands)
-    blocks = tables.fit(config.forward, size.queries, size.keys)
+    blocks = tables.forward_blocks(settings, operands)
     t, s = tiles.padded_lengths(operands, blocks)
     query, key, value = (
         tiles.head_major(x, length)

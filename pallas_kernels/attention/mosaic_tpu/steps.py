@@ -167,13 +167,12 @@ def _table(kinds: Any, count: int) -> Any:
 def refusal(settings: Settings, operands: Operands) -> str | None:
     """Returns why the tables of a call do not fit, or None."""
     size, mask = operands.sizes, operands.mask
-    config = tables.config_of(settings, operands)
     batch = 1 if mask.is_static and not mask.has_segments else size.batch
     heads = 1
     if mask.dense is not None:
         batch, heads = max(batch, mask.dense.shape[0]), mask.dense.shape[1]
-    forward = tables.fit(config.forward, size.queries, size.keys)
-    backward = tables.backward_blocks(config, size)
+    forward = tables.forward_blocks(settings, operands)
+    backward = tables.backward_blocks(settings, operands)
     for outer, inner, lists in (
         (-(-size.queries // forward.q), -(-size.keys // forward.kv), batch * heads),
         (

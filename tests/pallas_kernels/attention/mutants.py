@@ -140,7 +140,7 @@ def copy_of_the_package(mutant: Mutant | None, folder: pathlib.Path) -> str:
     """Puts a copy with the mutant's file changed on the path and returns its name."""
     changed, source = (None, "") if mutant is None else mutated_source(mutant)
     name = f"mutant_{folder.name}"
-    for path in PACKAGE.rglob("*.py"):
+    for path in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.json")):
         target = folder / name / path.relative_to(PACKAGE)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source if path == changed else path.read_text()

@@ -22,7 +22,7 @@ def decode_attention(**arguments: Any) -> Any:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Makes the loop of ``"chunked"`` take 16 keys at a time, or one page."""
-    monkeypatch.setattr(decode, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(decode, "_config", lambda _: decode.ChunkedConfig(512, 1))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -179,7 +179,7 @@ def test_time_goes_with_the_longest_length_and_the_window():
     original = decode._loop_over_blocks
     arguments, _ = build(Case("", lengths=(37, 20, 1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "_BLOCK_ELEMENTS", 1)
+        patch.setattr(decode, "_config", lambda _: decode.ChunkedConfig(512, 1))
         patch.setattr(decode, "_loop_over_blocks", count)
         decode.decode_attention(**arguments, implementation="chunked")
         lengths = jnp.array([90, 85, 96])

@@ -58,8 +58,8 @@ INTERPRETED = [
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Makes the kernels take 16 keys at a time, or one page."""
-    monkeypatch.setattr(decode_triton, "_TILE_BYTES", 1)
-    monkeypatch.setattr(decode_tpu, "_BLOCK_ROWS", 128)
+    monkeypatch.setattr(decode_triton, "_config", lambda _: decode_triton.Config(128, 1, 4, 2))
+    monkeypatch.setattr(decode_tpu, "_config", lambda _: decode_tpu.Config(128))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,8 @@ def test_tpu(case, small_blocks):
 
 
 def test_tpu_without_races(monkeypatch):
-    monkeypatch.setattr(decode_tpu, "_BLOCK_ROWS", 32)  # six blocks of two pages
+    # Six blocks of two pages.
+    monkeypatch.setattr(decode_tpu, "_config", lambda _: decode_tpu.Config(32))
     interpret = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
     case = Case("", page_size=8, lengths=(2, 90), heads=2, head_dim=128)
     check(case, implementation="mosaic_tpu", interpret=interpret)
@@ -97,7 +98,7 @@ def test_tpu_without_races(monkeypatch):
 
 
 def test_tpu_blocks_of_several_pages(monkeypatch):
-    monkeypatch.setattr(decode_tpu, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(decode_tpu, "_config", lambda _: decode_tpu.Config(64))
     case = Case("", page_size=8, window=20, tokens=2, head_dim=128)
     check(case, implementation="mosaic_tpu", interpret=True)
 

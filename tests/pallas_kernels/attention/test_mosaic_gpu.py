@@ -25,7 +25,7 @@ from pallas_kernels.attention import core, reference
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.mosaic_gpu import ROUTE, _tiles
 from pallas_kernels.attention.mosaic_gpu.bias_gradient import bias_gradient
-from pallas_kernels.attention.mosaic_gpu.config import TABLE, Blocks, Config, blocks_of
+from pallas_kernels.attention.mosaic_gpu.config import Blocks, Config
 from pallas_kernels.attention.problem import Device, Gradients, Operands, Route, Settings, Sizes
 from pallas_kernels.targets.resources import compile_with_resources
 from tests.pallas_kernels.attention import cases, mosaic_gpu_cases
@@ -191,11 +191,12 @@ def test_blocks_that_no_kernel_has_are_refused(blocks):
     assert reason.startswith("takes blocks that are multiples of 64 up to 256")
 
 
-def test_config_replaces_the_table():
-    blocks = Blocks(64, 64, 2)
-    assert blocks_of("forward", None, 64, 0) == TABLE["forward"][64][0]
-    assert blocks_of("forward", Config(forward=blocks), 64, 0) == blocks
-    assert blocks_of("backward_dq", Config(forward=blocks), 192, 4) == TABLE["backward_dq"][256][2]
+def test_blocks_that_need_too_much_shared_memory_are_refused():
+    settings = Settings(scale=1.0, config=Config(forward=Blocks(64, 256, 6)))
+    assert ROUTE.refusal(settings, _of(), H100) is None
+    reason = ROUTE.refusal(settings, _of(d=256), H100)
+    assert reason is not None
+    assert re.search(r"forward with Blocks.* needs \d+ bytes of shared memory of 232448", reason)
 
 
 # ------------------------------------------------------------------ as the compiler sees them

@@ -79,7 +79,7 @@ def test_pieces_and_chunks_do_not_change_the_result(ahead):
     case = Case("pieces", queries=512, keys=300, right=0, offset=20, heads=2, kv_heads=1,
                 head_dim=128)  # fmt: skip
     blocks = Blocks(256, 256, 128, 128, ahead)
-    config = Config(blocks, blocks._replace(q=128), resident=2 * 4 * 128 * 128)
+    config = Config(blocks, blocks._replace(q=128, resident=2 * 4 * 128 * 128))
     got = cases.run(
         lambda operands: core.differentiable(
             ROUTE, problem.settings._replace(config=config, interpret=True), operands
@@ -185,7 +185,10 @@ def test_table_that_does_not_fit_scalar_memory_is_refused():
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 640, 1100, 4096])
-@pytest.mark.parametrize("blocks", [c.forward for _, c in tables.TABLE.values()])
+@pytest.mark.parametrize(
+    "blocks",
+    [Blocks(512, 512, 256, 512), Blocks(1024, 1024, 256, 1024), Blocks(1024, 512, 512, 256)],
+)
 def test_blocks_fit_the_length(blocks, length):
     fitted = tables.fit(blocks, length, length)
     for block, piece, most in (

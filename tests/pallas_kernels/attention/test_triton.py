@@ -15,7 +15,7 @@ import pytest
 from pallas_kernels.attention import triton
 from pallas_kernels.attention.problem import Device
 from pallas_kernels.attention.triton import ROUTE, Blocks, Config
-from pallas_kernels.targets import CHIPS, compile_in_child
+from pallas_kernels.targets import compile_in_child
 from tests.pallas_kernels.attention import cases
 from tests.pallas_kernels.attention import triton_cases as programs
 from tests.pallas_kernels.attention.cases import CASES, Case, some_slow
@@ -201,20 +201,9 @@ def test_other_types_are_refused():
 @pytest.mark.parametrize("blocks", [Blocks(48, 64, 4, 2), Blocks(64, 8, 4, 2)])
 def test_blocks_that_cannot_be_are_named(blocks):
     problem = cases.build(CAUSAL)
-    settings = problem.settings._replace(config=SMALL._replace(forward=blocks), interpret=True)
-    with pytest.raises(ValueError, match="blocks are powers of two, at least 16"):
-        ROUTE.forward(settings, problem.operands)
-    with pytest.raises(ValueError, match=r"expected a triton\.Config"):
-        ROUTE.forward(settings._replace(config=blocks), problem.operands)
-
-
-def test_defaults_know_every_chip():
-    capabilities = {getattr(chip, "compute_capability", None) for chip in CHIPS.values()}
-    for capability in capabilities | {(8, 6), (12, 0)}:
-        for head_dim in (16, 64, 128, 256):
-            for itemsize in (2, 4):
-                for blocks in triton.default_config(capability, head_dim, itemsize):
-                    assert all(x >= 16 and x & (x - 1) == 0 for x in blocks[:2])
+    settings = problem.settings._replace(config=Config(dq=blocks), interpret=True)
+    reason = ROUTE.refusal(settings, problem.operands, A100)
+    assert reason == f"takes blocks that are powers of two, at least 16, not {blocks}"
 
 
 def test_only_the_deprecation_of_the_lowering_is_silenced():
