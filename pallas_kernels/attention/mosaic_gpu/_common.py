@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._compat import device
 from pallas_kernels.attention import tuning
 from pallas_kernels.attention.mask import Limits, Mask
-from pallas_kernels.attention.mosaic_gpu.config import Blocks, Config
+from pallas_kernels.attention.mosaic_gpu.config import Blocks, Config, fitting
 from pallas_kernels.attention.problem import Operands, Settings, Sizes
 
 LOG2E = math.log2(math.e)
@@ -272,7 +272,11 @@ class Call:
 
     def blocks(self, kernel: str) -> Blocks:
         """Returns the blocks of a kernel, a field of `Config`."""
-        return tuning.blocks_of("mosaic_gpu", Config, kernel, self.settings.config, self.lookup)
+        given: Any = self.settings.config
+        blocks = tuning.blocks_of("mosaic_gpu", Config, kernel, given, self.lookup)
+        if given is not None and getattr(given, kernel) is not None:
+            return blocks
+        return fitting(kernel, blocks, self.lookup, segments=self.has_segments)
 
     @property
     def has_segments(self) -> bool:

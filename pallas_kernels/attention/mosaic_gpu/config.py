@@ -48,7 +48,6 @@ class Config(NamedTuple):
 
 
 SHARED_MEMORY = 232_448  # bytes that a block may have
-_BARRIERS = 4096  # bytes that barriers and the alignment of the arrays take at most
 _WORKERS = 2  # compute warpgroups
 _ACCUMULATORS = 200  # registers of a thread for float32 tiles, of 240 in all
 
@@ -56,7 +55,7 @@ _ACCUMULATORS = 200  # registers of a thread for float32 tiles, of 240 in all
 def shared_memory(
     kernel: str, blocks: Blocks, head_dim: int, bias: int, *, segments: bool = True
 ) -> int:
-    """Returns about how many bytes of shared memory a kernel needs, barriers included.
+    """Returns how many bytes of shared memory a kernel needs, at most.
 
     Args:
       kernel: A field of `Config`.
@@ -65,22 +64,36 @@ def shared_memory(
       bias: Bits of a bias that differs from one entry of a tile to the next, else 0.
       segments: Whether segment ids are compared.
     """
-    d = _padded(head_dim)
-    own, other = blocks.block_q, blocks.block_kv
-    workers = _WORKERS
+    row = 2 * _padded(head_dim)  # bytes of a query, key or value
+    own, other, workers = blocks.block_q, blocks.block_kv, _WORKERS
     if kernel == "backward_dkv":
         own, other, workers = other, own, 1
-    tiles = 2 * d * blocks.slots * other
-    # What a program keeps: q and the lse; K, V, p and the row data; q, dO and the row data.
+    numbers = 4 * _WORKERS * own  # float32, one for each row or key that a worker owns
+    # What a program keeps: q, the lse and what sums over a row; K, V, p and the row data of each
+    # slot; q, dO and the row data.
     kept = {
-        "forward": 2 * d * _WORKERS * own + 4 * _WORKERS * own,
-        "backward_dkv": 2 * d * 2 * own + 2 * 2 * own * other + 4 * blocks.slots * other,
-        "backward_dq": 2 * d * 2 * _WORKERS * own + 4 * 2 * _WORKERS * own,
+        "forward": (_WORKERS * own * row, numbers, 2048),
+        "backward_dkv": (own * row, own * row, 4 * own * other, 4 * blocks.slots * other),
+        "backward_dq": (_WORKERS * own * row, _WORKERS * own * row, 2 * numbers),
     }[kernel]
-    extras = 4 * _WORKERS * other + blocks.extra_slots * workers * own * other * bias // 8
+    arrays = [*kept, blocks.slots * other * row, 4 * _WORKERS * other]
+    arrays.append(blocks.extra_slots * workers * own * other * bias // 8)
     if segments:
-        extras += 4 * _WORKERS * own + 4 * blocks.extra_slots * other
-    return tiles + kept + extras + _BARRIERS
+        arrays += [numbers, 4 * blocks.extra_slots * other]
+    barriers = 8 * (8 + 2 * blocks.slots + 2 * blocks.extra_slots)
+    return barriers + sum(-(-size // 1024) * 1024 for size in arrays)
+
+
+def fitting(kernel: str, blocks: Blocks, call: Lookup, *, segments: bool) -> Blocks:
+    """Returns blocks of the file with fewer slots where segment ids leave no room for all."""
+
+    def too_large(blocks: Blocks) -> bool:
+        needed = shared_memory(kernel, blocks, call.head_dim, call.bias, segments=segments)
+        return needed > SHARED_MEMORY
+
+    while blocks.slots > 2 and too_large(blocks):
+        blocks = blocks._replace(slots=blocks.slots - 1)
+    return blocks
 
 
 def choices(call: Lookup) -> tuple[Choice, ...]:

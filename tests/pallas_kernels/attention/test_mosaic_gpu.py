@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import core, reference
+from pallas_kernels.attention import core, reference, tuning
 from pallas_kernels.attention.mask import Mask
-from pallas_kernels.attention.mosaic_gpu import ROUTE, _tiles
+from pallas_kernels.attention.mosaic_gpu import ROUTE, _common, _tiles
 from pallas_kernels.attention.mosaic_gpu.bias_gradient import bias_gradient
-from pallas_kernels.attention.mosaic_gpu.config import Blocks, Config
+from pallas_kernels.attention.mosaic_gpu.config import SHARED_MEMORY, Blocks, Config, shared_memory
 from pallas_kernels.attention.problem import Device, Gradients, Operands, Route, Settings, Sizes
 from pallas_kernels.targets.resources import compile_with_resources
 from tests.pallas_kernels.attention import cases, mosaic_gpu_cases
@@ -189,6 +189,24 @@ def test_blocks_that_no_kernel_has_are_refused(blocks):
     reason = ROUTE.refusal(settings, _of(), H100)
     assert reason is not None
     assert reason.startswith("takes blocks that are multiples of 64 up to 256")
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("bias", [None, jnp.bfloat16, jnp.float32])
+def test_blocks_of_the_file_fit_with_segments(d, bias):
+    bias = None if bias is None else jnp.zeros((1, 1, 128, 128), bias)
+    operands = _of(d=d, bias=bias, query_segment_ids=_ids, key_value_segment_ids=_ids)
+    if ROUTE.refusal(Settings(scale=1.0), operands, H100) is not None:
+        assert (d, bias is not None and bias.dtype) == (256, jnp.float32)
+        return
+    call, _ = _common.prepare(Settings(scale=1.0), operands)
+    for kernel in Config._fields:
+        blocks = call.blocks(kernel)
+        needed = shared_memory(kernel, blocks, d, call.lookup.bias)
+        assert needed <= SHARED_MEMORY
+        listed = tuning.find("mosaic_gpu", Config, kernel, call.lookup)
+        # Only where it must be, a slot is given up.
+        assert blocks.slots == listed.slots - ((kernel, d, bias) == ("backward_dq", 256, None))
 
 
 def test_blocks_that_need_too_much_shared_memory_are_refused():

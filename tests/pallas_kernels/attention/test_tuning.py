@@ -337,5 +337,5 @@ def test_the_largest_choices_compile(chip, name):
         part = kernel["name"].removeprefix("attention_")
         blocks = getattr(config, part)
         estimate = mosaic_gpu.shared_memory(part, blocks, 128, 0, segments=False)
-        assert estimate - 4096 <= kernel["shared_memory"] <= estimate
+        assert estimate - 100 <= kernel["shared_memory"] <= estimate
         assert kernel["spill_stores"] == 0
