@@ -87,6 +87,23 @@ def vary_like(x: jax.Array, *like: Any) -> jax.Array:
     return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
+def unvarying(fn: Callable[..., Any], *args: Any) -> Any:
+    """Returns ``fn(*args)``, inside of which nothing varies over manual mesh axes; results do.
+
+    `shard_map` with its check types what varies, which Pallas' interpreters and bodies of Mosaic
+    GPU kernels do not follow. `fn` must be what each device does by itself, whatever varies.
+    """
+    leaves = jax.tree.leaves(args)
+    axes = varying_axes(*leaves)
+    if not axes:
+        return fn(*args)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    # The types inside of the `jit` stay as they were traced.
+    traced, out = jax.make_jaxpr(jax.jit(fn), return_shape=True)(*structs)
+    results = [vary(x, axes) for x in jaxpr_as_fun(traced)(*leaves)]
+    return jax.tree.unflatten(jax.tree.structure(out), results)
+
+
 def with_axis(name: Hashable, size: int, fn: Callable[..., Any], *args: Any) -> Any:
     """Returns ``fn(*args)``, in which the mapped axis `name` is bound.
 

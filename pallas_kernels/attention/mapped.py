@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels._compat import unvarying
+
 Arrays = tuple[jax.Array, ...]
 
 
@@ -121,7 +123,7 @@ def _sharded(spec: _Call, args: Sequence[jax.Array]) -> Arrays:
     if AxisType.Explicit in mesh.axis_types:
         return _explicit(spec, args)
     if jax.sharding.get_abstract_mesh().manual_axes:
-        return spec.fn(*args)  # every device already holds its part
+        return unvarying(spec.fn, *args)  # every device already holds its part
     return _automatic(spec, args)
 
 
