@@ -49,6 +49,8 @@ RATIOS = {
     "dct_adamw": "optax.adamw",
     "int8_linear_adamw": "optax.adamw",
     "int8_dynamic_adamw": "optax.adamw",
+    "fused_int8_linear_adamw": "optax.adamw",
+    "fused_int8_dynamic_adamw": "optax.adamw",
     "bfloat16_adamw": "optax.adamw",
     "galore_adamw": "optax.contrib.galore",
     "galore_adamw_gram": "optax.contrib.galore",
@@ -58,12 +60,13 @@ GAP = 200  # steps between two refreshes of a projection
 GALORE_GAPS = (10, 50, GAP)
 
 
+RATE = 1e-4
 # Their rank is this part of the width; with it grow the two products of a step.
 DCT_RANK, GALORE_RANK = 12, 4
 
 
 def optimizers(width: int) -> dict[str, optax.GradientTransformation]:
-    rate = 1e-4
+    rate = RATE
     rank = width // GALORE_RANK
     gram = jaxopt_lab.subspace.svd(method="gram")
     quantize, quantization = jaxopt_lab.quantize_state, jaxopt_lab.quantization
@@ -95,6 +98,34 @@ def optimizers(width: int) -> dict[str, optax.GradientTransformation]:
     }
 
 
+# Steps that apply their updates themselves, by the optimizer that makes their state.
+FUSED = {
+    "fused_int8_linear_adamw": "int8_linear_adamw",
+    "fused_int8_dynamic_adamw": "int8_dynamic_adamw",
+}
+
+
+def steps(width: int) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Returns for each name its init, and its step from parameters, state and gradients."""
+
+    def separate(tx: optax.GradientTransformation) -> Callable[..., Any]:
+        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return step
+
+    def fused(name: str) -> Callable[..., Any]:
+        codec = jaxopt_lab.quantization.int8(code="dynamic" if "dynamic" in name else "linear")
+        step = jaxopt_lab.quantization.fused_step(optax.adamw(RATE), codec)
+        return lambda params, state, grads: step(grads, state, params)
+
+    found = optimizers(width)
+    return {name: (tx.init, separate(tx)) for name, tx in found.items()} | {
+        name: (found[base].init, fused(name)) for name, base in FUSED.items()
+    }
+
+
 def has_refresh(name: str) -> bool:
     return any(part in name for part in ("frugal", "badam", "dct", "galore"))
 
@@ -119,15 +150,6 @@ def parameters(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
     return jax.tree.unflatten(structure, arrays)
 
 
-def compiled_step(tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = jax.eval_shape(tx.init, params)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
-
-
 def timed(step: Callable[..., Any], carry: list[Any], grads: Any) -> float:
     begin = time.perf_counter()
     carry[:] = jax.block_until_ready(step(*carry, grads))
@@ -138,12 +160,13 @@ def measure(
     names: list[str], params: Any, rounds: int, refreshes: int, width: int, console: Console
 ) -> dict[str, Any]:
     """Runs every step once a round; returns seconds and what the compiler says, by name."""
-    chosen = {name: tx for name, tx in optimizers(width).items() if name in names}
+    chosen = {name: pair for name, pair in steps(width).items() if name in names}
     grads = jax.tree.map(lambda p: 0.1 * p, params)
     runs = {}
-    for name, tx in track(chosen.items(), "compiling", console=console, transient=True):
-        step = compiled_step(tx, params, grads)
-        runs[name] = {"step": step, "init": jax.jit(tx.init), "seconds": [], "refresh_seconds": []}
+    for name, (init, step) in track(chosen.items(), "compiling", console=console, transient=True):
+        step = jax.jit(step, donate_argnums=(0, 1))
+        compiled = step.lower(params, jax.eval_shape(init, params), grads).compile()
+        runs[name] = {"step": compiled, "init": jax.jit(init), "seconds": [], "refresh_seconds": []}
     for _ in track(range(refreshes + 1), "first steps", console=console, transient=True):
         for run in runs.values():
             run["carry"] = [jax.tree.map(jnp.copy, params), run["init"](params)]
@@ -198,7 +221,7 @@ def galore_ratios(runs: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    known = list(optimizers(width=48))
+    known = list(steps(width=48))
     parser.add_argument("--optimizers", default=",".join(known), help="comma list")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--refreshes", type=int, default=3, help="refreshes timed")

@@ -44,6 +44,8 @@ FLOOR = {
     "bfloat16_adamw": 20,
     "int8_linear_adamw": 16.1,
     "int8_dynamic_adamw": 16.1,
+    "fused_int8_linear_adamw": 16.1,
+    "fused_int8_dynamic_adamw": 16.1,
 }
 
 
@@ -109,6 +111,20 @@ def int8_dynamic_adamw() -> Any:
 
 def _quantized_adamw(learning_rate: float, codec: quantization.Codec) -> Any:
     return quantization.quantize_state(optax.adamw(learning_rate), codec)
+
+
+def fused_int8_linear_adamw() -> Any:
+    return _fused_case(quantization.int8())
+
+
+def fused_int8_dynamic_adamw() -> Any:
+    return _fused_case(quantization.int8(code="dynamic"))
+
+
+def _fused_case(codec: quantization.Codec) -> Any:
+    _, arguments, donated = _case(_quantized_adamw, codec=codec)
+    step = quantization.fused_step(optax.adamw(1e-3), codec)
+    return lambda params, state, grads: step(grads, state, params), arguments, donated
 
 
 def bytes_per_parameter(rule: str, chip: str = "h200") -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax import lax
+from jax.sharding import AxisType, ManualAxisType, NamedSharding, PartitionSpec
 
 
 def type_apart_from_leading_axis(x: jax.Array) -> Any:
@@ -17,6 +19,30 @@ def type_apart_from_leading_axis(x: jax.Array) -> Any:
 def varying_axes(x: jax.Array) -> frozenset[Any]:
     """Returns the mesh axes over which `x` varies, as far as `shard_map` checks it."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_alike(arrays: Sequence[jax.Array], *others: jax.Array) -> list[jax.Array]:
+    """Marks each of `arrays` as varying over all mesh axes over which any array here varies."""
+    axes = frozenset().union(*map(varying_axes, (*arrays, *others)))
+
+    def mark(x: jax.Array) -> jax.Array:
+        missing = axes - varying_axes(x)
+        return lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
+
+    return [mark(x) for x in arrays]
+
+
+def out_struct(like: jax.Array) -> jax.ShapeDtypeStruct:
+    """Describes an output of a kernel that has the type of `like`."""
+    kind = ManualAxisType(varying=varying_axes(like))
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, manual_axis_type=kind)
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one operation of a jaxpr, under the mesh and the settings it was traced with."""
+    with eqn.ctx.manager:
+        found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(found) if eqn.primitive.multiple_results else [found]
 
 
 def unshard(x: jax.Array) -> jax.Array:

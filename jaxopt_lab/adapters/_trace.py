@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxopt_lab import _compat
+from jaxopt_lab._compat import bind
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Kernel
 
@@ -135,13 +136,6 @@ def evaluate(
     found = _evaluate(jaxpr.jaxpr, jaxpr.consts, [*flat, *jax.tree.leaves(args)], handler, records)
     found = [_plain(x, handler) for x in found]
     return jax.tree.unflatten(jax.tree.structure(out), found), records
-
-
-def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """Evaluates one operation, under the mesh and the settings that it was traced with."""
-    with eqn.ctx.manager:
-        found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(found) if eqn.primitive.multiple_results else [found]
 
 
 def _evaluate(

@@ -1,7 +1,9 @@
 """Compact optimizer state, and bfloat16 parameters that do not lose small updates."""
 
+from jaxopt_lab.quantization._leaves import QuantizedState
 from jaxopt_lab.quantization.codecs import Codec, bfloat16, dynamic_code, int8
-from jaxopt_lab.quantization.quantize_state import QuantizedState, quantize_state
+from jaxopt_lab.quantization.fused_step import fused_step
+from jaxopt_lab.quantization.quantize_state import quantize_state
 from jaxopt_lab.quantization.rounding import (
     apply_updates_compensated,
     apply_updates_stochastic,
@@ -17,6 +19,7 @@ __all__ = [
     "apply_updates_stochastic",
     "bfloat16",
     "dynamic_code",
+    "fused_step",
     "init_compensation",
     "init_sharded",
     "int8",

@@ -81,6 +81,20 @@ class Blocks(NamedTuple):
     scales: jax.Array  # float32, shape (*leading axes, blocks in a row)
 
 
+class Tiling(NamedTuple):
+    """How matrices are cut into blocks along their rows, of which the last may be shorter."""
+
+    rows: int
+    length: int
+    blocks: int  # of a row
+    block_size: int
+
+    @property
+    def whole(self) -> int:
+        """Blocks of a row that have the full size."""
+        return self.length // self.block_size
+
+
 @dataclasses.dataclass(frozen=True)
 class Int8:
     """See `int8`."""
@@ -100,9 +114,7 @@ class Int8:
         parts = [self._largest(blocks)]
         if full < length:
             parts.append(self._largest(rows[..., None, full:]))
-        scales = jnp.concatenate(parts, axis=-1)
-        # The quotient of numbers below it is unreliable where a device flushes them to zero.
-        return jnp.where(jnp.abs(scales) <= _TINY, 0, scales)
+        return jnp.concatenate(parts, axis=-1)
 
     def encode(
         self, x: jax.Array, key: jax.Array | None = None, scales: jax.Array | None = None
@@ -117,16 +129,7 @@ class Int8:
         del key
         scales = self.scales(x) if scales is None else scales
         x = self._floats(x)
-        infinite = jnp.isinf(scales)
-        zero = scales == 0
-        # 4 / scale is a normal number for each scale that is one; infinity times _TINY is infinite
-        # and every other number times _TINY**2 too small for a code.
-        inverse = jnp.where(
-            infinite, jnp.sign(scales) * _TINY, 4 / jnp.where(zero, jnp.inf, scales)
-        )
-        unit = jnp.where(infinite, _TINY, self._top / 4)
-        least = jnp.where(zero, 0.0, 1.0)
-        return Blocks(self._entrywise(self._codes, x, inverse, unit, least), scales)
+        return Blocks(self._entrywise(self._codes, x, *self._divisors(scales)), scales)
 
     def decode(self, encoded: Blocks, dtype: Any) -> jax.Array:
         """Returns the array of dtype `dtype` that `encoded` stands for.
@@ -142,12 +145,62 @@ class Int8:
                 f"(block_size {self.block_size}), got shape {scales.shape}: was one of them split "
                 "over devices?"
             )
+        return self._entrywise(self._values, codes, *self._factors(scales)).astype(dtype)
+
+    # Of tiles: what `scales`, `encode` and `decode` do, of operations that kernels have. A row of a
+    # tile is a block, whole or the rest of an array's row; its scales have shape (rows, 1).
+
+    def tiling(self, shape: tuple[int, ...]) -> Tiling:
+        """Returns the blocks of an array as a matrix; if all are whole, each is a row of it."""
+        leading, length, count = self._rows(shape)
+        rows = math.prod(leading)
+        if length == count * self.block_size:
+            return Tiling(rows * count, self.block_size, 1, self.block_size)
+        return Tiling(rows, length, count, self.block_size)
+
+    def measure_tile(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the scales of a floating tile, and what its codes need."""
+        x = self._floats(x)
+        # The maximum of a kernel passes over NaN.
+        nan = jnp.max(jnp.where(x == x, 0.0, 1.0), -1, keepdims=True)
+        if self._signed and self.code == "dynamic":
+            high, low = jnp.max(x, -1, keepdims=True), jnp.min(x, -1, keepdims=True)
+        else:
+            high = jnp.max(jnp.abs(x), -1, keepdims=True)
+            low = jnp.zeros_like(high)
+        scales = jnp.where(nan > 0, jnp.nan, self._scale(jnp.maximum(high, 0), low))
+        return scales, *self._divisors(scales)
+
+    def encode_tile(self, x: jax.Array, scales: jax.Array, *divisors: jax.Array) -> Blocks:
+        """Encodes a floating tile, given what `measure_tile` returned."""
+        return Blocks(self._codes(self._floats(x), *divisors), scales)
+
+    def decode_tile(self, encoded: Blocks, dtype: Any) -> jax.Array:
+        """Decodes what `encode_tile` returned."""
+        codes, scales = encoded
+        dynamic = self.code == "dynamic"
+        levels = _dynamic_levels(codes, self._signed) if dynamic else codes.astype(jnp.float32)
+        unit, scales = self._factors(scales)
+        return ((levels * unit) * scales).astype(dtype)
+
+    def _divisors(self, scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns two factors that make units of entries, and the least code of a positive one."""
+        infinite = jnp.isinf(scales)
+        zero = scales == 0
+        # 4 / scale is a normal number for each scale that is one; infinity times _TINY is infinite
+        # and every other number times _TINY**2 too small for a code.
+        inverse = jnp.where(
+            infinite, jnp.sign(scales) * _TINY, 4 / jnp.where(zero, jnp.inf, scales)
+        )
+        unit = jnp.where(infinite, _TINY, self._top / 4)
+        return inverse, unit, jnp.where(zero, 0.0, 1.0)
+
+    def _factors(self, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Zero is a code of its own also below a scale that is infinite. Two factors for each block,
         # because a compiler would merge a constant with the scale and round the product.
         infinite = jnp.isinf(scales)
         unit = jnp.where(infinite, _HUGE, 1 / self._top)
-        scales = jnp.where(infinite, jnp.sign(scales) * _HUGE, scales)
-        return self._entrywise(self._values, codes, unit, scales).astype(dtype)
+        return unit, jnp.where(infinite, jnp.sign(scales) * _HUGE, scales)
 
     def _codes(self, x: Any, inverse: Any, unit: Any, least: Any) -> jax.Array:
         units = (x * inverse) * unit
@@ -230,9 +283,14 @@ class Int8:
             lambda x, y: (jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])),
             (blocks.ndim - 1,),
         )
+        return self._scale(high, low)
+
+    def _scale(self, high: jax.Array, low: jax.Array) -> jax.Array:
         # The dynamic levels have 1 and lack -1: the largest entry gives the scale its sign. The
         # linear ones have both, and two entries can round to them.
-        return jnp.where(high >= -low, high, low if self.code == "dynamic" else -low)
+        scale = jnp.where(high >= -low, high, low if self.code == "dynamic" else -low)
+        # The quotient of numbers below it is unreliable where a device flushes them to zero.
+        return jnp.where(jnp.abs(scale) <= _TINY, 0, scale)
 
 
 def _round(x: jax.Array) -> jax.Array:
