@@ -18,6 +18,7 @@ import optax
 import jaxopt_lab
 from experiments import (
     bench_attention,
+    bench_update,
     compare,
     finetune,
     low_communication,
@@ -143,7 +144,10 @@ def cost() -> str:
     ratios = bench["ratios"] | bench["average_ratios"]
     moved = traffic["bytes_per_parameter"]
     lines = ["| step | bytes a parameter, H200 | floor | time, CPU |", "| --- | --: | --: | --: |"]
-    others = ("galore_adamw_gram", "int8_linear_adamw", "int8_dynamic_adamw", "bfloat16_adamw")
+    others = (
+        "galore_adamw_gram", "products_of_dct", "products_of_galore", "int8_linear_adamw",
+        "int8_dynamic_adamw", *bench_update.FUSED, "bfloat16_adamw",
+    )  # fmt: skip
     for name in ("optax.lion", "optax.adabelief", *WHEN, *others):
         if name in ratios:
             floor = traffic["floor"].get(name, "")

@@ -5,7 +5,7 @@ r"""Any optax transformation with a compact state.
 Compiled for a GPU, bfloat16 state fuses with the update. int8 needs the scale of a block before its
 codes: a first kernel makes the scales and the new parameter, a second makes the new moments again
 and encodes them. With dynamic levels, or where a last axis is no multiple of the block size, XLA
-keeps new moments in full precision in between.
+keeps new moments in full precision in between. `fused_step` does a whole step in one kernel.
 """
 
 from __future__ import annotations
