@@ -13,6 +13,9 @@ _ARRAY = re.compile(r"(\w+)\[([^\]]*)\](?:\{([^}]*)\})?")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _INDEX = re.compile(r"\bindex=(\d+)")
+_SCOPED_MEMORY = re.compile(
+    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
+)
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -154,3 +157,14 @@ def _split(text: str) -> list[str]:
             parts.append(text[start:i].strip())
             start = i + 1
     return [part for part in (*parts, text[start:].strip()) if part]
+
+
+def scoped_memory(text: str) -> dict[str, int]:
+    """Returns the bytes of vector memory that each Pallas kernel of a TPU's program uses."""
+    found = {}
+    for line in text.splitlines():
+        name = _INSTRUCTION.match(line)
+        used = _SCOPED_MEMORY.search(line) if "tpu_custom_call" in line else None
+        if name and used:
+            found[name[2]] = int(used[1])
+    return found

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.targets import hlo
 from pallas_kernels.targets.chips import find_chip
 from pallas_kernels.targets.compile import ENVIRONMENT, compile_for, missing_compiler
 from pallas_kernels.targets.traffic import memory_traffic
@@ -47,6 +48,7 @@ def compile_in_child(
 
         {"function", "chip", "jax_version",
          "memory": {"argument", "output", "alias", "temp", "generated_code"},  # bytes
+         "scoped_memory": {kernel: bytes},  # of vector memory, of a TPU's Pallas kernels
          "traffic": {"total_bytes",
                      "kernels": [{"name", "opcode", "operand_bytes", "result_bytes", "times"}]}}
 
@@ -117,6 +119,7 @@ def _compile(
     fn, args, donate_argnums = _case(function)
     compiled = compile_for(fn, *args, chip=chip, topology=topology, donate_argnums=donate_argnums)
     traffic = memory_traffic(compiled, trip_counts)
+    scoped = hlo.scoped_memory(compiled.as_text() or "")
     memory = compiled.memory_analysis()
     sizes = ("argument", "output", "alias", "temp", "generated_code")
     return {
@@ -124,6 +127,7 @@ def _compile(
         "chip": chip,
         "jax_version": jax.__version__,
         "memory": {size: getattr(memory, f"{size}_size_in_bytes") for size in sizes},
+        "scoped_memory": scoped,
         "traffic": {
             "total_bytes": traffic.total_bytes,
             "kernels": [kernel._asdict() for kernel in traffic.kernels],

@@ -87,3 +87,14 @@ def test_elements_of_a_nested_tuple():
         "f32[4]{0:T(8,128)}",
     ]
     assert hlo.elements("f32[2]{0}") == ["f32[2]{0}"]
+
+
+def test_scoped_memory_is_that_of_pallas_kernels():
+    used = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"4112384"}]'
+    call = 'f32[4] custom-call(%x), custom_call_target="tpu_custom_call"'
+    lines = [
+        f"  %forward.1 = {call}, backend_config={{{used}}}",
+        f"  %other = {call.replace('tpu_', '')}, backend_config={{{used}}}",
+        f"  %bare = {call}, backend_config={{}}",
+    ]
+    assert hlo.scoped_memory("\n".join(lines)) == {"forward.1": 4112384}
