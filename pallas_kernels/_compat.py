@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -55,17 +56,28 @@ def device() -> Device:
 
 def _capability(kind: str) -> tuple[int, int] | None:
     """Returns the compute capability of an NVIDIA GPU that is known only by its name."""
-    for name, capability in _CAPABILITIES.items():
-        if name in kind:
-            return capability
-    return None
+    from pallas_kernels.targets.chips import CHIPS, Gpu
+
+    known = {
+        name.upper(): chip.compute_capability
+        for name, chip in CHIPS.items()
+        if isinstance(chip, Gpu)
+    }
+    return next((x for name, x in (known | _OTHERS).items() if name in kind), None)
 
 
-_CAPABILITIES = {
-    "A100": (8, 0), "A10": (8, 6), "A40": (8, 6), "RTX A": (8, 6), "L4": (8, 9), "L40": (8, 9),
-    "RTX 30": (8, 6), "RTX 40": (8, 9), "H100": (9, 0), "H200": (9, 0), "GH200": (9, 0),
-    "B200": (10, 0), "GB200": (10, 0),
-}  # fmt: skip
+# Beside `targets.CHIPS`, whose names come first: an A100 is no A10.
+_OTHERS = {"A10": (8, 6), "A40": (8, 6), "RTX A": (8, 6), "RTX 30": (8, 6), "RTX 40": (8, 9)}
+
+
+def silence_triton() -> None:
+    """Ignores jax's warning, from 0.11, that Triton's lowering will go: nothing a user can act on.
+
+    The warning is given when the caller's program is lowered, so the filter is set and stays.
+    """
+    warnings.filterwarnings(
+        "ignore", "The Pallas Triton backend is deprecated", category=DeprecationWarning
+    )
 
 
 def vary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:

@@ -52,15 +52,18 @@ def _tpu(half: float, bandwidth: float, vmem: int, byte: float | None = None) ->
 
 PEAKS: MappingProxyType[str, Peak] = MappingProxyType(
     {
-        # NVIDIA data sheets: TF32, bfloat16 and float8 rates (the A100 has no float8), bandwidth
-        # of the SXM parts with 80 GB for A100 and H100. B200: a chip of the HGX B200.
+        # TF32, bfloat16 and float8 rates (the A100 has no float8) and bandwidth, from NVIDIA's data
+        # sheets "A100 Tensor Core GPU" and "H100 Tensor Core GPU" (SXM parts with 80 GB), "H200
+        # Tensor Core GPU" (SXM), "L4 Tensor Core GPU" and "Blackwell" (a GPU of the HGX B200).
+        # Where a sheet has rates with sparsity only, half of them.
         "a100": _gpu(156, 312, None, 108, 1.41, 2039, 166_912),
         "l4": _gpu(60, 121, 242, 58, 2.04, 300, 101_376),
         "h100": _gpu(494.7, 989.4, 1979, 132, 1.83, 3350, 232_448),
         "h200": _gpu(494.7, 989.4, 1979, 132, 1.83, 4800, 232_448),
-        "b200": _gpu(1100, 2250, 4500, 148, 1.85, 8000, 232_448),
-        # Google Cloud TPU documentation, "peak compute" and "HBM bandwidth" of a chip; VMEM of a
-        # core as jax's own table has it. v6e and 7x: float8 as that table has it.
+        "b200": _gpu(1100, 2250, 4500, 148, 1.85, 7700, 232_448),
+        # Google Cloud's documentation, pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x
+        # (Ironwood)", peak compute and HBM bandwidth of a chip; VMEM of a core as jax's own table
+        # has it. v6e and 7x: float8 as that table has it.
         "v4": _tpu(275, 1228, 16),
         "v5e": _tpu(197, 819, 128),
         "v5p": _tpu(459, 2765, 64),

@@ -11,7 +11,6 @@ jax is leaving this backend (deprecated since 0.11): everything that depends on 
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._compat import Device, device, out_struct
+from pallas_kernels._compat import Device, device, out_struct, silence_triton
 from pallas_kernels.attention import tuning
 from pallas_kernels.attention.decode_problem import (
     Operands,
@@ -119,11 +118,7 @@ def decode(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
         out_struct((splits, b, kv_heads, rows, dv), jnp.float32, *inputs),
         out_struct((splits, b, kv_heads, rows), jnp.float32, *inputs),
     ]
-    # From jax 0.11 on, lowering warns that the backend will go: nothing that a user can act on.
-    # That is when the caller's program is compiled, so the filter stays.
-    warnings.filterwarnings(
-        "ignore", "The Pallas Triton backend is deprecated", category=DeprecationWarning
-    )
+    silence_triton()
     kernel = functools.partial(_kernel, settings=settings, operands=operands, block=block)
     return pl.pallas_call(
         kernel,

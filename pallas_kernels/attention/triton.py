@@ -33,7 +33,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels._compat import device, out_struct
+from pallas_kernels._compat import device, out_struct, silence_triton
 from pallas_kernels.attention import dropout, tuning
 from pallas_kernels.attention.mask import (
     PARTIAL,
@@ -777,7 +776,7 @@ def _call(
 
     # Names the kernel in profiles and dumps.
     body.__name__ = f"attention{kernel.__name__.removesuffix('_kernel')}"
-    _silence_deprecation()
+    silence_triton()
     results = pl.pallas_call(
         body,
         grid=grid,
@@ -802,16 +801,6 @@ def _whole(name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
 
 def _padded(size: int) -> int:
     return max(SMALLEST, pl.next_power_of_2(size))
-
-
-def _silence_deprecation() -> None:
-    """Ignores jax's warning, from 0.11, that this lowering will go: nothing a user can act on.
-
-    The warning is given when the caller's program is lowered, so the filter is set and stays.
-    """
-    warnings.filterwarnings(
-        "ignore", "The Pallas Triton backend is deprecated", category=DeprecationWarning
-    )
 
 
 ROUTE = Route("triton", forward, backward, refusal, Config, choices)

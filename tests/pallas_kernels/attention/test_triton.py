@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import triton
+from pallas_kernels import _compat
 from pallas_kernels.attention.problem import Device
 from pallas_kernels.attention.triton import ROUTE, Blocks, Config
 from pallas_kernels.targets import compile_in_child
@@ -40,18 +41,25 @@ def test_values_and_gradients(case):
     check(case)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["grouped heads", "soft cap and bias", "dropout"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("grouped heads", "bfloat16"),
+        ("soft cap and bias", "float16"),
+        ("dropout", "bfloat16"),
+        ("dropout", "float16"),
+    ],
+)
 def test_coarse_types(name, dtype):
     check(BY_NAME[name].replace(dtype=dtype))
 
 
-@pytest.mark.parametrize("head_dim", [16, 40, 111, 128, 192])
+@pytest.mark.parametrize("head_dim", [111, 128, 192])
 def test_head_dims(head_dim):
     check(CAUSAL.replace(head_dim=head_dim, queries=70, keys=64, heads=1, kv_heads=1))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 65), (33, 1), (3, 7)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 65), (33, 1), (3, 7)])
 def test_short_lengths(queries, keys):
     check(Case("short", queries=queries, keys=keys, bias="nts", sinks=True))
 
@@ -72,9 +80,18 @@ def test_blocks_change_nothing_but_rounding():
     results = []
     for blocks in (Blocks(16, 16, 4, 1), Blocks(64, 128, 4, 1)):
         settings = problem.settings._replace(config=Config(*[blocks] * 4), interpret=True)
-        results.append(ROUTE.forward(settings, problem.operands))
+        results.append(forward(settings, problem.operands))
     for one, other in zip(*results):
         np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+def forward(settings: Any, operands: Any) -> Any:
+    return cases.quick_jit(functools.partial(ROUTE.forward, settings))(operands)
+
+
+def backward(settings: Any, *arrays: Any, bias_gradient: bool) -> Any:
+    run: Any = ROUTE.backward
+    return cases.quick_jit(lambda *arrays: run(settings, *arrays, bias_gradient))(*arrays)
 
 
 def with_bias(problem: cases.Problem, change: Any) -> cases.Problem:
@@ -112,7 +129,7 @@ def test_lowest_finite_bias_is_not_minus_infinity():
     problem = cases.build(Case("bias", bias="bts", head_dim=16, queries=32, keys=32))
     lowest = with_bias(problem, lambda bias: jnp.full_like(bias, jnp.finfo(bias.dtype).min))
     settings = problem.settings._replace(config=SMALL, interpret=True)
-    output, lse = ROUTE.forward(settings, lowest.operands)
+    output, lse = forward(settings, lowest.operands)
     mean = jnp.broadcast_to(problem.operands.value.mean(axis=1, keepdims=True), output.shape)
     np.testing.assert_allclose(output, mean, atol=1e-6)
     assert np.isfinite(lse).all()
@@ -126,13 +143,14 @@ def test_tiles_that_nobody_sees_are_not_read():
     key = x.key.at[:, 32:64].set(jnp.nan)
     blocks = Config(*[Blocks(32, 32, 4, 1)] * 4)
     settings = problem.settings._replace(config=blocks, interpret=True)
-    output, lse = ROUTE.forward(settings, x._replace(key=key))
+    output, lse = forward(settings, x._replace(key=key))
     seen = np.r_[32:95]
     assert np.isnan(np.asarray(output)[:, seen]).all()
     assert np.isfinite(np.delete(np.asarray(output), np.r_[32:96], axis=1)).all()
     d_output, delta = problem.cotangents
     finite = jnp.nan_to_num(lse)
-    gradients = ROUTE.backward(settings, x._replace(key=key), finite, d_output, delta, False)
+    arrays = x._replace(key=key), finite, d_output, delta
+    gradients = backward(settings, *arrays, bias_gradient=False)
     assert np.isfinite(np.delete(np.asarray(gradients.query), np.r_[32:96], axis=1)).all()
     assert np.isfinite(np.delete(np.asarray(gradients.key), np.r_[32:64], axis=1)).all()
     assert gradients.bias is None
@@ -151,9 +169,9 @@ def test_64_bit_types_and_strict_promotion_change_nothing():
     settings = problem.settings._replace(config=SMALL, interpret=True)
     x, (d_output, d_lse) = problem.operands, problem.cotangents
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        output, lse = ROUTE.forward(settings, x)
+        output, lse = forward(settings, x)
         finite = jnp.where(jnp.isfinite(lse), lse, 0)
-        gradients = ROUTE.backward(settings, x, finite, d_output, d_lse, True)
+        gradients = backward(settings, x, finite, d_output, d_lse, bias_gradient=True)
     for got in (output, lse, *gradients):
         assert got is not None
         assert got.dtype == jnp.float32
@@ -209,7 +227,7 @@ def test_blocks_that_cannot_be_are_named(blocks):
 def test_only_the_deprecation_of_the_lowering_is_silenced():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        triton._silence_deprecation()
+        _compat.silence_triton()
         warnings.warn("The Pallas Triton backend is deprecated and", DeprecationWarning, 2)
         with pytest.raises(DeprecationWarning, match="another"):
             warnings.warn("another", DeprecationWarning, 2)

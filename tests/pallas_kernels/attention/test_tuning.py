@@ -241,6 +241,22 @@ def test_families_hold_chips_of_one_kind():
     assert family((8, 6)) == family((8, 9)) == family((12, 0)) == ("name",)
 
 
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        ("NVIDIA A100-SXM4-40GB", (8, 0)),
+        ("NVIDIA A10G", (8, 6)),
+        ("NVIDIA L40S", (8, 9)),
+        ("NVIDIA GH200 480GB", (9, 0)),
+        ("NVIDIA GB200", (10, 0)),
+        ("NVIDIA GeForce RTX 4090", (8, 9)),
+        ("Tesla T4", None),
+    ],
+)
+def test_capability_of_a_chip_known_by_name(kind, capability):
+    assert _compat._capability(kind) == capability
+
+
 def test_a_bias_of_rows_and_keys_counts_its_bits():
     gpu = mosaic_gpu.lookup_of
     for call, ours, gpus in (
