@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, ManualAxisType, NamedSharding, PartitionSpec
 
@@ -19,6 +20,18 @@ def type_apart_from_leading_axis(x: jax.Array) -> Any:
 def varying_axes(x: jax.Array) -> frozenset[Any]:
     """Returns the mesh axes over which `x` varies, as far as `shard_map` checks it."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def max_magnitude(
+    x: jax.Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False
+) -> jax.Array:
+    """Returns the largest magnitude, NaN where there is one among the entries.
+
+    The maxima of XLA's library for CPUs and of GPU kernels pass over NaN; a sum does not.
+    """
+    size = jnp.abs(x)
+    nan = jnp.isnan(jnp.sum(size, axis, keepdims=keepdims))
+    return jnp.where(nan, jnp.nan, jnp.max(size, axis, keepdims=keepdims))
 
 
 def vary_alike(arrays: Sequence[jax.Array], *others: jax.Array) -> list[jax.Array]:

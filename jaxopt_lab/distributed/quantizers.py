@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _compat, _hyperparams
 
 _SCALES = ("l1", "l2")
 
@@ -77,7 +77,7 @@ class StochasticInteger:
     def compress(self, x: jax.Array, key: jax.Array) -> BlockPayload:
         """Returns randomly rounded multiples of the blocks' scales."""
         blocks = jnp.pad(x, (0, -x.size % self.block_size)).reshape(-1, self.block_size)
-        scales = jnp.max(jnp.abs(blocks), axis=1) / self._largest
+        scales = _compat.max_magnitude(blocks, axis=1) / self._largest
         units = blocks / jnp.where(scales == 0, jnp.ones_like(scales), scales)[:, None]
         units = units.reshape(-1)[: x.size]
         codes = jnp.floor(units + jax.random.uniform(key, x.shape, x.dtype))

@@ -161,14 +161,12 @@ class Int8:
     def measure_tile(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Returns the scales of a floating tile, and what its codes need."""
         x = self._floats(x)
-        # The maximum of a kernel passes over NaN.
-        nan = jnp.max(jnp.where(x == x, 0.0, 1.0), -1, keepdims=True)
+        size = _compat.max_magnitude(x, -1, keepdims=True)
         if self._signed and self.code == "dynamic":
             high, low = jnp.max(x, -1, keepdims=True), jnp.min(x, -1, keepdims=True)
+            scales = jnp.where(jnp.isnan(size), size, self._scale(jnp.maximum(high, 0), low))
         else:
-            high = jnp.max(jnp.abs(x), -1, keepdims=True)
-            low = jnp.zeros_like(high)
-        scales = jnp.where(nan > 0, jnp.nan, self._scale(jnp.maximum(high, 0), low))
+            scales = self._scale(size, -size)
         return scales, *self._divisors(scales)
 
     def encode_tile(self, x: jax.Array, scales: jax.Array, *divisors: jax.Array) -> Blocks:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxopt_lab import _compat
 from jaxopt_lab.subspace import projections
 from jaxopt_lab.subspace.columns import carry_by_index
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf
@@ -51,7 +52,7 @@ class DCT(projections.LeafProjection):
         matrix = projections.to_matrix(grad, leaf)
         everything = jnp.arange(leaf.size, dtype=jnp.int32)
         basis = cosine_basis(everything, leaf.size, self.type, matrix.dtype)
-        size = jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True)
+        size = _compat.max_magnitude(matrix, (-2, -1), keepdims=True)
         usable = (size > 0) & jnp.isfinite(size)
         products = _product(basis.T, matrix) if _inputs(leaf) else _product(matrix, basis)
         # A power of a large or tiny gradient must not leave the range of the dtype.

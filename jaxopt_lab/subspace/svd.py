@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.subspace import projections
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf
 
@@ -70,7 +70,7 @@ class SVD(projections.LeafProjection):
             axes = self._projected(leaf)
             found = self._directions(matrix, axes, leaf.kept, key)
             # Nothing can be learned from a gradient that is zero or not finite.
-            size = jnp.max(jnp.abs(matrix))
+            size = _compat.max_magnitude(matrix)
             usable = (size > 0) & jnp.isfinite(size)
             new = found if self.side == "both" else found[0]
             return jax.tree.map(
@@ -86,7 +86,7 @@ class SVD(projections.LeafProjection):
     ) -> tuple[jax.Array, ...]:
         """Returns orthonormal columns for each of `axes`."""
         # Squares of large or tiny gradients must not leave the range of the dtype.
-        largest = jnp.max(jnp.abs(matrix))
+        largest = _compat.max_magnitude(matrix)
         matrix = matrix / jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
         if self.method == "full":
             # LAPACK reads by columns; given the transpose it needs no copy of every gradient, which

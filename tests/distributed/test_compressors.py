@@ -89,6 +89,16 @@ def test_selection_is_exact(name):
     assert np.all((found == 0) | (found == x))
 
 
+@pytest.mark.parametrize("make", [distributed.stochastic_int8, distributed.stochastic_int4])
+def test_nan_is_sent_with_its_block(make):
+    """Blocks as large as those of which the maximum of XLA's library for CPUs passes over NaN."""
+    compressor, key = make(256), jax.random.key(0)
+    x = jnp.ones(64 * 256).at[300].set(jnp.nan)
+    sent = jax.jit(lambda x: compressor.decompress(compressor.compress(x, key), x.size, key))(x)
+    np.testing.assert_array_equal(np.isnan(sent).reshape(64, 256).all(1), np.arange(64) == 1)
+    assert np.isnan(sent).sum() == 256
+
+
 def test_everything_kept_is_the_identity():
     x, key = jnp.asarray(VECTORS["normal"], jnp.float32), jax.random.key(0)
     both: tuple[Any, ...] = distributed.top_k(1.0), distributed.random_k(1.0)

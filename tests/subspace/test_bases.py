@@ -92,6 +92,17 @@ def test_nothing_is_learned_from_a_gradient_without_information(projection, bad)
 
 
 @pytest.mark.parametrize(
+    "projection", [subspace.svd(method="randomized"), subspace.dct()], ids=["randomized", "dct"]
+)
+def test_nan_is_seen_in_a_large_gradient(projection):
+    """Of this size, the maximum of XLA's library for CPUs passes over it."""
+    tx, grad = split(projection), jnp.ones((64, 256)).at[5, 6].set(2.0)
+    _, before = jax.jit(tx.update)({"w": grad}, tx.init({"w": grad}), {"w": grad})
+    _, after = jax.jit(tx.update)({"w": grad.at[2, 3].set(jnp.nan)}, before, {"w": grad})
+    assert_same(selection(after, "w"), selection(before, "w"))
+
+
+@pytest.mark.parametrize(
     ("projection", "rank"),
     [
         (subspace.svd(), 3),
