@@ -120,6 +120,12 @@ def _segments(kind: str | None, rng: Any, batch: int, length: int, side: int) ->
     return jnp.asarray(np.sort(ids) if kind == "sorted" else ids, jnp.int32)
 
 
+def quick_jit(fn: Any) -> Any:
+    """As `jax.jit`. Most of a test's time is LLVM's optimiser, which changes no result here."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(fn, compiler_options=options if jax.default_backend() == "cpu" else None)
+
+
 def run(attend: Any, problem: Problem) -> Result:
     """Returns the values and gradients of ``attend(operands) -> (output, lse)``."""
     operands, cotangents = problem.operands, problem.cotangents
@@ -138,9 +144,7 @@ def run(attend: Any, problem: Problem) -> Result:
     primals = (
         operands.query, operands.key, operands.value, operands.bias, operands.sinks
     )  # fmt: skip
-    # Most of a test's time is LLVM's optimiser, which does not change what is tested here.
-    options = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
-    results = jax.jit(all_of_it, compiler_options=options)(primals, cotangents)
+    results = quick_jit(all_of_it)(primals, cotangents)
     return Result(*jax.tree.map(lambda x: np.asarray(x, np.float64), results))
 
 
@@ -262,9 +266,9 @@ QUICK = {
 }  # fmt: skip
 
 
-def some_slow(of: Iterable[Case]) -> list[Any]:
-    """Marks the cases that are not in `QUICK` as slow."""
+def some_slow(of: Iterable[Case], quick: set[str] = QUICK) -> list[Any]:
+    """Marks the cases that are not in `quick` as slow."""
     return [
-        pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow, id=case.name)
+        pytest.param(case, marks=() if case.name in quick else pytest.mark.slow, id=case.name)
         for case in of
     ]

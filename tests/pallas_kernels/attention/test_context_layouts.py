@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -75,6 +76,13 @@ def test_plans_compute_what_is_seen_and_nothing_twice(layout, n, rows, keys, lef
 TILE = 32
 
 
+@functools.cache
+def needed(left, right, offset, rows, keys):
+    """The tiles of a call that somebody sees."""
+    mask = Mask(left=left, right=right, offset=offset)
+    return int((np.asarray(tile_kinds(mask, 1, rows, keys, TILE, TILE)) != SKIP).sum())
+
+
 def tiles(layout, n, length):
     """Tiles that each device computes in each step of a causal ring, (steps, n)."""
     work = layouts.schedule(layout, n, length, length, None, 0)
@@ -84,10 +92,8 @@ def tiles(layout, n, length):
         j = (i - step) % n
         for call in plan.branches[plan.choice[i, j]] if step <= work.last else ():
             offset = call.offset if call.is_static else plan.offsets[i, j, call.pair]
-            mask = Mask(left=call.left, right=call.right, offset=int(offset))
             rows, keys = (side.stop - side.start for side in (call.rows, call.keys))
-            kinds = tile_kinds(mask, 1, rows, keys, TILE, TILE)
-            found[step, i] += (np.asarray(kinds) != SKIP).sum()
+            found[step, i] += needed(call.left, call.right, int(offset), rows, keys)
     return found
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.mask import Limits, Mask
 from tests.pallas_kernels.attention import oracle
+from tests.pallas_kernels.attention.cases import quick_jit
 
 T, S = 13, 17
 
@@ -95,10 +96,14 @@ def test_visible_and_tile_kinds(seed):
     batch, block_q, block_kv = 2, int(rng.integers(1, 6)), int(rng.integers(1, 6))
     mask = random_mask(rng, batch)
     want = np.broadcast_to(oracle.visible(mask, batch, T, S), (batch, 1, T, S))
-    seen = np.broadcast_to(masks.visible(mask, batch, T, S), want.shape)
-    np.testing.assert_array_equal(seen, want)
 
-    kinds = np.asarray(masks.tile_kinds(mask, batch, T, S, block_q, block_kv))
+    @quick_jit
+    def both(mask):
+        kinds = masks.tile_kinds(mask, batch, T, S, block_q, block_kv)
+        return masks.visible(mask, batch, T, S), kinds
+
+    seen, kinds = map(np.asarray, both(mask))
+    np.testing.assert_array_equal(np.broadcast_to(seen, want.shape), want)
     nq, nk = -(-T // block_q), -(-S // block_kv)
     kinds = np.broadcast_to(kinds, (batch, 1, nq, nk))
     padded = np.zeros((batch, 1, nq * block_q, nk * block_kv), bool)
