@@ -23,8 +23,8 @@ from jaxopt_lab.quantization.codecs import Tiling
 IMPLEMENTATIONS = ("loop", "kernel", "interpreted kernel", "whole")
 
 # With 256 entries each, a quarter of a megabyte of an int8 Adam step's operands. From twice of it
-# on XLA splits each operation of a turn over threads; below, it runs the loops of several
-# parameters side by side instead, which was 1.4 to 1.8 times faster on two cores.
+# on XLA splits each operation of a turn over threads, and a step took 1.4 to 1.8 times as long on
+# two cores; below, it runs on one of them.
 _LOOP_BLOCKS = 64
 _KERNEL_ENTRIES = 2**10  # eight for each thread
 _KERNEL_WARPS = 4
