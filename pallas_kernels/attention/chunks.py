@@ -68,9 +68,12 @@ def choose_blocks(settings: Settings, operands: Operands) -> Blocks:
     assert config.rows is not None
     assert config.block_kv is not None
     cpu = _compat.device().platform == "cpu"
-    tile = config.tile or (2**17 * max(2, os.cpu_count() or 1) if cpu else 2**24)
     block_q = _even(size.queries, config.block_q or max(64, config.rows // size.group))
     block_kv = _even(size.keys, config.block_kv)
+    # Where a head is one tile, a step costs more than scores that leave the cache.
+    one_tile = block_q >= size.queries and block_kv >= size.keys
+    of_cpu = 2 ** (19 if one_tile else 17) * max(2, os.cpu_count() or 1)
+    tile = config.tile or (of_cpu if cpu else 2**24)
     at_once = max(1, tile // max(1, size.group * block_q * block_kv))
     heads = _divisor(size.kv_heads, at_once)
     batch = _divisor(size.batch, at_once // heads) if heads == size.kv_heads else 1
