@@ -250,8 +250,8 @@ _COMPILED = [
 @pytest.mark.parametrize(("chip", "case"), [needs.on(*pair) for pair in _COMPILED])
 def test_compiles_without_spills(chip, case):
     report = compile_with_resources(f"{mosaic_gpu_cases.__name__}:{case}", chip)
-    names = [kernel["name"] for kernel in report["resources"]]
-    assert names == ["attention_forward", "attention_backward_dkv", "attention_backward_dq"]
+    names = sorted(kernel["name"] for kernel in report["resources"])
+    assert names == ["attention_backward_dkv", "attention_backward_dq", "attention_forward"]
     for kernel in report["resources"]:
         assert kernel["spill_stores"] == kernel["spill_loads"] == kernel["stack"] == 0, kernel
         assert kernel["registers"] == 168  # 65536 / 384 threads; later 240 for those that compute
