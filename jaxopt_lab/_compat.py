@@ -1,4 +1,4 @@
-"""What differs between the supported jax versions, and facts about arrays under a mesh."""
+"""What differs between jax versions and compilers, and facts about arrays under a mesh."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ def varying_axes(x: jax.Array) -> frozenset[Any]:
 def max_magnitude(
     x: jax.Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False
 ) -> jax.Array:
-    """Returns the largest magnitude, NaN where there is one among the entries.
+    """Returns the largest magnitude, NaN where there is one among the entries."""
+    size = jnp.max(jnp.abs(x), axis, keepdims=keepdims)
+    return jnp.where(has_nan(x, axis, keepdims=keepdims), jnp.nan, size)
+
+
+def has_nan(
+    x: jax.Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False
+) -> jax.Array:
+    """Returns whether there is NaN among the entries.
 
     The maxima of XLA's library for CPUs and of GPU kernels pass over NaN; a sum does not.
     """
-    size = jnp.abs(x)
-    nan = jnp.isnan(jnp.sum(size, axis, keepdims=keepdims))
-    return jnp.where(nan, jnp.nan, jnp.max(size, axis, keepdims=keepdims))
+    return jnp.isnan(jnp.sum(jnp.abs(x), axis, keepdims=keepdims))
 
 
 def vary_alike(arrays: Sequence[jax.Array], *others: jax.Array) -> list[jax.Array]:

@@ -84,12 +84,7 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
 
 def vary_like(tree: Any, like: Any) -> Any:
     """Marks each leaf of `tree` as varying over what its counterpart in `like` varies over."""
-
-    def mark(x: Any, other: Any) -> Any:
-        missing = _compat.varying_axes(other) - _compat.varying_axes(x)
-        return lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
-
-    return jax.tree.map(mark, tree, like)
+    return jax.tree.map(lambda x, other: _compat.vary_alike([x], other)[0], tree, like)
 
 
 def require_own(updates: Any, axis_name: AxisName, method: str) -> None:

@@ -31,43 +31,45 @@ _KERNEL_WARPS = 4
 
 
 class Step(NamedTuple):
-    """What is done to tiles of the matrices; a row of a tile is a block."""
+    """What is done to matrices, tile by tile; a row of a tile is a block."""
 
-    compute: Callable[[Sequence[jax.Array], Sequence[jax.Array]], Sequence[jax.Array]]
-    write: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]  # elementwise; the new tiles
+    compute: Callable[[Sequence[jax.Array], Sequence[jax.Array]], Any]  # of scalars and tiles
+    write: Callable[[Any], Sequence[jax.Array]]  # elementwise, of its result; the new tiles
+    changed: Sequence[int]  # which of the arrays the new tiles belong to
+    tiling: Tiling  # of all arrays
+
+    def is_matrix(self, x: jax.Array) -> bool:
+        """Whether an array has the entries, or one number for each block."""
+        return x.shape[1] == self.tiling.length
 
 
 def run(
     step: Step,
-    tiling: Tiling,
     scalars: Sequence[jax.Array],
     arrays: Sequence[jax.Array],
-    changed: Sequence[int],
     implementation: str | None,
 ) -> list[jax.Array]:
     """Applies a step to all blocks.
 
     Args:
-      step: functions of scalars and tiles of `arrays`, and of what the first returned.
-      tiling: of all arrays.
+      step: what is done.
       scalars: arrays of shape ().
       arrays: each of shape (rows, length), or (rows, blocks) for one entry a block.
-      changed: which arrays are replaced by what `step.write` returns.
       implementation: one of IMPLEMENTATIONS, or None for what is best on the platform. There is no
         kernel for rows of several blocks.
 
     Returns:
-      The new arrays.
+      The new arrays, in the order of `step.changed`.
     """
     arrays = _compat.vary_alike(arrays, *scalars)
     scalars = _compat.vary_alike(scalars, *arrays)
     by_name = {
-        "loop": functools.partial(_loop, step, tiling, changed),
-        "kernel": functools.partial(_kernel, step, tiling, changed),
-        "interpreted kernel": functools.partial(_kernel, step, tiling, changed, interpret=True),
-        "whole": functools.partial(_whole, step, tiling, changed),
+        "loop": functools.partial(_loop, step),
+        "kernel": functools.partial(_kernel, step),
+        "interpreted kernel": functools.partial(_kernel, step, interpret=True),
+        "whole": functools.partial(_whole, step),
     }
-    if tiling.blocks > 1:
+    if step.tiling.blocks > 1:
         by_name["kernel"] = by_name["interpreted kernel"] = by_name["whole"]
     if implementation is not None:
         return by_name[implementation](scalars, arrays)
@@ -76,15 +78,10 @@ def run(
     )
 
 
-def _loop(
-    step: Step,
-    tiling: Tiling,
-    changed: Sequence[int],
-    scalars: Sequence[jax.Array],
-    arrays: Sequence[jax.Array],
-) -> list[jax.Array]:
+def _loop(step: Step, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """In place, where the caller has no further use for an array."""
-    is_matrix = [x.shape[1] == tiling.length for x in arrays]
+    tiling, changed = step.tiling, step.changed
+    is_matrix = list(map(step.is_matrix, arrays))
 
     def turn(row: Any, block: Any, rows: int, width: int, new: list[jax.Array]) -> list[jax.Array]:
         now = dict(enumerate(arrays)) | dict(zip(changed, new))
@@ -95,8 +92,8 @@ def _loop(
         # before anything is written. Else XLA would copy whole arrays in each turn.
         found = lax.cond(
             row >= 0,
-            lambda: list(step.compute(scalars, tiles)),
-            lambda: [jnp.zeros_like(x) for x in jax.eval_shape(step.compute, scalars, tiles)],
+            lambda: step.compute(scalars, tiles),
+            lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(step.compute, scalars, tiles)),
         )
         written = zip(changed, new, step.write(found))
         return [lax.dynamic_update_slice(x, tile, places[i]) for i, x, tile in written]
@@ -120,16 +117,13 @@ def _loop(
 
 
 def _whole(
-    step: Step,
-    tiling: Tiling,
-    changed: Sequence[int],
-    scalars: Sequence[jax.Array],
-    arrays: Sequence[jax.Array],
+    step: Step, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """As two tiles: the whole blocks, and the rests of the rows."""
-    is_matrix = [x.shape[1] == tiling.length for x in arrays]
+    tiling = step.tiling
+    is_matrix = list(map(step.is_matrix, arrays))
     cuts = [tiling.whole * tiling.block_size if m else tiling.whole for m in is_matrix]
-    new: list[list[jax.Array]] = [[] for _ in changed]
+    new: list[list[jax.Array]] = [[] for _ in step.changed]
     for last in (False, True):
         tiles = [x[:, cut:] if last else x[:, :cut] for x, cut in zip(arrays, cuts)]
         if not tiles[0].shape[1]:
@@ -144,8 +138,6 @@ def _whole(
 
 def _kernel(
     step: Step,
-    tiling: Tiling,
-    changed: Sequence[int],
     scalars: Sequence[jax.Array],
     arrays: Sequence[jax.Array],
     *,
@@ -155,6 +147,7 @@ def _kernel(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
+    tiling, changed = step.tiling, step.changed
     # From jax 0.11 it warns, when the caller's program is lowered, that this lowering will go.
     warnings.filterwarnings(
         "ignore", "The Pallas Triton backend is deprecated", category=DeprecationWarning

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -81,7 +81,7 @@ def encode_like(
     leaves: list[Any],
     seed: int,
     count: jax.Array,
-    done: Collection[int] = (),
+    done: Set[int] = frozenset(),
 ) -> list[Any]:
     """Encodes leaves as they were before.
 
@@ -96,10 +96,10 @@ def encode_like(
       The new leaves, encoded where those before are.
     """
     key = _step_key(seed, count)
-    todo = [i for i, (_, before) in enumerate(flat) if is_encoded(before) and i not in done]
-    scales = _scales(flat, leaves, todo)
+    left = [i for i, (_, before) in enumerate(flat) if is_encoded(before) and i not in done]
+    scales = _scales(flat, leaves, left)
     new = list(leaves)
-    for i in todo:
+    for i in left:
         new[i] = _encode(flat[i][1].codec, leaves[i], key, i, **scales.get(i, {}))
     return new
 

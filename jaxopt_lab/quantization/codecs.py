@@ -161,11 +161,12 @@ class Int8:
     def measure_tile(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Returns the scales of a floating tile, and what its codes need."""
         x = self._floats(x)
-        size = _compat.max_magnitude(x, -1, keepdims=True)
         if self._signed and self.code == "dynamic":
             high, low = jnp.max(x, -1, keepdims=True), jnp.min(x, -1, keepdims=True)
-            scales = jnp.where(jnp.isnan(size), size, self._scale(jnp.maximum(high, 0), low))
+            nan = _compat.has_nan(x, -1, keepdims=True)
+            scales = jnp.where(nan, jnp.nan, self._scale(jnp.maximum(high, 0), low))
         else:
+            size = _compat.max_magnitude(x, -1, keepdims=True)
             scales = self._scale(size, -size)
         return scales, *self._divisors(scales)
 

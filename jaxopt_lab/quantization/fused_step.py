@@ -97,14 +97,15 @@ def fused_step(
         )
         weights, tree = jax.tree.flatten(params)
         before = [*weights, *(leaf for _, leaf in flat)]
-        after = [*jax.tree.leaves(new_params), *new_leaves]
+        after = dict(enumerate([*jax.tree.leaves(new_params), *new_leaves]))
         done: dict[int, Any] = {}
         for group in program.groups():
             done |= _in_parts(group, before, implementation)
-        after = [done.get(i, leaf) for i, leaf in enumerate(after)]
+        results = list((after | done).values())
         first = len(weights)
-        encoded = _leaves.encode_like(flat, after[first:], seed, count, [i - first for i in done])
-        return tree.unflatten(after[:first]), QuantizedState(count, structure.unflatten(encoded))
+        encoded = {i - first for i in done if i >= first}
+        leaves = _leaves.encode_like(flat, results[first:], seed, count, encoded)
+        return tree.unflatten(results[:first]), QuantizedState(count, structure.unflatten(leaves))
 
     return step
 
@@ -135,26 +136,25 @@ def _in_parts(
     leaves = {source: leaves.get(source, program.values[source]) for source in sources}
     matrices = {source: _matrices(leaf, tiling) for source, leaf in leaves.items()}
 
-    def compute(scalar_values: Any, parts: Any) -> list[jax.Array]:
+    def compute(scalar_values: Any, parts: Any) -> list[tuple[jax.Array, ...]]:
         known = dict(zip(scalars, scalar_values))
         parts = iter(parts)
         for source, leaf in leaves.items():
             known[source] = _read(leaf, [next(parts) for _ in matrices[source]])
         shape = known[sources[0]].shape
         values = _elementwise.evaluate(program, equations, known, shape)
-        return [x for i, out in outputs.items() for x in _measured(before[i], values[out])]
+        return [_measured(before[i], values[out]) for i, out in outputs.items()]
 
     def write(found: Any) -> list[jax.Array]:
-        found = iter(found)
-        return [x for i in outputs for x in _written(before[i], found)]
+        return [x for i, own in zip(outputs, found) for x in _written(before[i], own)]
 
     places = iter(range(sum(map(len, matrices.values()))))
     places = {source: [next(places) for _ in parts] for source, parts in matrices.items()}
     changed = [place for i in outputs for place in places[program.inputs[i]]]
     arrays = [x for parts in matrices.values() for x in parts]
-    step = _block_passes.Step(compute, write)
+    step = _block_passes.Step(compute, write, changed, tiling)
     given = [program.values[i] for i in scalars]
-    new = iter(_block_passes.run(step, tiling, given, arrays, changed, implementation))
+    new = iter(_block_passes.run(step, given, arrays, implementation))
     return {i: _restored(before[i], new) for i in outputs}
 
 
@@ -169,8 +169,8 @@ def _tiling(
         old, new = program.values[program.inputs[i]], program.values[out]
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             return None
-    shapes = [program.values[out].shape for out in outputs.values()]
-    tilings = {codec.tiling(shapes[0]) for codec in codecs}
+    tilings = {codec.tiling(program.values[out].shape) for out in outputs.values()
+               for codec in codecs}  # fmt: skip
     return tilings.pop() if len(tilings) == 1 else None
 
 
@@ -195,10 +195,8 @@ def _measured(leaf: Any, value: jax.Array) -> tuple[jax.Array, ...]:
     return (value, *leaf.codec.measure_tile(value)) if _leaves.is_encoded(leaf) else (value,)
 
 
-def _written(leaf: Any, found: Iterator[jax.Array]) -> tuple[jax.Array, ...]:
-    if not _leaves.is_encoded(leaf):
-        return (next(found),)
-    return leaf.codec.encode_tile(*(next(found) for _ in range(5)))
+def _written(leaf: Any, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return leaf.codec.encode_tile(*found) if _leaves.is_encoded(leaf) else found
 
 
 def _restored(leaf: Any, arrays: Iterator[jax.Array]) -> Any:

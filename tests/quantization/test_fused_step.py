@@ -81,6 +81,7 @@ def assert_close(found, expected):
             assert difference.max(initial=0) <= 1
             assert np.mean(difference > 0) < 0.01
         else:
+            # 100 units of float32 rounding: each of four steps rounds products and a quotient.
             np.testing.assert_allclose(
                 np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-5, atol=1e-6
             )
