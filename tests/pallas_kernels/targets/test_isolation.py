@@ -20,7 +20,14 @@ def test_unknown_chip_is_refused_before_a_child_starts():
 def test_report_is_json(chip):
     report = compile_in_child(f"{CASES}:sgd", chip)
     assert json.loads(json.dumps(report)) == report
-    assert set(report) == {"function", "chip", "jax_version", "memory", "traffic"}
+    assert set(report) == {
+        "function",
+        "chip",
+        "jax_version",
+        "memory",
+        "traffic",
+        "scoped_memory",
+    }
 
 
 @pytest.mark.parametrize(
