@@ -1,9 +1,11 @@
 """What does attention cost here, by each route of `pallas_kernels` and by the codes around it?
 
 Forward, and forward with the gradients of query, key and value, over a list of shapes. All
-contenders of a shape take turns; reported are medians, TFLOP/s, the compiled program's temporary
-memory, and the error against the next wider dtype. TFLOP/s count 4 B N T S d operations forward and
-2.5 times as many more backward, half of both under a causal mask, whatever a code computes.
+contenders of a shape take turns, each timed right after an execution of its own that is not: what
+the one before left to be freed, a gigabyte of scores perhaps, is not its cost. Reported are
+medians, TFLOP/s, the compiled program's temporary memory, and the error against the next wider
+dtype. TFLOP/s count 4 B N T S d operations forward and 2.5 times as many more backward, half of
+both under a causal mask, whatever a code computes.
 
 ``--tune`` times what the routes offer for their blocks instead, kernel by kernel, and ``--write``
 saves the fastest for the chip it runs on in the file that the routes read.
@@ -15,7 +17,6 @@ import functools
 import io
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,8 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         for name, compiled in programs.items():
             for which in PASSES:
                 if which in results[name]:
-                    begin = time.perf_counter()
-                    jax.block_until_ready(compiled[which](*arrays))
-                    results[name][which]["seconds"].append(time.perf_counter() - begin)
+                    program = functools.partial(compiled[which], *arrays)
+                    results[name][which]["seconds"].append(attention_tuning.seconds_of(program))
     return {"shape": str(shape), "refused": refused, "results": results}
 
 

@@ -128,7 +128,16 @@ def times(programs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float
     seconds: list[list[float]] = [[] for _ in programs]
     for _ in range(rounds):
         for program, own in zip(programs, seconds):
-            begin = time.perf_counter()
-            jax.block_until_ready(program())
-            own.append(time.perf_counter() - begin)
+            own.append(seconds_of(program))
     return seconds
+
+
+def seconds_of(program: Callable[[], Any]) -> float:
+    """Returns the seconds of one execution, after one that is not timed.
+
+    What ran before may still be freeing its memory, and has left caches and clocks as it needed.
+    """
+    jax.block_until_ready(program())
+    begin = time.perf_counter()
+    jax.block_until_ready(program())
+    return time.perf_counter() - begin

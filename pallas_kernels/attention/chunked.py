@@ -67,7 +67,9 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
     x = arrange(operands, blocks)
     precise = functools.partial(_einsum, settings)
     dtype = wide(operands.query.dtype)
-    nq = x.query.shape[3] // blocks.q
+    query = pad(operands.query, 1, blocks.q)
+    nq = query.shape[1] // blocks.q
+    heads = blocks.heads * size.group
     sinks = None
     if operands.sinks is not None:
         sinks = operands.sinks.reshape(1, size.kv_heads, size.group, 1)
@@ -76,11 +78,13 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
         group, i = index // nq, index % nq
         b, k = position(group, size.kv_heads, blocks)
         q0 = i * blocks.q
-        rows = part(x.query, (b, k, 0, q0), (blocks.batch, blocks.heads, size.group, blocks.q))
+        # Its rows are read once, so the query alone is not put heads first as a whole.
+        rows = part(query, (b, q0, k * size.group), (blocks.batch, blocks.q, heads))
+        rows = heads_first(rows, blocks.heads, blocks.q)
         limits = part(x.limits, (b,), (blocks.batch,))
         span = _widest(keys_of_rows(operands.mask, Limits(*limits.T), q0, q0 + blocks.q - 1))
 
-        def tile(j: jax.Array, carry: Any, hides: bool) -> Any:
+        def tile(j: jax.Array, carry: Any, hides: bool) -> tuple[Any, None]:
             m, total, o = carry
             keys, values = _keys_and_values(x, b, k, j, blocks)
             z, _, _, kept = _scores(settings, operands, x, blocks, rows, keys, (b, k, i, j), hides)
@@ -92,18 +96,18 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
             if kept is not None:
                 p = jnp.where(kept, p, 0)
             o = a[..., None] * o + precise("bkgts,bksd->bkgtd", p.astype(values.dtype), values)
-            return m_new, total, o
+            return (m_new, total, o), None
 
         shape = (blocks.batch, blocks.heads, size.group, blocks.q)
         if sinks is None:
             m, total = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
         else:
-            heads = part(sinks, (0, k), (1, blocks.heads)).astype(dtype)
-            m, total = jnp.broadcast_to(heads, shape), jnp.ones(shape, dtype)
+            sink = part(sinks, (0, k), (1, blocks.heads)).astype(dtype)
+            m, total = jnp.broadcast_to(sink, shape), jnp.ones(shape, dtype)
         carry = m, total, jnp.zeros((*shape, size.value_dim), dtype)
         carry = tuple(_compat.vary_like(c, *jax.tree.leaves(operands)) for c in carry)
         kind = functools.partial(_kind, x, blocks, span, b, k, i)
-        m, total, o = _over_tiles(tile, kind, span, blocks.kv, x.key.shape[2], carry)
+        (m, total, o), _ = _over_tiles(tile, kind, span, blocks.kv, x.key.shape[2], carry)
         empty = total == 0
         total = jnp.where(empty, 1, total)
         lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))
@@ -130,7 +134,8 @@ def backward(
     blocks = choose_blocks(settings, operands)
     x = arrange(operands, blocks)
     precise = functools.partial(_einsum, settings)
-    compute = x.query.dtype if _compat.device().platform != "cpu" else lse.dtype
+    query = heads_first(operands.query, size.kv_heads, blocks.q)
+    compute = query.dtype if _compat.device().platform != "cpu" else lse.dtype
     split = (size.batch, size.kv_heads, size.group, size.queries)
     lse = pad(jnp.where(lse == -jnp.inf, 0, lse).reshape(split), 3, blocks.q)
     delta = pad(delta.reshape(split), 3, blocks.q)
@@ -143,16 +148,16 @@ def backward(
         b, k = position(group, size.kv_heads, blocks)
         limits = part(x.limits, (b,), (blocks.batch,))
 
-        def key_step(carry: Any, j: jax.Array) -> tuple[Any, Any]:
+        def key_step(totals: Any, j: jax.Array) -> tuple[Any, Any]:
             k0 = j * blocks.kv
             keys, values = _keys_and_values(x, b, k, j, blocks)
             span = _widest(rows_of_keys(operands.mask, Limits(*limits.T), k0, k0 + blocks.kv - 1))
 
             def tile(i: jax.Array, carry: Any, hides: bool) -> Any:
-                d_query, d_key, d_value, d_bias = carry
+                d_key, d_value = carry
                 q0 = i * blocks.q
                 take = lambda a: part(a, (b, k, 0, q0), (*per_step, blocks.q))  # noqa: E731
-                rows, d_o = take(x.query), take(cotangent).astype(compute)
+                rows, d_o = take(query), take(cotangent).astype(compute)
                 z, slope, seen, kept = _scores(
                     settings, operands, x, blocks, rows, keys, (b, k, i, j), hides
                 )
@@ -162,34 +167,38 @@ def backward(
                 if kept is not None:
                     dp = jnp.where(kept, dp * keep_scale, 0)
                     dropped = jnp.where(kept, p * keep_scale, 0)
-                ds = p * (dp - take(delta)[..., None]) * slope
+                d_scores = p * (dp - take(delta)[..., None]) * slope
                 if seen is not None:
-                    ds = jnp.where(seen, ds, 0)
-                d_value += precise("bkgts,bkgtd->bksd", dropped.astype(compute), d_o)
-                if d_bias is not None:
-                    d_bias = add_summed(d_bias, ds, (b, k, 0, q0, k0))
-                ds = ds.astype(compute)
-                d_key += precise("bkgts,bkgtd->bksd", ds, rows.astype(compute))
+                    d_scores = jnp.where(seen, d_scores, 0)
+                # Gradients of keys and values stand transposed, so that no tile of scores must be.
+                d_value += precise("bkgtd,bkgts->bkds", d_o, dropped.astype(compute))
+                ds = d_scores.astype(compute)
+                d_key += precise("bkgtd,bkgts->bkds", rows.astype(compute), ds)
                 d_rows = precise("bkgts,bksd->bkgtd", ds, keys)
-                d_query = add_summed(d_query, d_rows, (0, 0, 0, q0, 0))
-                return d_query, d_key, d_value, d_bias
+                return (d_key, d_value), (d_rows, None if d_bias is None else d_scores)
 
-            d_query, d_bias = carry
-            d_key, d_value = (jnp.zeros(a.shape, lse.dtype) for a in (keys, values))
+            def add(i: jax.Array, totals: Any, found: Any) -> Any:
+                (d_query, d_bias), (d_rows, d_scores), q0 = totals, found, i * blocks.q
+                d_query = add_summed(d_query, d_rows, (0, 0, 0, q0, 0))
+                if d_bias is not None:
+                    d_bias = add_summed(d_bias, d_scores, (b, k, 0, q0, k0))
+                return d_query, d_bias
+
+            d_key, d_value = (jnp.zeros(a.mT.shape, lse.dtype) for a in (keys, values))
             d_key, d_value = (_compat.vary_like(a, *varying) for a in (d_key, d_value))
             kind = functools.partial(_kind, x, blocks, span, b, k, swap=j)
-            d_query, d_key, d_value, d_bias = _over_tiles(
-                tile, kind, span, blocks.q, x.query.shape[3], (d_query, d_key, d_value, d_bias)
+            (d_key, d_value), totals = _over_tiles(
+                tile, kind, span, blocks.q, query.shape[3], (d_key, d_value), totals, add
             )
             d_key = (settings.scale * d_key).astype(x.key.dtype)
-            return (d_query, d_bias), (d_key, d_value.astype(x.value.dtype))
+            return totals, (d_key.mT, d_value.mT.astype(x.value.dtype))
 
-        d_query = jnp.zeros((*per_step, *x.query.shape[3:]), lse.dtype)
+        d_query = jnp.zeros((*per_step, *query.shape[3:]), lse.dtype)
         d_query = _compat.vary_like(d_query, *varying)
         (d_query, d_bias), (d_key, d_value) = lax.scan(
             key_step, (d_query, d_bias), jnp.arange(nk, dtype=jnp.int32)
         )
-        return d_bias, ((settings.scale * d_query).astype(x.query.dtype), d_key, d_value)
+        return d_bias, ((settings.scale * d_query).astype(query.dtype), d_key, d_value)
 
     varying = (*jax.tree.leaves(operands), cotangent, delta, lse)
     d_bias = None
@@ -252,7 +261,10 @@ def _scores(
     group = operands.sizes.group
     start = (b, k, 0, i * blocks.q, j * blocks.kv)
     size = (blocks.batch, blocks.heads, group, blocks.q, blocks.kv)
-    z = settings.scale * _einsum(settings, "bkgtd,bksd->bkgts", rows.astype(keys.dtype), keys)
+    rows = rows.astype(keys.dtype)
+    exact = wide(keys.dtype) == keys.dtype  # else the scaled rows would be rounded
+    z = _einsum(settings, "bkgtd,bksd->bkgts", settings.scale * rows if exact else rows, keys)
+    z = z if exact else settings.scale * z
     if x.bias is not None:
         z += part(x.bias, start, size).astype(z.dtype)
     slope = 1
@@ -310,16 +322,36 @@ def _kind(
     return jnp.where(whole, WHOLE, PARTIAL)
 
 
-def _over_tiles(tile: Any, kind: Any, span: Span, block: int, length: int, carry: Any) -> Any:
-    """Runs ``tile(index, carry, hides)`` over the blocks that `span` needs, as `kind` says."""
-    branches = (
-        lambda j, carry: carry,
-        functools.partial(tile, hides=False),
-        functools.partial(tile, hides=True),
-    )
+def _over_tiles(
+    tile: Any,
+    kind: Any,
+    span: Span,
+    block: int,
+    length: int,
+    carry: Any,
+    totals: Any = None,
+    add: Any = lambda index, totals, found: totals,
+) -> tuple[Any, Any]:
+    """Runs ``tile(index, carry, hides)`` over the blocks that `span` needs, as `kind` says.
+
+    A tile returns its carry and what ``add(index, totals, found)`` adds to arrays much larger than
+    it, which no branch may hold: XLA would copy them for each tile.
+    """
+    whole = functools.partial(tile, hides=False)
+    found = jax.eval_shape(whole, jnp.int32(0), carry)[1]
+
+    def skip(index: jax.Array, carry: Any) -> Any:
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+        return carry, jax.tree.map(lambda x: _compat.vary_like(x, *jax.tree.leaves(carry)), nothing)
+
     assert (SKIP, WHOLE, PARTIAL) == (0, 1, 2)
+    branches = skip, whole, functools.partial(tile, hides=True)
+
+    def step(index: jax.Array, state: Any) -> Any:
+        carry, totals = state
+        carry, found = lax.switch(kind(index), branches, index, carry)
+        return carry, add(index, totals, found)
+
     start = span.start // block
     stop = jnp.minimum(-(-span.stop // block), length // block)
-    return lax.fori_loop(
-        start, stop, lambda j, carry: lax.switch(kind(j), branches, j, carry), carry
-    )
+    return lax.fori_loop(start, stop, step, (carry, totals))

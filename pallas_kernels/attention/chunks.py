@@ -41,9 +41,8 @@ class Blocks(NamedTuple):
 
 
 class Arranged(NamedTuple):
-    """`Operands` with heads split in (K, G), put before the length, and padded to whole blocks."""
+    """`Operands` but the query, with heads before the length, and padded to whole blocks."""
 
-    query: jax.Array  # (B, K, G, T', d)
     key: jax.Array  # (B, K, S', d)
     value: jax.Array  # (B, K, S', dv)
     limits: jax.Array  # int32 (B, 3)
@@ -72,7 +71,7 @@ def choose_blocks(settings: Settings, operands: Operands) -> Blocks:
     block_kv = _even(size.keys, config.block_kv)
     # Where a head is one tile, a step costs more than scores that leave the cache.
     one_tile = block_q >= size.queries and block_kv >= size.keys
-    of_cpu = 2 ** (19 if one_tile else 17) * max(2, os.cpu_count() or 1)
+    of_cpu = 2 ** (19 if one_tile else 18) * max(2, os.cpu_count() or 1)
     tile = config.tile or (of_cpu if cpu else 2**24)
     at_once = max(1, tile // max(1, size.group * block_q * block_kv))
     heads = _divisor(size.kv_heads, at_once)
@@ -155,7 +154,6 @@ def arrange(operands: Operands, blocks: Blocks) -> Arranged:
     if seeds is not None:
         seeds = seeds.reshape(size.batch, size.kv_heads, size.group)
     return Arranged(
-        query=heads_first(operands.query, size.kv_heads, blocks.q),
         key=heads_first(operands.key, size.kv_heads, blocks.kv)[:, :, 0],
         value=heads_first(operands.value, size.kv_heads, blocks.kv)[:, :, 0],
         limits=mask.limits(size.batch, size.queries, size.keys),
