@@ -22,7 +22,15 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from jaxopt_lab.distributed import Replicas, device_replicas, diloco, one_bit_adam
+from jaxopt_lab.distributed import (
+    Replicas,
+    TrainRounds,
+    device_replicas,
+    diloco,
+    diloco_exchange,
+    one_bit_adam,
+    train_rounds,
+)
 
 STEPS, CHECKPOINT_EVERY, SYNC_EVERY, FREEZE_STEP = 12, 2, 3, 4
 LOST_PEER = 3  # exit code
@@ -104,12 +112,21 @@ def methods(replicas: Replicas) -> dict[str, optax.GradientTransformation]:
     }
 
 
+def whole_rounds(replicas: Replicas) -> TrainRounds:
+    """DiLoCo once more, a round at a time, with its outer state on the host."""
+    exchange = diloco_exchange(axis_name=replicas.axis_name)
+    return train_rounds(
+        replicas, loss, optax.adam(1e-2), exchange, SYNC_EVERY, exchange_memory_kind="pinned_host"
+    )
+
+
 def train(checkpoints: Checkpoints, kill_at: int, kill_in: str) -> None:
-    """Trains with both methods from the last checkpoint; prints the losses of its replicas."""
+    """Trains with all methods from the last checkpoint; prints the losses of its replicas."""
     replicas = device_replicas()
-    txs = methods(replicas)
+    txs, rounds = methods(replicas), whole_rounds(replicas)
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
     states = {name: replicas.init(tx, params) for name, tx in txs.items()}
+    states["rounds"] = rounds.init(params)
     steps = {name: replicas.train_step(loss, tx) for name, tx in txs.items()}
     done = checkpoints.last()
     if done:
@@ -121,10 +138,21 @@ def train(checkpoints: Checkpoints, kill_at: int, kill_in: str) -> None:
             die()
         for name in txs:
             states[name], losses = steps[name](states[name], replicas.shard(batch))
-            for replica, value in zip(replicas.local, _held(losses), strict=True):
-                print("loss", step, name, replica, float(value).hex(), flush=True)
+            report(step, name, replicas, _held(losses))
+        if step % SYNC_EVERY == 0:
+            of_round = range(step - SYNC_EVERY + 1, step + 1)
+            batch = np.stack([batches(s, replicas.count) for s in of_round], axis=1)
+            batch = replicas.shard(batch[list(replicas.local)])
+            states["rounds"], losses = rounds.step(states["rounds"], batch)
+            for s, values in zip(of_round, _held(losses).T, strict=True):
+                report(s, "rounds", replicas, values)
         if step % CHECKPOINT_EVERY == 0:
             checkpoints.save(step, states, step == kill_at and kill_in == "write")
+
+
+def report(step: int, name: str, replicas: Replicas, losses: np.ndarray) -> None:
+    for replica, value in zip(replicas.local, losses, strict=True):
+        print("loss", step, name, replica, float(value).hex(), flush=True)
 
 
 def leave(folder: Path, process: int, processes: int, port: str) -> None:

@@ -122,9 +122,11 @@ def test_processes_agree_with_devices_of_one_process(whole, tmp_path):
     assert alone.code == 0, alone.err
     expected, found = losses([alone]), losses(whole[1])
     assert expected.keys() == found.keys()
-    assert len(found) == 2 * STEPS * PROCESSES
+    assert len(found) == 3 * STEPS * PROCESSES
     for key, value in found.items():
         assert value == pytest.approx(expected[key], rel=1e-5), key  # sums in another order
+        if key[1] == "rounds":  # DiLoCo as the steps train it
+            assert value == pytest.approx(found[key[0], "diloco", key[2]], rel=1e-5), key
 
 
 def test_killed_processes_end_the_run_clearly_and_restarts_lose_nothing(whole, tmp_path):
