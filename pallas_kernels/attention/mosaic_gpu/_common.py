@@ -114,7 +114,8 @@ def not_hoisted(index: Any, j: Any) -> Any:
 
     The matrix unit takes operands by descriptors, one for each 16 columns. Those of an operand that
     a loop does not change would be computed before the loop and kept, 2 d / 16 registers of each
-    thread, which is what spilled at head dimension 256.
+    thread, which is what spilled at head dimension 256. So would the address of the barrier of a
+    slot that is the same for every tile, as the key's is in a ring of two.
     """
     return index + lax.shift_right_logical(j, jnp.int32(30))
 
@@ -157,7 +158,7 @@ class Ring(NamedTuple):
 
     def slot(self, n: Any) -> Any:
         """Returns the slot of the n-th filling."""
-        return lax.rem(n, jnp.int32(self.slots))
+        return not_hoisted(lax.rem(n, jnp.int32(self.slots)), n)
 
     def reserve(self, n: Any) -> tuple[Any, Any]:
         """Waits until the n-th filling may start; returns its slot and the barrier to signal."""

@@ -18,7 +18,6 @@ ROWS = {resource_table._key(row): row for row in COMMITTED["rows"]}
 # Kernels of GPUs that spill nevertheless, in bytes of stores and loads: the mask beside wide heads,
 # and the soft cap's slope. On an H200 Triton is not what a call takes by itself.
 SPILLING = {
-    ("mosaic_gpu", "h200", "segments", 256, "attention_backward_dq"): 56,
     ("triton", "a100", "segments", 128, "attention_forward"): 80,
     ("triton", "h200", "window_cap", 64, "attention_dkv"): 56,
     ("triton", "h200", "window_cap", 128, "attention_dkv"): 136,
