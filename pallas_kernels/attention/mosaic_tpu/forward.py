@@ -160,14 +160,6 @@ def _attend(
 ) -> None:
     """Adds one tile to m, l and acc, piece by piece."""
     first_row, first_key = entry.outer * blocks.q, entry.inner * blocks.kv
-    keys = blocks.kv_compute
-    if partial and scores.has_window and keys % blocks.q_compute == 0:
-        keys = min(keys, max(512, blocks.q_compute))
-    pieces = [
-        Piece(row, key, blocks.q_compute, keys, first_row, first_key)
-        for key in range(0, blocks.kv, keys)
-        for row in range(0, blocks.q, blocks.q_compute)
-    ]
     limits = tiles.limits_at(refs, b) if partial else None
     seed = refs["seeds"][b * pl.num_programs(1) + n] if "seeds" in refs else None
 
@@ -198,22 +190,55 @@ def _attend(
             p.astype(value.dtype), value, (1, 0), scores.settings
         )
 
-    if limits is not None and scores.has_window:
-        # Of a tile on the diagonal nearly half of the pieces are hidden.
-        for piece in pieces:
+    def pieces_of(rows: int, keys: int) -> list[Piece]:
+        return [
+            Piece(row, key, rows, keys, first_row, first_key)
+            for key in range(0, blocks.kv, keys)
+            for row in range(0, blocks.q, rows)
+        ]
 
-            @pl.when(scores.needed(piece, limits))
+    def all_of(pieces: list[Piece]) -> None:
+        if not blocks.ahead:
+            for piece in pieces:
+                softmax(piece, product(piece))
+            return
+        raw = product(pieces[0])
+        for piece, following in itertools.pairwise(pieces):
+            following_raw = product(following)
+            softmax(piece, raw)
+            raw = following_raw
+        softmax(pieces[-1], raw)
+
+    def one_by_one(pieces: list[Piece], needed: list[Any]) -> None:
+        for piece, condition in zip(pieces, needed, strict=True):
+
+            @pl.when(condition)
             def _piece(piece: Piece = piece) -> None:
                 softmax(piece, product(piece))
 
+    rows, keys = blocks.q_compute, blocks.kv_compute
+    if limits is None:
+        all_of(pieces_of(rows, keys))
         return
-    if not blocks.ahead:
-        for piece in pieces:
-            softmax(piece, product(piece))
+    # With a mask fewer rows at once, and as many entries, take fewer bundles.
+    masked = _divisor(rows, 256)
+    whole_pieces = pieces_of(masked, _divisor(blocks.kv, keys * (rows // masked)))
+    if not scores.has_window:
+        all_of(whole_pieces)
         return
-    raw = product(pieces[0])
-    for piece, following in itertools.pairwise(pieces):
-        following_raw = product(following)
-        softmax(piece, raw)
-        raw = following_raw
-    softmax(pieces[-1], raw)
+    # Of a tile on the diagonal nearly half of the pieces are hidden.
+    if keys % rows == 0:
+        keys = min(keys, max(512, rows))
+    pieces = pieces_of(rows, keys)
+    needed = [scores.needed(piece, limits) for piece in pieces]
+    if not scores.may_hide_within:
+        one_by_one(pieces, needed)
+        return
+    everything = functools.reduce(jnp.logical_and, needed)
+    pl.when(everything)(lambda: all_of(whole_pieces))
+    pl.when(jnp.logical_not(everything))(lambda: one_by_one(pieces, needed))
+
+
+def _divisor(length: int, piece: int) -> int:
+    """Returns `piece` if it divides the length, else the length."""
+    return piece if length % piece == 0 else length

@@ -165,6 +165,11 @@ class Scores(NamedTuple):
         """Whether a tile may have parts that its positions alone hide."""
         return self.operands_mask.left is not None or self.operands_mask.right is not None
 
+    @property
+    def may_hide_within(self) -> bool:
+        """Whether a tile may be partial where its positions hide nothing."""
+        return self.segments or self.dense_shape is not None
+
     def needed(self, piece: Piece, limits: Limits) -> Any:
         """Returns whether the window leaves anything of a piece visible."""
         first_row, first_key = piece.first_row + piece.row, piece.first_key + piece.key
