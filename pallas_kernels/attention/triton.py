@@ -52,7 +52,6 @@ from pallas_kernels.attention.mask import (
     Limits,
     Mask,
     Span,
-    id_ranges,
     in_interval,
     keys_of_rows,
     rows_of_keys,
@@ -183,8 +182,7 @@ class _Inputs(NamedTuple):
     limits: Any = None  # int32 (B, 3), unless all is known at trace time
     query_ids: Any = None  # int32 (B, T)
     key_ids: Any = None  # int32 (B, S)
-    query_ranges: Any = None  # smallest and largest id of each block, two int32 (B, nq)
-    key_ranges: Any = None  # two int32 (B, nk)
+    spans: Any = None  # int32 (B, nq or nk, 4), where segment ids decide: see `_spans`
     dense: Any = None  # bool (B or 1, N or 1, T or 1, S or 1)
     kinds: Any = None  # int32 (B or 1, N or 1, nq, nk), where there is a dense mask
     cotangent: Any = None  # (B, T, N, dv)
@@ -237,8 +235,13 @@ class _Plan:
 
     @property
     def asks_tiles(self) -> bool:
-        """Whether the kind of a tile depends on more than the interval of its rows."""
-        return self.inputs.kinds is not None or self.inputs.query_ranges is not None
+        """Whether each tile has a kind of its own."""
+        return self.inputs.kinds is not None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the blocks to visit are known at trace time."""
+        return self.static_limits is not None and self.inputs.spans is None
 
     def rows(self, i: Any, *, exist: bool = False) -> _Axis:
         """Returns query block `i`; with `exist`, all its rows are known to be there."""
@@ -253,32 +256,33 @@ class _Plan:
             return self.static_limits
         return Limits(*(self.inputs.limits[b, column] for column in range(3)))
 
-    def keys_of(self, limits: Limits, i: Any) -> Span:
-        """Returns the keys that block `i` sees. Rows past T do not count: they are not stored."""
+    def key_blocks_of(self, limits: Limits, b: Any, i: Any) -> Span:
+        """Returns the key blocks that query block `i` sees.
+
+        Rows past T do not count: they are not stored.
+        """
+        if self.inputs.spans is not None:
+            return Span(*(self.inputs.spans[b, i, column] for column in range(4)))
         first = i * self.blocks.block_q
         last = jnp.minimum(first + self.blocks.block_q, self.size.queries) - 1
-        return keys_of_rows(self.window, limits, first, last)
+        return _in_blocks(keys_of_rows(self.window, limits, first, last), self.blocks.block_kv)
 
-    def rows_of(self, limits: Limits, j: Any) -> Span:
-        """Returns the rows that see key block `j`, of which keys past S do not count."""
+    def query_blocks_of(self, limits: Limits, b: Any, j: Any) -> Span:
+        """Returns the query blocks that see key block `j`, of which keys past S do not count."""
+        if self.inputs.spans is not None:
+            return Span(*(self.inputs.spans[b, j, column] for column in range(4)))
         first = j * self.blocks.block_kv
         last = jnp.minimum(first + self.blocks.block_kv, self.size.keys) - 1
-        return rows_of_keys(self.window, limits, first, last)
+        return _in_blocks(rows_of_keys(self.window, limits, first, last), self.blocks.block_q)
 
     def kind(self, limits: Limits, b: Any, n: Any, i: Any, j: Any) -> jax.Array:
         """Returns what `tile_kinds` says of tile (i, j), a scalar."""
         inputs = self.inputs
         if inputs.kinds is not None:
             return inputs.kinds[*_at(inputs.kinds, b, n), i, j]
-        first, end = j * self.blocks.block_kv, (j + 1) * self.blocks.block_kv
-        span = self.keys_of(limits, i)
-        needed = (first < span.stop) & (end > span.start)
-        whole = (first >= span.whole_start) & (end <= span.whole_stop)
-        if inputs.query_ranges is not None:
-            q_low, q_high = (ref[b, i] for ref in inputs.query_ranges)
-            k_low, k_high = (ref[b, j] for ref in inputs.key_ranges)
-            needed &= (q_low <= k_high) & (k_low <= q_high)
-            whole &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        span = self.key_blocks_of(limits, b, i)
+        needed = (j >= span.start) & (j < span.stop)
+        whole = (j >= span.whole_start) & (j < span.whole_stop)
         # Typed constants: a select of two Python numbers lowers to booleans in jax 0.10.
         skip, whole_tile, partial_tile = (np.int32(x) for x in (SKIP, WHOLE, PARTIAL))
         return jnp.where(needed, jnp.where(whole, whole_tile, partial_tile), skip)
@@ -401,40 +405,50 @@ def _store(ref: Any, value: jax.Array, *index: Any) -> None:
 _Step = Callable[[bool, Any, Any], Any]
 
 
+def _in_blocks(span: Span, block: int) -> Span:
+    """Returns the blocks that a span of positions touches, and those that are wholly in it."""
+    start, stop = _divide(span.start, block), _divide(span.stop + block - 1, block)
+    if not isinstance(span.start, int):  # an empty span within a block
+        stop = jnp.where(span.start < span.stop, stop, start)
+    whole_start = start
+    if not isinstance(span.whole_start, int):
+        whole_start = jnp.clip(_divide(span.whole_start + block - 1, block), start, stop)
+    whole_stop = jnp.clip(_divide(span.whole_stop, block), whole_start, stop)
+    return Span(start, stop, whole_start, whole_stop)
+
+
 def _for_each_block(
-    span: Span,
-    block: int,
-    kind: Callable[[Any], Any] | None,
-    all_whole: bool,
-    step: _Step,
-    carry: Any,
+    span: Span, kind: Callable[[Any], Any] | None, all_whole: bool, step: _Step, carry: Any
 ) -> Any:
-    """Returns `carry` after ``carry = step(whole, i, carry)`` for each block of `span`.
+    """Returns `carry` after ``carry = step(whole, i, carry)`` for each block of `span`, any order.
 
     Args:
-      span: The positions to visit and, among them, those where the mask need not be evaluated.
-      block: The positions of a block.
+      span: The blocks to visit and, among them, those where the mask need not be evaluated.
       kind: What is known of a block beyond `span`, None if nothing.
       all_whole: Whether everything from `span.whole_start` on is known to be whole.
       step: What to do; `whole` says that the mask need not be evaluated.
       carry: A tuple of arrays.
     """
-    partial_step, whole_step = functools.partial(step, False), functools.partial(step, True)
-    start, stop = _divide(span.start, block), _divide(span.stop + block - 1, block)
-    if not isinstance(span.start, int):  # an empty span within a block
-        stop = jnp.where(span.start < span.stop, stop, start)
     if kind is not None:
         any_step = lambda i, c: _switch(kind(i), lambda whole, c: step(whole, i, c), c)  # noqa: E731
-        return _loop(start, stop, any_step, carry)
-    whole_start = start
-    if not isinstance(span.whole_start, int):
-        whole_start = jnp.clip(_divide(span.whole_start + block - 1, block), start, stop)
-        carry = _loop(start, whole_start, partial_step, carry)
+        return _loop(span.start, span.stop, any_step, carry)
+    partial_step, whole_step = functools.partial(step, False), functools.partial(step, True)
+    start, stop, whole_start, whole_stop = span
+    none_before = isinstance(whole_start, int)
     if all_whole:
+        if not none_before:
+            carry = _loop(start, whole_start, partial_step, carry)
         return _loop(whole_start, stop, whole_step, carry)
-    whole_stop = jnp.clip(_divide(span.whole_stop, block), whole_start, stop)
     carry = _loop(whole_start, whole_stop, whole_step, carry)
-    return _loop(whole_stop, stop, partial_step, carry)
+    if none_before:
+        return _loop(whole_stop, stop, partial_step, carry)
+    before = whole_start - start
+
+    def either_side(n: Any, carry: Any) -> Any:
+        return partial_step(n + jnp.where(n < before, start, whole_stop - before), carry)
+
+    # A second loop, with pointers of its own, would take registers from all three.
+    return _loop(0, before + stop - whole_stop, either_side, carry)
 
 
 def _switch(kind: Any, step: Callable[[bool, Any], Any], carry: Any) -> Any:
@@ -478,10 +492,9 @@ def _for_each_key_block(plan: _Plan, b: Any, n: Any, i: Any, step: Any, carry: A
         return step(tile, *plan.load_keys(b, n, keys), carry)
 
     kind = functools.partial(plan.kind, limits, b, n, i) if plan.asks_tiles else None
-    exact = plan.static_limits is not None and plan.size.keys % plan.blocks.block_kv == 0
+    exact = plan.is_static and plan.size.keys % plan.blocks.block_kv == 0
     all_whole = exact and plan.window.right is None
-    span = plan.keys_of(limits, i)
-    return _for_each_block(span, plan.blocks.block_kv, kind, all_whole, block, carry)
+    return _for_each_block(plan.key_blocks_of(limits, b, i), kind, all_whole, block, carry)
 
 
 def _forward_kernel(plan: _Plan, outputs: dict[str, Any]) -> None:
@@ -557,8 +570,8 @@ def _dkv_kernel(plan: _Plan, outputs: dict[str, Any]) -> None:
     j, head, b = (pl.program_id(axis) for axis in range(3))
     limits, keys = plan.limits(b), plan.keys(j)
     k, v = plan.load_keys(b, head * plan.size.group, keys)
-    span = plan.rows_of(limits, j)
-    exact = plan.static_limits is not None and plan.size.queries % plan.blocks.block_q == 0
+    span = plan.query_blocks_of(limits, b, j)
+    exact = plan.is_static and plan.size.queries % plan.blocks.block_q == 0
     all_whole = exact and plan.window.left is None
 
     def add_head(g: Any, carry: Any) -> Any:
@@ -578,7 +591,7 @@ def _dkv_kernel(plan: _Plan, outputs: dict[str, Any]) -> None:
         kind = (lambda i: plan.kind(limits, b, n, i, j)) if plan.asks_tiles else None
         if "sums" in outputs:
             carry += (jnp.zeros((keys.size,), jnp.float32),)
-        dk, dv, *sums = _for_each_block(span, plan.blocks.block_q, kind, all_whole, step, carry)
+        dk, dv, *sums = _for_each_block(span, kind, all_whole, step, carry)
         for x in sums:
             _store(outputs["sums"], x, b, n, keys)
         return dk, dv
@@ -713,14 +726,13 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
     blocks = tuning.blocks_of("triton", Config, kernel, settings.config, lookup)
     block_q = min(blocks.block_q, _padded(size.queries))
     block_kv = min(blocks.block_kv, _padded(size.keys))
-    limits = ranges = kinds = None
+    limits = spans = kinds = None
     if not mask.is_static:
         limits = mask.limits(size.batch, size.queries, size.keys)
-    if mask.dense is not None:
+    if mask.dense is not None or mask.has_segments:
         kinds = tile_kinds(mask, size.batch, size.queries, size.keys, block_q, block_kv)
-    elif mask.query_segment_ids is not None and mask.key_value_segment_ids is not None:
-        ranges = id_ranges(mask.query_segment_ids, block_q)
-        ranges = ranges, id_ranges(mask.key_value_segment_ids, block_kv)
+        if mask.dense is None:
+            kinds, spans = None, _spans(kinds[:, 0].mT if kernel == "dkv" else kinds[:, 0])
     return _Plan(
         settings=settings,
         size=size,
@@ -735,13 +747,35 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
             limits=limits,
             query_ids=mask.query_segment_ids,
             key_ids=mask.key_value_segment_ids,
-            query_ranges=ranges and ranges[0],
-            key_ranges=ranges and ranges[1],
+            spans=spans,
             dense=mask.dense,
             kinds=kinds,
             **residuals,
         ),
     )
+
+
+def _spans(kinds: jax.Array) -> jax.Array:
+    """Returns the `Span` of the others that each block visits, from kinds (B, blocks, others).
+
+    It runs from the first to the last that is not `SKIP`. Asking for the kind of each would put a
+    branch into the loop, and Triton fetches ahead of a loop without branches only.
+    """
+
+    def first_and_end(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+        indices = jnp.arange(flags.shape[2], dtype=jnp.int32)
+        end = jnp.where(flags, indices + 1, 0).max(axis=2)
+        return jnp.minimum(jnp.where(flags, indices, flags.shape[2]).min(axis=2), end), end
+
+    whole = kinds == WHOLE
+    start, stop = first_and_end(kinds != SKIP)
+    whole_start, whole_stop = first_and_end(whole)
+    # Whole tiles with others between them are all masked.
+    together = whole.sum(axis=2, dtype=jnp.int32) == whole_stop - whole_start
+    whole_start, whole_stop = (
+        jnp.maximum(jnp.where(together, x, 0), start) for x in (whole_start, whole_stop)
+    )
+    return jnp.stack([start, stop, whole_start, whole_stop], axis=2)
 
 
 def _shared_memory() -> int:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import _compat
+from pallas_kernels.attention import triton
+from pallas_kernels.attention.mask import PARTIAL, SKIP, WHOLE
 from pallas_kernels.attention.problem import Device
 from pallas_kernels.attention.triton import ROUTE, Blocks, Config
 from pallas_kernels.targets import compile_in_child
@@ -154,6 +156,18 @@ def test_tiles_that_nobody_sees_are_not_read():
     assert np.isfinite(np.delete(np.asarray(gradients.query), np.r_[32:96], axis=1)).all()
     assert np.isfinite(np.delete(np.asarray(gradients.key), np.r_[32:64], axis=1)).all()
     assert gradients.bias is None
+
+
+def test_segments_visit_from_the_first_to_the_last_tile_that_they_need():
+    kinds = {
+        (SKIP, PARTIAL, WHOLE, WHOLE, PARTIAL): (1, 5, 2, 4),
+        (PARTIAL, WHOLE, SKIP, WHOLE, SKIP): (0, 4, 0, 0),  # what is between is masked
+        (SKIP, SKIP, PARTIAL, PARTIAL, SKIP): (2, 4, 2, 2),
+        (WHOLE, WHOLE, WHOLE, WHOLE, WHOLE): (0, 5, 0, 5),
+        (SKIP, SKIP, SKIP, SKIP, SKIP): (0, 0, 0, 0),
+    }
+    got = triton._spans(jnp.array([list(kinds)], jnp.int32))
+    np.testing.assert_array_equal(got[0], list(kinds.values()))
 
 
 def test_repeats_are_bit_equal():
