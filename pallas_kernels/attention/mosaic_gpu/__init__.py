@@ -1,8 +1,8 @@
 """Route "mosaic_gpu": Pallas kernels for NVIDIA Hopper, with TMA, wgmma and specialised warpgroups.
 
-`forward.py`, `backward_dkv.py` and `backward_dq.py` hold a kernel each, `_common.py`, `_tiles.py`
-and `_extras.py` what they share, `config.py` their blocks. The same source runs on the device
-and, from jax 0.11 on, in Pallas' GPU interpreter.
+`forward.py`, `backward_dkv.py`, `backward_dq.py` and `backward_bias.py` hold a kernel each,
+`_common.py`, `_tiles.py` and `_extras.py` what they share, `config.py` their blocks. The same
+source runs on the device and, from jax 0.11 on, in Pallas' GPU interpreter.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ class Extras:
     @property
     def own_copies(self) -> int:
         """How many copies of `copy_own` each worker waits for."""
-        return int(self.call.has_segments) + int(self._counts)
+        return int(self.call.has_segments) + int(self.needs_counts)
 
     @property
-    def _counts(self) -> bool:
+    def needs_counts(self) -> bool:
         """Whether tiles ask for positions."""
         return self.call.is_masked(self.shape) or self.call.settings.dropout_rate > 0
 
@@ -69,7 +69,7 @@ class Extras:
         """Returns the scratch types, to be passed to all methods as a dictionary of refs."""
         own, other = self.shape
         types: dict[str, Any] = {}
-        if self._counts:
+        if self.needs_counts:
             types["counts"] = plgpu.SMEM((WORKERS, other), jnp.int32)
         if self.call.has_segments:
             types["own_ids"] = plgpu.SMEM((WORKERS, own), jnp.int32)
@@ -89,11 +89,23 @@ class Extras:
         """Returns the ring, which exists if there are any copies."""
         return Ring(self.slots, s["extras_full"], s["extras_free"])
 
+    def release(self, s: Any, n: Any) -> None:
+        """Says that this reader needs the n-th tile no more.
+
+        TMA, which fills the slot again, is ordered after reads into registers by a fence only.
+        """
+        plgpu.commit_smem()
+        self.ring(s).release(n)
+
+    def copy_counts(self, inputs: Any, s: Any, worker: Any, full: Any) -> None:
+        """Starts the copy from which a worker reads positions."""
+        counts = inputs["counts"].at[pl.ds(0, self.shape[1])]
+        plgpu.copy_gmem_to_smem(counts, s["counts"].at[worker], full)
+
     def copy_own(self, inputs: Any, s: Any, batch: Any, first: Any, worker: Any, full: Any) -> None:
         """Starts the copies of what a worker keeps; its own block begins at `first`."""
-        if self._counts:
-            counts = inputs["counts"].at[pl.ds(0, self.shape[1])]
-            plgpu.copy_gmem_to_smem(counts, s["counts"].at[worker], full)
+        if self.needs_counts:
+            self.copy_counts(inputs, s, worker, full)
         if self.call.has_segments:
             ids = inputs["row_ids" if self.owns == "rows" else "key_ids"]
             block = ids.at[batch, pl.ds(first, self.shape[0])]

@@ -1,11 +1,11 @@
-"""The backward pass on Hopper: a kernel for dK and dV, one for dQ, and plain JAX for the bias."""
+"""The backward pass on Hopper: kernels for dK and dV, for dQ and, if asked for, for the bias."""
 
 from __future__ import annotations
 
 import jax
 
 from pallas_kernels.attention.mosaic_gpu import _common
-from pallas_kernels.attention.mosaic_gpu import bias_gradient as plain
+from pallas_kernels.attention.mosaic_gpu.backward_bias import bias_gradient
 from pallas_kernels.attention.mosaic_gpu.backward_dkv import key_value_gradients
 from pallas_kernels.attention.mosaic_gpu.backward_dq import query_gradient
 from pallas_kernels.attention.problem import Gradients, Operands, Settings
@@ -17,7 +17,7 @@ def backward(
     lse: jax.Array,
     cotangent: jax.Array,
     delta: jax.Array,
-    bias_gradient: bool,
+    with_bias: bool,
 ) -> Gradients:
     """Returns the gradients of query, key, value and, if asked for, bias, as `Route.backward`."""
     call, inputs = _common.prepare(settings, operands)
@@ -25,6 +25,7 @@ def backward(
     key, value = key_value_gradients(call, inputs)
     query = query_gradient(call, inputs)
     bias = None
-    if bias_gradient:
-        bias = plain.bias_gradient(settings, operands, lse, cotangent, delta)
+    if with_bias:
+        assert operands.bias is not None
+        bias = bias_gradient(call, inputs, operands.bias)
     return Gradients(query, key, value, bias)

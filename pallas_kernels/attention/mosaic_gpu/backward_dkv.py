@@ -101,7 +101,7 @@ def key_value_gradients(call: Call, inputs: dict[str, jax.Array]) -> tuple[jax.A
                 whole = (i >= span.whole_start) & (i < span.whole_stop)
                 x = extras.hide(x, whole, s, slot, here, tile, limits)
                 if extras.copies:
-                    extras.ring(s).release(n)
+                    extras.release(s, n)
                 p = jnp.exp2(x * scores.factor - tile.spread(lse, 1))
                 w = scores.times_slope(p, x)
 

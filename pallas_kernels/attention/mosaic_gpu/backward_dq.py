@@ -80,7 +80,7 @@ def query_gradient(call: Call, inputs: dict[str, jax.Array]) -> jax.Array:
                 whole = (j >= span.whole_start) & (j < span.whole_stop)
                 x = extras.hide(x, whole, s, slot, here, tile, limits)
                 if extras.copies:
-                    extras.ring(s).release(n)
+                    extras.release(s, n)
                 # Read again for each tile: at head dimension 256 there is no register to keep it.
                 lse = _common.load(s["statistics"].at[here, 0], COLUMN)
                 p = jnp.exp2(x * scores.factor - tile.spread(lse, 0))

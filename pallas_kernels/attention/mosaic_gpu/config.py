@@ -19,7 +19,8 @@ class Blocks(NamedTuple):
     Attributes:
       block_q: Rows of a tile; a multiple of 64.
       block_kv: Keys of a tile; a multiple of 64.
-      slots: Copied operands that fit shared memory at a time: two make a tile, K and V or q and dO.
+      slots: Copied operands that fit shared memory at a time: two make a tile, K and V or q and dO,
+        or q with K and dO with V.
       extra_slots: Bias tiles and vectors of segment ids that fit at a time.
     """
 
@@ -45,10 +46,13 @@ class Config(NamedTuple):
     forward: Blocks | None = None
     backward_dkv: Blocks | None = None
     backward_dq: Blocks | None = None
+    backward_bias: Blocks | None = None
 
 
 SHARED_MEMORY = 232_448  # bytes that a block may have
 _WORKERS = 2  # compute warpgroups
+# The pass that a kernel is timed in; the shapes to tune for have no bias.
+_TIMED = {"forward": "forward", "backward_dkv": "gradient", "backward_dq": "gradient"}
 _ACCUMULATORS = 200  # registers of a thread for float32 tiles, of 240 in all
 
 
@@ -70,11 +74,12 @@ def shared_memory(
         own, other, workers = other, own, 1
     numbers = 4 * _WORKERS * own  # float32, one for each row or key that a worker owns
     # What a program keeps: q, the lse and what sums over a row; K, V, p and the row data of each
-    # slot; q, dO and the row data.
+    # slot; q, dO and the row data; those of each pair of slots, and the ids of their rows.
     kept = {
         "forward": (_WORKERS * own * row, numbers, 2048),
         "backward_dkv": (own * row, own * row, 4 * own * other, 4 * blocks.slots * other),
         "backward_dq": (_WORKERS * own * row, _WORKERS * own * row, 2 * numbers),
+        "backward_bias": (blocks.slots * _WORKERS * own * row, blocks.slots * numbers),
     }[kernel]
     arrays = [*kept, blocks.slots * other * row, 4 * _WORKERS * other]
     arrays.append(blocks.extra_slots * workers * own * other * bias // 8)
@@ -99,7 +104,7 @@ def fitting(kernel: str, blocks: Blocks, call: Lookup, *, segments: bool) -> Blo
 def choices(call: Lookup) -> tuple[Choice, ...]:
     """Returns the blocks to try for each kernel: those that fit shared memory and registers."""
     found = []
-    for kernel in Config._fields:
+    for kernel, timed in _TIMED.items():
         sizes = itertools.product(
             largest((64, 128), call.length),
             largest((64, 128, 256), call.length),
@@ -109,7 +114,6 @@ def choices(call: Lookup) -> tuple[Choice, ...]:
         tried = (Blocks(*size) for size in sizes)
         configs = tuple(Config(**{kernel: x}) for x in tried if _fits(kernel, x, call))
         default = find("mosaic_gpu", Config, kernel, call)
-        timed = "forward" if kernel == "forward" else "gradient"
         found.append(Choice(kernel, timed, default, configs))
     return tuple(found)
 

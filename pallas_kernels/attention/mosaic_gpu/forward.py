@@ -106,7 +106,7 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
                 whole = (j >= span.whole_start) & (j < span.whole_stop)
                 x = extras.hide(x, whole, s, slot, here, tile, limits)
                 if extras.copies:
-                    extras.ring(s).release(n)
+                    extras.release(s, n)
 
                 new = jnp.maximum(maximum, x.max(axis=1) * scores.factor)
                 shift = jnp.where(new == -jnp.inf, 0.0, new)

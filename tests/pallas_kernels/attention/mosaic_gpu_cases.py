@@ -50,12 +50,11 @@ def _gradients(
     settings = Settings(scale=head_dim**-0.5, soft_cap=soft_cap, dropout_rate=dropout_rate)
 
     def fn(operands: Operands, cotangent: jax.Array) -> Any:
-        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
-            inputs = operands._replace(query=query, key=key, value=value)
+        def attend(query: Any, key: Any, value: Any, bias: Any) -> Any:
+            inputs = operands._replace(query=query, key=key, value=value, bias=bias)
             return cast(Any, core.differentiable(ROUTE, settings, inputs))[0]
 
-        primals = (operands.query, operands.key, operands.value)
-        output, vjp = cast(Any, jax.vjp(attend, *primals))
+        output, vjp = cast(Any, jax.vjp(attend, *operands[:4]))
         return output, vjp(cotangent)
 
     return fn, (operands, operands.query), ()

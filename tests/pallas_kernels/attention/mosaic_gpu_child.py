@@ -22,7 +22,7 @@ from tests.pallas_kernels.attention import cases
 
 # Fewer slots than tiles, so that every ring goes round.
 _SMALL = Blocks(64, 64, 3)
-SMALL = Config(_SMALL, _SMALL, _SMALL)
+SMALL = Config(_SMALL, _SMALL, _SMALL, _SMALL._replace(slots=4))
 
 _more = [
     cases.Case("many tiles", queries=192, keys=192, heads=1, kv_heads=1, right=0),

@@ -22,12 +22,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import core, reference, tuning
+from pallas_kernels.attention import core, tuning
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.mosaic_gpu import ROUTE, _common, _tiles
-from pallas_kernels.attention.mosaic_gpu.bias_gradient import bias_gradient
 from pallas_kernels.attention.mosaic_gpu.config import SHARED_MEMORY, Blocks, Config, shared_memory
-from pallas_kernels.attention.problem import Device, Gradients, Operands, Route, Settings, Sizes
+from pallas_kernels.attention.problem import Device, Operands, Settings, Sizes
 from pallas_kernels.targets.resources import compile_with_resources
 from tests.pallas_kernels.attention import cases, mosaic_gpu_cases
 from tests.pallas_kernels.targets import needs
@@ -69,7 +68,8 @@ def run_child(*arguments: str, timeout: float = 900) -> dict[str, str | None]:
         ("bfloat16", ("many tiles", "window", "ragged")),
         ("bfloat16", ("heads of a group", "two queries", "a length of zero")),
         ("bfloat16", ("one segment a tile", "shuffled segments", "sinks and empty rows")),
-        ("float16", ("bias of keys", "soft cap and bias")),
+        ("float16", ("bias of keys", "bias of queries", "soft cap and bias")),
+        ("float16", ("bias of heads", "bias, one for all")),
         ("bfloat16", ("dropout", "dense mask, one for all", "negative scale")),
         ("float16", ("head dim 256", "wide values")),
         ("bfloat16", ("everything",)),
@@ -176,26 +176,6 @@ def test_ranges_of_a_causal_mask_are_exact():
     ]
 
 
-_biased = [case for case in cases.CASES if case.bias is not None]
-
-
-@pytest.mark.parametrize("case", _biased, ids=str)
-def test_bias_gradient(case):
-    """Checks the plain part alone, with the reference for the rest."""
-    problem = cases.build(case)
-
-    def backward(settings, operands, lse, cotangent, delta, asked):
-        assert asked
-        q, k, v = (jnp.zeros_like(x) for x in operands[:3])
-        return Gradients(q, k, v, bias_gradient(settings, operands, lse, cotangent, delta))
-
-    route = Route("mixed", reference.attend, backward, lambda *_: None)
-    got = cases.run(lambda x: core.differentiable(route, problem.settings, x), problem)
-    want = cases.expected(case)
-    zero = got._replace(query=want.query, key=want.key, value=want.value)
-    cases.check(case, zero)
-
-
 @pytest.mark.parametrize("blocks", [Blocks(32, 64, 4), Blocks(64, 320, 4), Blocks(64, 64, 1)])
 def test_blocks_that_no_kernel_has_are_refused(blocks):
     settings = Settings(scale=1.0, config=Config(backward_dq=blocks))
@@ -252,7 +232,8 @@ _COMPILED = [
 def test_compiles_without_spills(chip, case):
     report = compile_with_resources(f"{mosaic_gpu_cases.__name__}:{case}", chip)
     names = sorted(kernel["name"] for kernel in report["resources"])
-    assert names == ["attention_backward_dkv", "attention_backward_dq", "attention_forward"]
+    expected = ["attention_backward_dkv", "attention_backward_dq", "attention_forward"]
+    assert names == ["attention_backward_bias"] * ("bias" in case) + expected
     for kernel in report["resources"]:
         assert kernel["spill_stores"] == kernel["spill_loads"] == kernel["stack"] == 0, kernel
         assert kernel["registers"] == 168  # 65536 / 384 threads; later 240 for those that compute
