@@ -341,11 +341,12 @@ class _Plan:
         """Returns `values` where the mask lets a row see a key, `hidden` elsewhere."""
         if tile.limits is None:
             return values
+        if self.inputs.query_ids is not None:  # by itself: fewer registers than with the interval
+            query_ids = self.of_rows(_load(self.inputs.query_ids, tile.b, tile.rows))
+            same = query_ids == self.of_keys(_load(self.inputs.key_ids, tile.b, tile.keys))
+            values = jnp.where(same, values, hidden)
         rows, keys = self.of_rows(tile.rows.places), self.of_keys(tile.keys.places)
         seen = in_interval(self.window, tile.limits, rows, keys)
-        if self.inputs.query_ids is not None:
-            query_ids = self.of_rows(_load(self.inputs.query_ids, tile.b, tile.rows))
-            seen &= query_ids == self.of_keys(_load(self.inputs.key_ids, tile.b, tile.keys))
         if self.inputs.dense is not None:
             seen &= self.load_tile(self.inputs.dense, tile)
         return jnp.where(seen, values, hidden)
