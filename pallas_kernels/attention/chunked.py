@@ -107,7 +107,9 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
         carry = m, total, jnp.zeros((*shape, size.value_dim), dtype)
         carry = tuple(_compat.vary_like(c, *jax.tree.leaves(operands)) for c in carry)
         kind = functools.partial(_kind, x, blocks, span, b, k, i)
-        (m, total, o), _ = _over_tiles(tile, kind, span, blocks.kv, x.key.shape[2], carry)
+        (m, total, o), _ = _over_tiles(
+            tile, kind, span, blocks.kv, x.key.shape[2], carry, skips=x.kinds is not None
+        )
         empty = total == 0
         total = jnp.where(empty, 1, total)
         lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))
@@ -188,7 +190,15 @@ def backward(
             d_key, d_value = (_compat.vary_like(a, *varying) for a in (d_key, d_value))
             kind = functools.partial(_kind, x, blocks, span, b, k, swap=j)
             (d_key, d_value), totals = _over_tiles(
-                tile, kind, span, blocks.q, query.shape[3], (d_key, d_value), totals, add
+                tile,
+                kind,
+                span,
+                blocks.q,
+                query.shape[3],
+                (d_key, d_value),
+                totals,
+                add,
+                skips=x.kinds is not None,
             )
             d_key = (settings.scale * d_key).astype(x.key.dtype)
             return totals, (d_key.mT, d_value.mT.astype(x.value.dtype))
@@ -331,25 +341,31 @@ def _over_tiles(
     carry: Any,
     totals: Any = None,
     add: Any = lambda index, totals, found: totals,
+    *,
+    skips: bool,
 ) -> tuple[Any, Any]:
     """Runs ``tile(index, carry, hides)`` over the blocks that `span` needs, as `kind` says.
 
     A tile returns its carry and what ``add(index, totals, found)`` adds to arrays much larger than
-    it, which no branch may hold: XLA would copy them for each tile.
+    it, which no branch may hold: XLA would copy them for each tile. `skips` says whether `kind` may
+    be `SKIP`.
     """
-    whole = functools.partial(tile, hides=False)
-    found = jax.eval_shape(whole, jnp.int32(0), carry)[1]
-
-    def skip(index: jax.Array, carry: Any) -> Any:
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
-        return carry, jax.tree.map(lambda x: _compat.vary_like(x, *jax.tree.leaves(carry)), nothing)
-
     assert (SKIP, WHOLE, PARTIAL) == (0, 1, 2)
-    branches = skip, whole, functools.partial(tile, hides=True)
+    branches: list[Any] = [functools.partial(tile, hides=hides) for hides in (False, True)]
+    if skips:
+        found = jax.eval_shape(branches[0], jnp.int32(0), carry)[1]
+
+        def skip(index: jax.Array, carry: Any) -> Any:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+            like = jax.tree.leaves(carry)
+            return carry, jax.tree.map(lambda x: _compat.vary_like(x, *like), zeros)
+
+        branches.insert(0, skip)
 
     def step(index: jax.Array, state: Any) -> Any:
         carry, totals = state
-        carry, found = lax.switch(kind(index), branches, index, carry)
+        branch = kind(index) - (SKIP if skips else WHOLE)
+        carry, found = lax.switch(branch, branches, index, carry)
         return carry, add(index, totals, found)
 
     start = span.start // block

@@ -230,6 +230,14 @@ def tile_kinds(
     return jnp.where(needed, jnp.where(whole, WHOLE, PARTIAL), SKIP).astype(jnp.int32)
 
 
+def first_and_last(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the range over the last axis that holds all set flags, (0, 0) if there are none."""
+    indices = jnp.arange(flags.shape[-1], dtype=jnp.int32)
+    stop = jnp.where(flags, indices + 1, 0).max(axis=-1)
+    start = jnp.where(flags, indices, flags.shape[-1]).min(axis=-1)
+    return jnp.minimum(start, stop), stop
+
+
 def id_ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Returns the smallest and the largest id of each block of `ids` (B, L), both (B, blocks)."""
     padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")

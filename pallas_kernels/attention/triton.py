@@ -52,6 +52,7 @@ from pallas_kernels.attention.mask import (
     Limits,
     Mask,
     Span,
+    first_and_last,
     in_interval,
     keys_of_rows,
     rows_of_keys,
@@ -762,15 +763,9 @@ def _spans(kinds: jax.Array) -> jax.Array:
     It runs from the first to the last that is not `SKIP`. Asking for the kind of each would put a
     branch into the loop, and Triton fetches ahead of a loop without branches only.
     """
-
-    def first_and_end(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
-        indices = jnp.arange(flags.shape[2], dtype=jnp.int32)
-        end = jnp.where(flags, indices + 1, 0).max(axis=2)
-        return jnp.minimum(jnp.where(flags, indices, flags.shape[2]).min(axis=2), end), end
-
     whole = kinds == WHOLE
-    start, stop = first_and_end(kinds != SKIP)
-    whole_start, whole_stop = first_and_end(whole)
+    start, stop = first_and_last(kinds != SKIP)
+    whole_start, whole_stop = first_and_last(whole)
     # Whole tiles with others between them are all masked.
     together = whole.sum(axis=2, dtype=jnp.int32) == whole_stop - whole_start
     whole_start, whole_stop = (

@@ -62,21 +62,13 @@ def _ranges(
     batch, blocks, tiles = needed.shape
     program = (batch, blocks // workers, workers)
     needed = needed.reshape(*program, tiles).any(axis=2)
-    start, stop = _first_and_last(needed)
-    whole_start, whole_stop = _first_and_last(whole)
+    start, stop = masks.first_and_last(needed)
+    whole_start, whole_stop = masks.first_and_last(whole)
     # Whole tiles with others between them, as shuffled segments have, are all masked.
     together = whole.sum(axis=2) == whole_stop - whole_start
     whole_stop = jnp.where(together, whole_stop, whole_start)
     of_workers = jnp.stack([whole_start, whole_stop], axis=2).reshape(*program[:2], -1)
     return jnp.concatenate([start[..., None], stop[..., None], of_workers], axis=2)
-
-
-def _first_and_last(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the range over the last axis that holds all set flags, (0, 0) if there are none."""
-    indices = jnp.arange(flags.shape[-1], dtype=jnp.int32)
-    stop = jnp.where(flags, indices + 1, 0).max(axis=-1)
-    start = jnp.where(flags, indices, flags.shape[-1]).min(axis=-1)
-    return jnp.minimum(start, stop), stop
 
 
 def read_range(ranges: Any, batch: Any, program: Any, worker: Any = 0) -> Range:

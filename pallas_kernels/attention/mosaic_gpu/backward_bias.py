@@ -137,7 +137,15 @@ def bias_gradient(call: Call, inputs: dict[str, jax.Array], bias: jax.Array) -> 
             row_block, key_block = own_blocks(0)
             rows = pl.ds((row_block * WORKERS + worker) * block_q, block_q)
             keys = pl.ds(key_block * block_kv, block_kv)
-            out[own_batch, own_head, rows, keys] = total.astype(out.dtype)
+            if not (owns_rows and owns_keys):
+                out[own_batch, own_head, rows, keys] = total
+                return
+            # Entries of 16 bits go out by TMA, from where this worker has read its last bias.
+            tile = s["bias"].at[0, worker]
+            tile[...] = total.astype(out.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, out.at[own_batch, own_head, rows, keys])
+            plgpu.wait_smem_to_gmem(0)
 
         def copy():
             def fill(at, n, carry):
