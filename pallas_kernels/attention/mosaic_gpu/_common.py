@@ -82,6 +82,20 @@ class Machine(NamedTuple):
         return pl.run_state(product)(start)
 
 
+def divide_work(warpgroup: Any, work: Callable[[Any], None], copy: Callable[[], None]) -> None:
+    """Runs ``work(warpgroup)`` in the workers and `copy` in the copier, each with its registers."""
+
+    @pl.when(warpgroup < WORKERS)
+    def _() -> None:
+        plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
+        work(warpgroup)
+
+    @pl.when(warpgroup == COPIER)
+    def _() -> None:
+        plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+        copy()
+
+
 def machine(settings: Settings) -> Machine:
     """Returns where a call with `settings` runs."""
     interpret = settings.interpret

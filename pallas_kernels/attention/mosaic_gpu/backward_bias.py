@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._compat import out_struct
 from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mosaic_gpu import _common, _tiles
-from pallas_kernels.attention.mosaic_gpu._common import COLUMN, COPIER, TILE, WORKERS, Call, Ring
+from pallas_kernels.attention.mosaic_gpu._common import COLUMN, TILE, WORKERS, Call, Ring
 from pallas_kernels.attention.mosaic_gpu._extras import Extras
 
 
@@ -180,15 +180,7 @@ def bias_gradient(call: Call, inputs: dict[str, jax.Array], bias: jax.Array) -> 
             for ring in (products, cotangents, extras.ring(s)):
                 ring.drain(count)
 
-        @pl.when(warpgroup < WORKERS)
-        def _():
-            plgpu.set_max_registers(_common.WORKER_REGISTERS, action="increase")
-            work(warpgroup)
-
-        @pl.when(warpgroup == COPIER)
-        def _():
-            plgpu.set_max_registers(_common.COPIER_REGISTERS, action="decrease")
-            copy()
+        _common.divide_work(warpgroup, work, copy)
 
     tiles = (row_blocks if owns_rows else 1, key_blocks if owns_keys else 1)
     summed = (*bias.shape[:2], tiles[0] * WORKERS * block_q, tiles[1] * block_kv)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._compat import out_struct
 from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mosaic_gpu import _common, _tiles
-from pallas_kernels.attention.mosaic_gpu._common import COLUMN, COPIER, TILE, WORKERS, Call, Ring
+from pallas_kernels.attention.mosaic_gpu._common import COLUMN, TILE, WORKERS, Call, Ring
 from pallas_kernels.attention.mosaic_gpu._extras import Extras
 
 
@@ -125,15 +125,7 @@ def query_gradient(call: Call, inputs: dict[str, jax.Array]) -> jax.Array:
             if extras.copies:
                 extras.ring(s).drain(span.stop - span.start)
 
-        @pl.when(warpgroup < WORKERS)
-        def _():
-            plgpu.set_max_registers(_common.WORKER_REGISTERS, action="increase")
-            work(warpgroup)
-
-        @pl.when(warpgroup == COPIER)
-        def _():
-            plgpu.set_max_registers(_common.COPIER_REGISTERS, action="decrease")
-            copy()
+        _common.divide_work(warpgroup, work, copy)
 
     operands = (inputs["query"], inputs["key"], inputs["value"], inputs["cotangent"])
     gradient = call.machine.kernel(

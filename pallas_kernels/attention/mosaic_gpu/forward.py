@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._compat import out_struct
 from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mosaic_gpu import _common, _tiles
-from pallas_kernels.attention.mosaic_gpu._common import COLUMN, COPIER, LOG2E, TILE, WORKERS, Ring
+from pallas_kernels.attention.mosaic_gpu._common import COLUMN, LOG2E, TILE, WORKERS, Ring
 from pallas_kernels.attention.mosaic_gpu._extras import Extras
 from pallas_kernels.attention.problem import Operands, Settings
 
@@ -162,15 +162,7 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
             if extras.copies:
                 extras.ring(s).drain(span.stop - span.start)
 
-        @pl.when(warpgroup < WORKERS)
-        def _():
-            plgpu.set_max_registers(_common.WORKER_REGISTERS, action="increase")
-            work(warpgroup)
-
-        @pl.when(warpgroup == COPIER)
-        def _():
-            plgpu.set_max_registers(_common.COPIER_REGISTERS, action="decrease")
-            copy()
+        _common.divide_work(warpgroup, work, copy)
 
     rows_of_output = inputs["query"].shape[1]
     output, lse = call.machine.kernel(

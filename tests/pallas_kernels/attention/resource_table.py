@@ -66,11 +66,11 @@ def program(route_name: str, features: str, head_dim: int) -> Any:
         ids = arrays.get("ids")
         mask = Mask(left, right, query_segment_ids=ids, key_value_segment_ids=ids)
 
-        def attend(query: Any, key: Any, value: Any) -> Any:
-            operands = Operands(query, key, value, arrays.get("bias"), mask=mask)
+        def attend(query: Any, key: Any, value: Any, bias: Any) -> Any:
+            operands = Operands(query, key, value, bias, mask=mask)
             return core.attend(route, settings, operands)[0]
 
-        output, vjp = jax.vjp(attend, query, key, value)
+        output, vjp = jax.vjp(attend, query, key, value, arrays.get("bias"))
         return output, vjp(cotangent)
 
     return fn, (query, key, key, query, arrays), ()

@@ -36,13 +36,15 @@ COMPARED = [
 def test_the_table_is_complete_and_the_file_as_text():
     assert list(ROWS) == resource_table.combinations()
     assert resource_table.TABLE.read_text() == resource_table.markdown(COMMITTED)
-    for (route, *_), row in ROWS.items():
-        kernels = {"triton": {"attention_dkv", "attention_dq", "attention_forward"}}
-        kernels["mosaic_tpu"] = {"attention_backward", "attention_forward"}
-        kernels["mosaic_gpu"] = {
-            "attention_forward", "attention_backward_dkv", "attention_backward_dq"
-        }  # fmt: skip
-        assert set(row["kernels"]) == kernels[route]
+    kernels = {
+        "triton": {"forward", "dkv", "dq"},
+        "mosaic_tpu": {"forward", "backward"},
+        "mosaic_gpu": {"forward", "backward_dkv", "backward_dq"},
+    }
+    of_bias = {"triton": "dbias", "mosaic_tpu": "bias_gradient", "mosaic_gpu": "backward_bias"}
+    for (route, _, features, _), row in ROWS.items():
+        names = kernels[route] | ({of_bias[route]} if features == "bias" else set())
+        assert set(row["kernels"]) == {f"attention_{name}" for name in names}
 
 
 def test_kernels_of_gpus_spill_nothing_and_fit():
