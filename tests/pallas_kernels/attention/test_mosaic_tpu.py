@@ -253,6 +253,8 @@ def test_bundles_of_a_tile(chip, name):
     # A kernel holds one body for whole and one for partial tiles; a step runs one of them.
     forward, backward = got["attention_forward"], got["attention_backward"]
     assert forward["all"] - forward["partial"] <= 0.9 * SPLASH[chip][0]
+    # On the diagonal, where all partial tiles of these programs are, 3 of 4 pieces are needed.
+    assert forward["all"] - forward["whole"] - forward["partial"] / 4 <= SPLASH[chip][0]
     assert backward["all"] - backward["partial"] <= 0.8 * SPLASH[chip][1]
     assert backward["all"] - backward["whole"] <= 0.8 * SPLASH[chip][1]
 
