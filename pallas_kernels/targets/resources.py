@@ -19,7 +19,8 @@ from pallas_kernels.targets.isolation import compile_in_child
 _REPORT = ".ptxas"
 _PASSES = ".mlir-passes.log"
 _NUMBERED = re.compile(r"(?P<name>.+)_(?P<number>\d+)")
-_DYNAMIC_SHARED_MEMORY = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")
+_CONSTANT = re.compile(r"(%\w+) = arith\.constant (\d+) : i32")
+_DYNAMIC_SHARED_MEMORY = re.compile(r"dynamic_shared_memory_size (%\w+)")
 
 
 class KernelResources(NamedTuple):
@@ -109,13 +110,8 @@ def _read(name: str, report: Path) -> KernelResources:
             raise ValueError(f"{report.name} does not say {pattern!r}")
         return int(match[1] if match else default or 0)
 
-    dynamic = 0
     passes = report.with_name(report.name.removesuffix(_REPORT) + _PASSES)
-    if passes.exists():
-        with passes.open(errors="replace") as lines:  # tens of megabytes; the first pass says it
-            found = (match for line in lines if (match := _DYNAMIC_SHARED_MEMORY.search(line)))
-            match = next(found, None)
-            dynamic = int(match[1]) if match else 0
+    dynamic = _dynamic_shared_memory(passes) if passes.exists() else 0
     spilled = "Registers are spilled"
     warnings = re.findall(r"ptxas (?:warning|info) *: (\(C\d+\).*|.*warning.*)", text, re.I)
     return KernelResources(
@@ -128,3 +124,17 @@ def _read(name: str, report: Path) -> KernelResources:
         barriers=number(r"used (\d+) barriers", "0"),
         warnings=tuple(w for w in warnings if spilled not in w),
     )
+
+
+def _dynamic_shared_memory(passes: Path) -> int:
+    """Returns the bytes that a kernel is launched with, 0 if there are none."""
+    constants = {}
+    with passes.open(errors="replace") as lines:  # tens of megabytes; the first pass says it
+        for line in lines:
+            if match := _CONSTANT.search(line):
+                constants[match[1]] = int(match[2])
+            elif match := _DYNAMIC_SHARED_MEMORY.search(line):
+                if match[1] not in constants:
+                    raise ValueError(f"{passes.name} does not say what {match[1]} is")
+                return constants[match[1]]
+    return 0

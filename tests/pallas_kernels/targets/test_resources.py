@@ -28,8 +28,10 @@ def test_reports_are_read_in_order(tmp_path):
     (tmp_path / "my_kernel_10.ptxas").write_text(CLEAN)
     (tmp_path / "my_kernel_9.ptxas").write_text(SPILLED)
     (tmp_path / "my_kernel_9.mlir-passes.log").write_text(
-        "module {\n gpu.launch dynamic_shared_memory_size %c2048_i32 {\n"
-        "// -----// IR Dump After x\n dynamic_shared_memory_size %c4096_i32 {\n"
+        "module {\n %c1_i32 = arith.constant 1 : i32\n %map_5 = arith.constant 2048 : i32\n"
+        " gpu.launch dynamic_shared_memory_size %map_5 {\n"
+        "// -----// IR Dump After x\n %map_5 = arith.constant 4096 : i32\n"
+        " gpu.launch dynamic_shared_memory_size %map_5 {\n"
     )
     spilled, clean = read_resources(tmp_path)
     assert spilled.name == clean.name == "my_kernel"
@@ -44,6 +46,14 @@ def test_reports_are_read_in_order(tmp_path):
 def test_report_of_another_form_is_refused(tmp_path):
     (tmp_path / "f_0.ptxas").write_text("ptxas info: nothing")
     with pytest.raises(ValueError, match=r"f_0\.ptxas does not say 'Used"):
+        read_resources(tmp_path)
+
+
+def test_shared_memory_of_unknown_size_is_refused(tmp_path):
+    (tmp_path / "f_0.ptxas").write_text(CLEAN)
+    launch = "gpu.launch dynamic_shared_memory_size %size {"
+    (tmp_path / "f_0.mlir-passes.log").write_text(launch)
+    with pytest.raises(ValueError, match=r"f_0\.mlir-passes\.log does not say what %size is"):
         read_resources(tmp_path)
 
 
