@@ -1,7 +1,7 @@
 """What does attention cost here, by each route of `pallas_kernels` and by the codes around it?
 
 Forward, and forward with the gradients of query, key and value, over a list of shapes. All
-contenders of a shape take turns, each timed right after executions of its own that are not: what
+contenders of a shape take turns, each timed right after an untimed execution of its own: what
 the one before left to be freed, a gigabyte of scores perhaps, is not its cost. Reported are
 medians, TFLOP/s, the compiled program's temporary memory, and the error against the next wider
 dtype. TFLOP/s count 4 B N T S d operations forward and 2.5 times as many more backward, half of

@@ -218,9 +218,9 @@ def tile_kinds(
     full = (1 if mask.is_static else batch, 1, nq, nk)
     needed, whole = (jnp.broadcast_to(x, full) for x in (needed, whole))
     if mask.query_segment_ids is not None and mask.key_value_segment_ids is not None:
-        q_low, q_high = (x[:, None, :, None] for x in id_ranges(mask.query_segment_ids, block_q))
+        q_low, q_high = (x[:, None, :, None] for x in _id_ranges(mask.query_segment_ids, block_q))
         k_low, k_high = (
-            x[:, None, None, :] for x in id_ranges(mask.key_value_segment_ids, block_kv)
+            x[:, None, None, :] for x in _id_ranges(mask.key_value_segment_ids, block_kv)
         )
         needed &= (q_low <= k_high) & (k_low <= q_high)
         whole &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
@@ -238,7 +238,14 @@ def first_and_last(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(start, stop), stop
 
 
-def id_ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+def unbroken(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the range over the last axis of all set flags, (0, 0) if others are between them."""
+    start, stop = first_and_last(flags)
+    together = flags.sum(axis=-1, dtype=jnp.int32) == stop - start
+    return jnp.where(together, start, 0), jnp.where(together, stop, 0)
+
+
+def _id_ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Returns the smallest and the largest id of each block of `ids` (B, L), both (B, blocks)."""
     padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
     blocks = padded.reshape(ids.shape[0], -1, block)

@@ -57,6 +57,7 @@ from pallas_kernels.attention.mask import (
     keys_of_rows,
     rows_of_keys,
     tile_kinds,
+    unbroken,
 )
 from pallas_kernels.attention.problem import Device, Gradients, Operands, Route, Settings, Sizes
 from pallas_kernels.targets.chips import CHIPS, Gpu
@@ -763,15 +764,10 @@ def _spans(kinds: jax.Array) -> jax.Array:
     It runs from the first to the last that is not `SKIP`. Asking for the kind of each would put a
     branch into the loop, and Triton fetches ahead of a loop without branches only.
     """
-    whole = kinds == WHOLE
     start, stop = first_and_last(kinds != SKIP)
-    whole_start, whole_stop = first_and_last(whole)
     # Whole tiles with others between them are all masked.
-    together = whole.sum(axis=2, dtype=jnp.int32) == whole_stop - whole_start
-    whole_start, whole_stop = (
-        jnp.maximum(jnp.where(together, x, 0), start) for x in (whole_start, whole_stop)
-    )
-    return jnp.stack([start, stop, whole_start, whole_stop], axis=2)
+    whole = (jnp.maximum(x, start) for x in unbroken(kinds == WHOLE))
+    return jnp.stack([start, stop, *whole], axis=2)
 
 
 def _shared_memory() -> int:

@@ -82,6 +82,14 @@ class Machine(NamedTuple):
         return pl.run_state(product)(start)
 
 
+def machine(settings: Settings) -> Machine:
+    """Returns where a call with `settings` runs."""
+    interpret = settings.interpret
+    if interpret is True:
+        interpret = vars(plgpu)["InterpretGPUParams"]()  # jax 0.10 has none; see `refusal`
+    return Machine(interpret)
+
+
 def divide_work(warpgroup: Any, work: Callable[[Any], None], copy: Callable[[], None]) -> None:
     """Runs ``work(warpgroup)`` in the workers and `copy` in the copier, each with its registers."""
 
@@ -94,14 +102,6 @@ def divide_work(warpgroup: Any, work: Callable[[Any], None], copy: Callable[[], 
     def _() -> None:
         plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
         copy()
-
-
-def machine(settings: Settings) -> Machine:
-    """Returns where a call with `settings` runs."""
-    interpret = settings.interpret
-    if interpret is True:
-        interpret = vars(plgpu)["InterpretGPUParams"]()  # jax 0.10 has none; see `refusal`
-    return Machine(interpret)
 
 
 def multiply(a: Any, b: Any, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:

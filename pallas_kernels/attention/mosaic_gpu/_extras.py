@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.attention import dropout
 from pallas_kernels.attention import mask as masks
 from pallas_kernels.attention.mask import Limits
 from pallas_kernels.attention.mosaic_gpu import _common
@@ -138,6 +139,13 @@ class Extras:
     def positions(self, s: Any, worker: Any, tile: Tile) -> tuple[jax.Array, jax.Array]:
         """Returns the rows and the keys of all entries of a worker's tile."""
         return tile.positions(_common.load(s["counts"].at[worker], ROW))
+
+    def kept(
+        self, inputs: Any, s: Any, batch: Any, head: Any, worker: Any, tile: Tile
+    ) -> jax.Array:
+        """Returns which entries of a worker's tile dropout keeps."""
+        rate = self.call.settings.dropout_rate
+        return dropout.keep(inputs["seeds"][batch, head], *self.positions(s, worker, tile), rate)
 
     def bias(self, s: Any, slot: Any, worker: Any, tile: Tile) -> jax.Array | None:
         """Reads the bias of a worker's tile, float32."""

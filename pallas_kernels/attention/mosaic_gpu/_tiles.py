@@ -63,11 +63,8 @@ def _ranges(
     program = (batch, blocks // workers, workers)
     needed = needed.reshape(*program, tiles).any(axis=2)
     start, stop = masks.first_and_last(needed)
-    whole_start, whole_stop = masks.first_and_last(whole)
     # Whole tiles with others between them, as shuffled segments have, are all masked.
-    together = whole.sum(axis=2) == whole_stop - whole_start
-    whole_stop = jnp.where(together, whole_stop, whole_start)
-    of_workers = jnp.stack([whole_start, whole_stop], axis=2).reshape(*program[:2], -1)
+    of_workers = jnp.stack(masks.unbroken(whole), axis=2).reshape(*program[:2], -1)
     return jnp.concatenate([start[..., None], stop[..., None], of_workers], axis=2)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.attention.mosaic_gpu import _common
-from pallas_kernels.attention.mosaic_gpu.backward_bias import bias_gradient
+from pallas_kernels.attention.mosaic_gpu import _common, backward_bias
 from pallas_kernels.attention.mosaic_gpu.backward_dkv import key_value_gradients
 from pallas_kernels.attention.mosaic_gpu.backward_dq import query_gradient
 from pallas_kernels.attention.problem import Gradients, Operands, Settings
@@ -17,7 +16,7 @@ def backward(
     lse: jax.Array,
     cotangent: jax.Array,
     delta: jax.Array,
-    with_bias: bool,
+    bias_gradient: bool,
 ) -> Gradients:
     """Returns the gradients of query, key, value and, if asked for, bias, as `Route.backward`."""
     call, inputs = _common.prepare(settings, operands)
@@ -25,7 +24,7 @@ def backward(
     key, value = key_value_gradients(call, inputs)
     query = query_gradient(call, inputs)
     bias = None
-    if with_bias:
+    if bias_gradient:
         assert operands.bias is not None
-        bias = bias_gradient(call, inputs, operands.bias)
+        bias = backward_bias.bias_gradient(call, inputs, operands.bias)
     return Gradients(query, key, value, bias)

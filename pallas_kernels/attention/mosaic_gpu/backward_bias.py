@@ -24,7 +24,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import out_struct
-from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mosaic_gpu import _common, _tiles
 from pallas_kernels.attention.mosaic_gpu._common import COLUMN, TILE, WORKERS, Call, Ring
 from pallas_kernels.attention.mosaic_gpu._extras import Extras
@@ -128,8 +127,7 @@ def bias_gradient(call: Call, inputs: dict[str, jax.Array], bias: jax.Array) -> 
                 dp = _common.multiply(s["cotangent"].at[slot, worker], value)
                 cotangents.release(n)
                 if rate:
-                    seed = inputs["seeds"][at.batch, at.head]
-                    kept = dropout.keep(seed, *extras.positions(s, worker, tile), rate)
+                    kept = extras.kept(inputs, s, at.batch, at.head, worker, tile)
                     dp = jnp.where(kept, dp * (1 / (1 - rate)), 0.0)
                 return total + p * (dp - delta)
 

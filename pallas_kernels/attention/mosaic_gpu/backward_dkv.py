@@ -24,7 +24,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import out_struct
-from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mosaic_gpu import _common, _tiles
 from pallas_kernels.attention.mosaic_gpu._common import COPIER, ROW, TILE, WORKERS, Call, Ring
 from pallas_kernels.attention.mosaic_gpu._extras import Extras
@@ -76,10 +75,6 @@ def key_value_gradients(call: Call, inputs: dict[str, jax.Array]) -> tuple[jax.A
 
             return lax.fori_loop(0, size.group, of_head, carry)
 
-        def kept(head, worker, tile):
-            seed = inputs["seeds"][batch, head]
-            return dropout.keep(seed, *extras.positions(s, worker, tile), rate)
-
         def work_on_values():
             block = inputs["key"].at[batch, keys, kv_head]
             plgpu.copy_gmem_to_smem(block, s["key"].at[0], s["key_full"])
@@ -111,7 +106,7 @@ def key_value_gradients(call: Call, inputs: dict[str, jax.Array]) -> tuple[jax.A
                 plgpu.barrier_arrive(full)
 
                 if rate:
-                    p = jnp.where(kept(head, 0, tile), p, 0.0)
+                    p = jnp.where(extras.kept(inputs, s, batch, head, 0, tile), p, 0.0)
                 cotangent = s["tiles"].at[ring.wait(2 * n + 1)]
                 p = p.astype(call.dtype)
                 gradient = call.machine.multiply_accumulate(gradient, p, cotangent, s, 0)
@@ -138,7 +133,9 @@ def key_value_gradients(call: Call, inputs: dict[str, jax.Array]) -> tuple[jax.A
                 delta = _common.load(s["statistics"].at[slot], ROW)
                 ring.release(2 * n + 1)
                 if rate:
-                    dp = jnp.where(kept(head, 1, tile), dp * (1 / (1 - rate)), 0.0)
+                    dp = jnp.where(
+                        extras.kept(inputs, s, batch, head, 1, tile), dp * (1 / (1 - rate)), 0.0
+                    )
 
                 p = _common.load(s["p"].at[handovers.wait(n)], TILE).astype(jnp.float32)
                 handovers.release(n)

@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import out_struct
-from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mosaic_gpu import _common, _tiles
 from pallas_kernels.attention.mosaic_gpu._common import COLUMN, TILE, WORKERS, Call, Ring
 from pallas_kernels.attention.mosaic_gpu._extras import Extras
@@ -90,8 +89,7 @@ def query_gradient(call: Call, inputs: dict[str, jax.Array]) -> jax.Array:
                 dp = _common.multiply(s["cotangent"].at[here], _common.transposed(value))
                 ring.release(2 * n + 1)
                 if rate:
-                    seed = inputs["seeds"][batch, head]
-                    kept = dropout.keep(seed, *extras.positions(s, worker, tile), rate)
+                    kept = extras.kept(inputs, s, batch, head, worker, tile)
                     dp = jnp.where(kept, dp * (1 / (1 - rate)), 0.0)
                 delta = _common.load(s["statistics"].at[here, 1], COLUMN)
                 ds = (p * (dp - tile.spread(delta, 0))).astype(call.dtype)

@@ -27,7 +27,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import out_struct
-from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mosaic_gpu import _common, _tiles
 from pallas_kernels.attention.mosaic_gpu._common import COLUMN, LOG2E, TILE, WORKERS, Ring
 from pallas_kernels.attention.mosaic_gpu._extras import Extras
@@ -114,8 +113,7 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
                 p = jnp.exp2(x * scores.factor - tile.spread(shift, 0))
                 total = total * decay + p.sum(axis=1)
                 if rate:
-                    seed = inputs["seeds"][batch, head]
-                    kept = dropout.keep(seed, *extras.positions(s, worker, tile), rate)
+                    kept = extras.kept(inputs, s, batch, head, worker, tile)
                     p = jnp.where(kept, p, 0.0)
                 accumulator *= lax.broadcast_in_dim(decay, accumulator.shape, [0])
                 p = p.astype(call.dtype)

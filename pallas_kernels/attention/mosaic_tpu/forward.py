@@ -221,8 +221,9 @@ def _attend(
         all_of(pieces_of(rows, keys))
         return
     # With a mask fewer rows at once, and as many entries, take fewer bundles.
-    masked = _divisor(rows, 256)
-    whole_pieces = pieces_of(masked, _divisor(blocks.kv, keys * (rows // masked)))
+    masked = 256, rows * keys // 256
+    fits = rows % masked[0] == 0 and blocks.kv % masked[1] == 0
+    whole_pieces = pieces_of(*(masked if fits else (rows, keys)))
     if not scores.has_window:
         all_of(whole_pieces)
         return
@@ -237,8 +238,3 @@ def _attend(
     everything = functools.reduce(jnp.logical_and, needed)
     pl.when(everything)(lambda: all_of(whole_pieces))
     pl.when(jnp.logical_not(everything))(lambda: one_by_one(pieces, needed))
-
-
-def _divisor(length: int, piece: int) -> int:
-    """Returns `piece` if it divides the length, else the length."""
-    return piece if length % piece == 0 else length
