@@ -20,12 +20,58 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float, np.number))
 
 
+def check_scalar(**values: Any) -> None:
+    """Refuses what is no single real number, by name.
+
+    Arrays and tracers of shape () pass, whatever their value, which is not known while tracing.
+
+    Raises:
+      TypeError: text, None, a boolean, a container, a function or a complex number.
+      ValueError: an array with axes, which would change the shape of what it is multiplied with.
+    """
+    for name, value in values.items():
+        if isinstance(value, (bool, np.bool_)) or not isinstance(
+            value, (int, float, np.number, np.ndarray, jax.Array)
+        ):
+            hint = ""
+            if isinstance(value, (tuple, list)):
+                hint = "; optax takes each number as an argument of its own, such as b1 and b2"
+            elif callable(value):
+                hint = "; for a schedule here wrap the optimizer in optax.inject_hyperparams"
+            raise TypeError(f"{name} must be a number, got {_shown(value)}{hint}")
+        if jnp.shape(value) != ():
+            raise ValueError(f"{name} must have shape (), got an array of shape {value.shape}")
+        dtype = getattr(value, "dtype", None)
+        if dtype is not None and not (
+            jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+        ):
+            raise TypeError(f"{name} must be a real number, got an array of dtype {dtype}")
+
+
+def check_transformation(**values: Any) -> None:
+    """Refuses what is no optax transformation, by name.
+
+    Raises:
+      TypeError: the message says what was given, and that a factory wants to be called.
+    """
+    for name, value in values.items():
+        if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
+            continue
+        called = getattr(value, "__name__", "make")
+        hint = f": call it first, as in {called}(...)" if callable(value) else ""
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {_shown(value)}{hint}"
+        )
+
+
 def check_decay(**values: Scalar) -> None:
     """Refuses decay rates outside [0, 1), by name.
 
     Raises:
       ValueError: out of range, or an array too narrow to tell 0.999 from 1.
+      TypeError: see `check_scalar`.
     """
+    check_scalar(**values)
     for name, value in values.items():
         _check_width(name, value)
         if is_number(value) and not 0.0 <= value < 1.0:
@@ -34,6 +80,7 @@ def check_decay(**values: Scalar) -> None:
 
 def check_positive(**values: Scalar) -> None:
     """Refuses values that are not above zero, by name."""
+    check_scalar(**values)
     for name, value in values.items():
         _check_width(name, value)
         if is_number(value) and not 0.0 < value < math.inf:
@@ -41,14 +88,18 @@ def check_positive(**values: Scalar) -> None:
 
 
 def check_non_negative(**values: Scalar) -> None:
-    """Refuses values below zero and NaN, by name."""
+    """Refuses values below zero, infinite ones and NaN, by name."""
+    check_scalar(**values)
     for name, value in values.items():
         if is_number(value) and not value >= 0.0:
             raise ValueError(f"{name} must be non-negative, got {value}")
+        if is_number(value) and value == math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_fraction(**values: Scalar) -> None:
     """Refuses values outside [0, 1], by name."""
+    check_scalar(**values)
     for name, value in values.items():
         if is_number(value) and not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
@@ -230,3 +281,12 @@ def _check_width(name: str, value: Any) -> None:
             f"{name} arrived as {dtype}, in which 0.999 is 1 and 1e-8 may be 0; with "
             "optax.inject_hyperparams pass hyperparam_dtype=jax.numpy.float32"
         )
+
+
+def _shown(value: Any) -> str:
+    """A short description of a wrong argument."""
+    text = repr(value)
+    name = type(value).__name__
+    if callable(value):
+        return f"the {name} {getattr(value, '__name__', text)!r}"
+    return f"{text} ({name})" if len(text) <= 60 and name not in text else name
