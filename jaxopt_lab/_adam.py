@@ -35,6 +35,7 @@ def scale_by_adam(
     """Adam; `eps_in_root` adds `eps` to the bias-corrected root, `prefix` is that of the names."""
     _hyperparams.check_decay(**{f"{prefix}b1": b1, f"{prefix}b2": b2})
     _hyperparams.check_positive(**{f"{prefix}eps": eps})
+    _hyperparams.check_flag(**{f"{prefix}eps_in_root": eps_in_root})
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> AdamState:

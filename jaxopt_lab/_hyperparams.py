@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeGuard
@@ -149,14 +150,19 @@ def check_scalar_or_schedule(**values: Any) -> None:
     What a schedule returns is looked at by `value_at`, while tracing.
 
     Raises:
-      TypeError: see `check_scalar`; also a transformation or a type in the place of a schedule.
+      TypeError: see `check_scalar`; also a function that is not one of the step alone, such as an
+        `optax.linear_schedule` that was not called.
       ValueError: negative, infinite or NaN, or an array with axes.
     """
     for name, value in values.items():
         if not callable(value):
             check_non_negative(**{name: value})
-        elif isinstance(value, type):
-            raise TypeError(f"{name} must be a number or a schedule, got {_shown(value)}")
+        elif not _takes_a_count(value):
+            called = getattr(value, "__name__", "make")
+            raise TypeError(
+                f"{name} must be a number or a function of the step, got {_shown(value)}: if it "
+                f"makes schedules call it first, as in {called}(...)"
+            )
 
 
 def value_at(name: str, value: optax.ScalarOrSchedule, count: jax.Array | None) -> Scalar:
@@ -207,7 +213,7 @@ def canonical_mu_dtype(mu_dtype: Any, name: str = "mu_dtype") -> np.dtype | None
         return None
     try:
         dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be a floating dtype, got {_shown(mu_dtype)}") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got {dtype}")
@@ -461,6 +467,18 @@ def _check_width(name: str, value: Any) -> None:
             f"{name} arrived as {dtype}, in which 0.999 is 1 and 1e-8 may be 0; with "
             "optax.inject_hyperparams pass hyperparam_dtype=jax.numpy.float32"
         )
+
+
+def _takes_a_count(schedule: Callable[..., Any]) -> bool:
+    if isinstance(schedule, type):
+        return False
+    try:
+        inspect.signature(schedule).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # a function that is not Python's tells nothing
+        return True
+    return True
 
 
 def _shown(value: Any) -> str:

@@ -4,8 +4,8 @@ r"""AdaBelief: divide by the belief in the gradient, its deviation from the mome
     s_t = b2 s_{t-1} + (1 - b2) (g_t - m_t)^2 + eps
     update = (m_t / (1 - b1^t)) / (sqrt(s_t / (1 - b2^t)) + eps)
 
-Zhuang et al., "AdaBelief Optimizer", NeurIPS 2020, arXiv:2010.07468, Algorithm 2; options and
-defaults as in the authors' package adabelief-pytorch 0.2.1.
+Zhuang et al., "AdaBelief Optimizer", NeurIPS 2020, arXiv:2010.07468, Algorithm 2; options as in the
+authors' package adabelief-pytorch 0.2.1, whose `rectify` is True by default.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def scale_by_adabelief(
     """
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
+    _hyperparams.check_flag(amsgrad=amsgrad, rectify=rectify, degenerated_to_sgd=degenerated_to_sgd)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByAdaBeliefState:
@@ -188,6 +189,7 @@ def adabelief(
     See Also:
       `scale_by_adabelief` for the bare rule and the source.
     """
+    _hyperparams.check_flag(weight_decouple=weight_decouple, fixed_decay=fixed_decay)
     if fixed_decay and not weight_decouple:
         raise ValueError("fixed_decay=True needs weight_decouple=True")
     rule = scale_by_adabelief(

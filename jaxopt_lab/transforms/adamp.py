@@ -104,6 +104,7 @@ def scale_by_adamp(
     _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
     _hyperparams.check_non_negative(delta=delta)
     _hyperparams.check_fraction(wd_ratio=wd_ratio)
+    _hyperparams.check_flag(nesterov=nesterov)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def static(params: Any) -> list[tuple[_matrices.MatrixAxes | None, bool]]:

@@ -82,6 +82,7 @@ def scale_by_exadam(
     """
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
+    _hyperparams.check_flag(dynamic_step_size=dynamic_step_size)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByExadamState:

@@ -99,6 +99,7 @@ def scale_by_sgdp(
     _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
     _hyperparams.check_non_negative(delta=delta)
     _hyperparams.check_fraction(dampening=dampening, wd_ratio=wd_ratio)
+    _hyperparams.check_flag(nesterov=nesterov, project_momentum=project_momentum)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
     if project_momentum and nesterov:
         raise ValueError("project_momentum=True needs nesterov=False")
