@@ -172,22 +172,25 @@ def map_leaves(
     *states: PyTree,
     params: PyTree | None = None,
     static: Sequence[Any] | None = None,
+    extra: Sequence[PyTree] | None = None,
     shared: Callable[[np.dtype], Any] | None = None,
     like: PyTree | None = None,
 ) -> tuple[PyTree, ...]:
     """Maps `rule` over the leaves and returns the new updates followed by the new states.
 
     Args:
-      rule: `rule(gradient, *state_leaves, [parameter], [static], [shared])`, which returns
-        `(update, *new_state_leaves)` and may return more, which is not rounded; the array arguments
-        all have one dtype, the widest of the leaf's own and float32. Under `jit` it is traced once
-        for all leaves with equal shapes, dtypes and static value: it must be a function of its
-        arguments and of what does not change from leaf to leaf, and hand out nothing but results.
+      rule: `rule(gradient, *state_leaves, [parameter], [static], [extra], [shared])`, which
+        returns `(update, *new_state_leaves)` and may return more, which is not rounded; the array
+        arguments all have one dtype, the widest of the leaf's own and float32. Under `jit` it is
+        traced once for all leaves with equal shapes, dtypes and static value: it must be a function
+        of its arguments and of what does not change from leaf to leaf, and hand out nothing but
+        results.
       updates: the gradients.
       *states: trees with the parameters' structure and shapes, such as moments.
       params: the parameters, if the rule needs them.
       static: one value a leaf, in the order of `jax.tree.leaves`, if the rule needs any. Values
         that can be hashed and are equal mean the same rule.
+      extra: one tree of arrays a leaf, of any shapes, handed to the rule as it is.
       shared: what all leaves share, such as bias corrections, as a function of the dtype that is
         computed in: called once a dtype and not once a leaf.
       like: the parameters, if they are at hand and the rule does not need them.
@@ -221,12 +224,13 @@ def map_leaves(
         compute = compute_dtype(*(array.dtype for array in arrays))
         if shared is not None and compute not in common:
             common[compute] = shared(compute)
-        extra = () if static is None else (static[index],)
-        key = (wanted[index], *extra)
-        call = functools.partial(_leaf, rule, compute, wanted[index], len(states), extra)
+        constants = () if static is None else (static[index],)
+        key = (wanted[index], *constants)
+        call = functools.partial(_leaf, rule, compute, wanted[index], len(states), constants)
         if traces and _can_be_hashed(key):
             call = functions.setdefault(key, jax.jit(call))
-        results.append(call(arrays, () if shared is None else (common[compute],)))
+        more = () if extra is None else (extra[index],)
+        results.append(call(arrays, more + (() if shared is None else (common[compute],))))
     outputs = list(zip(*results)) or [()] * (1 + len(states))
     trees = [updates, *states, *[updates] * (len(outputs) - 1 - len(states))]
     return tuple(
@@ -241,10 +245,10 @@ def _leaf(
     states: int,
     static: tuple[Any, ...],
     arrays: list[jax.Array],
-    shared: tuple[Any, ...],
+    more: tuple[Any, ...],
 ) -> tuple[jax.Array, ...]:
     """One leaf: lifts its arrays, applies the rule and rounds what comes out."""
-    new = rule(*(array.astype(compute) for array in arrays), *static, *shared)
+    new = rule(*(array.astype(compute) for array in arrays), *static, *more)
     dtypes = [wanted, *(array.dtype for array in arrays[1 : 1 + states])]
     return (*(x.astype(dtype) for x, dtype in zip(new, dtypes)), *new[len(dtypes) :])
 

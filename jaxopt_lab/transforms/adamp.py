@@ -129,39 +129,51 @@ def scale_by_adamp(
         params = _tree.require_params(params, "adamp")
         count = _hyperparams.increment(state.count)
 
+        def direction(
+            g: jax.Array, m: jax.Array, v: jax.Array, c2: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * g * g
+            momentum = b1 * m + (1 - b1) * g if nesterov else m
+            return momentum / (_hyperparams.sqrt(v) / jnp.sqrt(c2) + eps), m, v
+
+        def sums(
+            g: jax.Array, m: jax.Array, v: jax.Array, theta: jax.Array, of: Any, shared: Any
+        ) -> tuple[Any, ...]:
+            axes, _ = of
+            if axes is None or theta.size == 0:
+                return g, m, v, ()
+            _, c2, _ = shared
+            p, *_ = direction(g, m, v, c2)
+            operands = _projection.apart(direction, p, theta, g, m, v, c2)
+            return g, m, v, _projection.channel_sums(*operands, axes)
+
         def rule(
             g: jax.Array,
             m: jax.Array,
             v: jax.Array,
             theta: jax.Array,
-            axes_and_decays: tuple[_matrices.MatrixAxes | None, bool],
-            shared: tuple[jax.Array, jax.Array, jax.Array],
+            of: Any,
+            radial: _projection.Radial | None,
+            shared: Any,
         ) -> tuple[jax.Array, ...]:
-            axes, decays = axes_and_decays
+            _, decays = of
             c1, c2, rate = shared
-
-            def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-                m = b1 * m + (1 - b1) * g
-                v = b2 * v + (1 - b2) * g * g
-                momentum = b1 * m + (1 - b1) * g if nesterov else m
-                return momentum / (_hyperparams.sqrt(v) / jnp.sqrt(c2) + eps), m, v
-
-            p, m_new, v_new = direction(g, m, v)
+            p, m, v = direction(g, m, v, c2)
             rho = 1.0
-            if axes is not None and theta.size > 0:
-                operands = _projection.apart(direction, p, theta, g, m, v)
-                radial, projects = _projection.radial_part(*operands, axes, delta=delta, eps=eps)
-                p = p - radial * theta
-                rho = jnp.where(projects, wd_ratio, 1.0)
+            if radial is not None:
+                p = p - radial.factor * theta
+                rho = jnp.where(radial.projects, wd_ratio, 1.0)
             u = p / c1
-            return (u + rate * rho * theta if decays else u), m_new, v_new
+            return (u + rate * rho * theta if decays else u), m, v
 
         def scalars(dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
             rate = _hyperparams.value_at("weight_decay", weight_decay, state.count)
             corrections = _hyperparams.bias_corrections(b1, b2, count)
             return *corrections(dtype), jnp.asarray(rate, dtype)
 
-        updates, mu, nu = _tree.map_leaves(
+        updates, mu, nu = _projection.map_projected(
+            sums,
             rule,
             updates,
             state.mu,
@@ -169,6 +181,8 @@ def scale_by_adamp(
             params=params,
             static=static(params),
             shared=scalars,
+            delta=delta,
+            eps=eps,
         )
         return updates, ScaleByAdampState(count, mu, nu)
 

@@ -122,37 +122,49 @@ def scale_by_sgdp(
         state = _tree.check_state(state, ScaleBySgdpState)
         params = _tree.require_params(params, "sgdp")
 
+        def direction(g: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+            b = momentum * b + (1 - dampening) * g
+            return (g + momentum * b if nesterov else b), b
+
+        def sums(
+            g: jax.Array, b: jax.Array, theta: jax.Array, of: Any, rate: jax.Array
+        ) -> tuple[Any, ...]:
+            del rate
+            axes, _ = of
+            if axes is None or theta.size == 0:
+                return g, b, ()
+            d, _ = direction(g, b)
+            operands = _projection.apart(direction, d, theta, g, b)
+            return g, b, _projection.channel_sums(*operands, axes)
+
         def rule(
             g: jax.Array,
             b: jax.Array,
             theta: jax.Array,
-            axes_and_decays: tuple[_matrices.MatrixAxes | None, bool],
+            of: Any,
+            radial: _projection.Radial | None,
             rate: jax.Array,
         ) -> tuple[jax.Array, jax.Array]:
-            axes, decays = axes_and_decays
-
-            def direction(g: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-                b = momentum * b + (1 - dampening) * g
-                return (g + momentum * b if nesterov else b), b
-
+            _, decays = of
             d, b_new = direction(g, b)
             rho = 1.0
-            if axes is not None and theta.size > 0:
-                operands = _projection.apart(direction, d, theta, g, b)
-                radial, projects = _projection.radial_part(*operands, axes, delta=delta, eps=eps)
-                d = d - radial * theta
-                rho = jnp.where(projects, wd_ratio, 1.0)
+            if radial is not None:
+                d = d - radial.factor * theta
+                rho = jnp.where(radial.projects, wd_ratio, 1.0)
             u = d + rate * rho / (1 - momentum) * theta if decays else d
             return u, d if project_momentum else b_new
 
         rate = _hyperparams.value_at("weight_decay", weight_decay, state.count)
-        updates, mu = _tree.map_leaves(
+        updates, mu = _projection.map_projected(
+            sums,
             rule,
             updates,
             state.mu,
             params=params,
             static=static(params),
             shared=lambda dtype: jnp.asarray(rate, dtype),
+            delta=delta,
+            eps=eps,
         )
         count = None if state.count is None else _hyperparams.increment(state.count)
         return updates, ScaleBySgdpState(mu, count)
