@@ -17,6 +17,12 @@ def type_apart_from_leading_axis(x: jax.Array) -> Any:
     return aval.shape[1:], aval.dtype, str(aval.sharding.spec), str(aval.manual_axis_type)
 
 
+def type_of(x: jax.Array) -> Any:
+    """Returns what two arrays must share to be stacked without a change."""
+    aval = jax.typeof(x)
+    return aval.shape, aval.dtype, str(aval.sharding.spec), str(aval.manual_axis_type)
+
+
 def varying_axes(x: jax.Array) -> frozenset[Any]:
     """Returns the mesh axes over which `x` varies, as far as `shard_map` checks it."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)

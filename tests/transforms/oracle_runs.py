@@ -16,6 +16,7 @@ import jaxopt_lab
 from tests.oracles import adabelief, adamp, diffgrad, exadam, lion, muon, regimes, sgdp
 
 STEPS = 10
+PER_STEP = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (2.8366, -3.0525, 1.2012))
 Trajectory = list[np.ndarray]
 Streams = Mapping[str, tuple[np.ndarray, list[np.ndarray]]]  # name -> parameter, gradients
 
@@ -190,6 +191,12 @@ def _muon_runs() -> list[Run]:
             },
             {"momentum": 0.9, "ns_eps": 1e-3, "ns_steps": 3, "weight_decay": 0.1},
             {"learning_rate": 0.01, "b1": 0.8, "b2": 0.9, "eps": 1e-4, "weight_decay": 0.2},
+        ),
+        run(
+            "three_polynomials",
+            {"ns_coeffs": PER_STEP, "weight_decay": 0.1},
+            {"ns_coeffs": PER_STEP, "ns_steps": 3, "weight_decay": 0.1},
+            {"weight_decay": 0.1},
         ),
         Run(
             "muon",
