@@ -40,6 +40,14 @@ class Blocks:
         size = len(_members(leaves, self.group))
         return [(projections.number_kept(density, size, round), size)] * len(leaves)
 
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, the number of its block; the order says which shares a slot."""
+        words = [""] * len(leaves)
+        for number, block in enumerate(_members(leaves, self.group)):
+            for index in block:
+                words[index] = f"blocks in {self.order} order, being in block {number}"
+        return words
+
     def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
         """Returns flags of the leaves: those of the first block of every queue."""
         chosen = {leaf for queue in self._plan(leaves).queues for leaf in queue[0]}

@@ -38,6 +38,9 @@ class DCT(projections.LeafProjection):
         size = min(leaf.matrix)
         return projections.number_kept(density, size, round), size
 
+    def _describe(self, leaf: Leaf) -> str:
+        return f"cosines of type {self.type}"
+
     def _first(self, leaf: Leaf) -> jax.Array:
         shape = (*projections.stacked(leaf), leaf.kept)
         return jnp.broadcast_to(jnp.arange(leaf.kept, dtype=jnp.int32), shape)

@@ -30,6 +30,7 @@ class Leaf(NamedTuple):
     axes: _matrices.MatrixAxes | None  # None if it is no matrix
     kept: int = 0  # columns, entries, directions or blocks that are selected ...
     size: int = 0  # ... of so many; filled in from `Projection.sizes`
+    part: str = ""  # what these are, in words; from `Projection.describe`
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -70,6 +71,14 @@ class Projection(Protocol):
 
         Raises:
           ValueError: the projection cannot serve a leaf; the message has its path.
+        """
+        ...
+
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, in words, what a selection of it means.
+
+        Two projections that give the same words understand each other's selections and compact
+        arrays; a state that was made with other words is refused.
         """
         ...
 
@@ -122,6 +131,10 @@ class LeafProjection:
         """Returns, for each leaf, how much is selected of how much."""
         return [self._size(leaf, density) for leaf in leaves]
 
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, what a selection of it means."""
+        return [self._describe(leaf) for leaf in leaves]
+
     def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
         """Returns a valid selection to begin with."""
         return [self._first(leaf) for leaf in leaves]
@@ -167,6 +180,9 @@ class LeafProjection:
         raise NotImplementedError
 
     def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _describe(self, leaf: Leaf) -> str:
         raise NotImplementedError
 
     def _first(self, leaf: Leaf) -> jax.Array:

@@ -48,6 +48,10 @@ class SVD(projections.LeafProjection):
         inputs = fan_in <= fan_out if self.side == "smaller" else fan_in > fan_out
         return (0,) if inputs else (1,)
 
+    def _describe(self, leaf: Leaf) -> str:
+        ends = " and ".join(("inputs", "outputs")[axis] for axis in self._projected(leaf))
+        return f"directions of the {ends}"
+
     def _first(self, leaf: Leaf) -> Any:
         bases = tuple(
             jnp.broadcast_to(
