@@ -142,7 +142,7 @@ class Phase:
             return old, state if on_refresh == "project" else None
 
         new, carried = renewed() if refresh is None else _compat.cond(refresh, renewed, same)
-        compact = self.project(new, grads)
+        compact = self.projection.without_rounding(self.infos, grads, self.project(new, grads))
         seen = self._seen(compact, dtypes)
         weights = None if params is None else self.compact_params(params, new)
         if on_refresh == "project":

@@ -98,6 +98,13 @@ class Blocks:
             slots.append(_compat.switch(active, branches))
         return slots
 
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[list[jax.Array]]
+    ) -> list[list[jax.Array]]:
+        """Returns `compact`: whole leaves are exact."""
+        del leaves, xs
+        return compact
+
     def restore(
         self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[list[jax.Array]]
     ) -> list[jax.Array]:
