@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jaxopt_lab._adam import AdamState
 from jaxopt_lab.transforms.adabelief import ScaleByAdaBeliefState, adabelief, scale_by_adabelief
 from jaxopt_lab.transforms.adamp import ScaleByAdampState, adamp, scale_by_adamp
+from jaxopt_lab.transforms.cautious import cautious
 from jaxopt_lab.transforms.clip_coordinates import clip_coordinates
 from jaxopt_lab.transforms.diffgrad import ScaleByDiffgradState, diffgrad, scale_by_diffgrad
 from jaxopt_lab.transforms.exadam import ScaleByExadamState, exadam, scale_by_exadam
@@ -115,6 +116,7 @@ __all__ = [
     "badam",
     "branch_decay",
     "breadcrumbs_merge",
+    "cautious",
     "clip_coordinates",
     "co2",
     "compressed_mean",

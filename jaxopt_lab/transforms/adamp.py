@@ -39,7 +39,7 @@ def scale_by_adamp(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     delta: _hyperparams.Scalar = 0.1,
@@ -101,15 +101,18 @@ def scale_by_adamp(
     """
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_non_negative(weight_decay=weight_decay, delta=delta)
+    _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
+    _hyperparams.check_non_negative(delta=delta)
     _hyperparams.check_fraction(wd_ratio=wd_ratio)
+    _hyperparams.check_flag(nesterov=nesterov)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def static(params: Any) -> list[tuple[_matrices.MatrixAxes | None, bool]]:
         axes = _matrices.matrix_axes(
             dimension_numbers, params, default=_projection.last_axis_is_output
         )
-        return list(zip(axes, _tree.mask_leaves(mask, params)))
+        decays = _tree.mask_leaves(_hyperparams.mask_of(weight_decay, mask), params)
+        return list(zip(axes, decays))
 
     def init_fn(params: optax.Params) -> ScaleByAdampState:
         static(params)
@@ -132,10 +135,10 @@ def scale_by_adamp(
             v: jax.Array,
             theta: jax.Array,
             axes_and_decays: tuple[_matrices.MatrixAxes | None, bool],
+            shared: tuple[jax.Array, jax.Array, jax.Array],
         ) -> tuple[jax.Array, ...]:
             axes, decays = axes_and_decays
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+            c1, c2, rate = shared
 
             def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
                 m = b1 * m + (1 - b1) * g
@@ -151,10 +154,21 @@ def scale_by_adamp(
                 p = p - radial * theta
                 rho = jnp.where(projects, wd_ratio, 1.0)
             u = p / c1
-            return (u + weight_decay * rho * theta if decays else u), m_new, v_new
+            return (u + rate * rho * theta if decays else u), m_new, v_new
+
+        def scalars(dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            rate = _hyperparams.value_at("weight_decay", weight_decay, state.count)
+            corrections = _hyperparams.bias_corrections(b1, b2, count)
+            return *corrections(dtype), jnp.asarray(rate, dtype)
 
         updates, mu, nu = _tree.map_leaves(
-            rule, updates, state.mu, state.nu, params=params, static=static(params)
+            rule,
+            updates,
+            state.mu,
+            state.nu,
+            params=params,
+            static=static(params),
+            shared=scalars,
         )
         return updates, ScaleByAdampState(count, mu, nu)
 
@@ -166,7 +180,7 @@ def adamp(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     delta: _hyperparams.Scalar = 0.1,

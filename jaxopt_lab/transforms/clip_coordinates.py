@@ -71,16 +71,16 @@ def clip_coordinates(
         state = _tree.check_state(state, optax.EmptyState)
         if _hyperparams.is_number(fraction) and fraction == 0:
             return updates, state
-        magnitudes: list[jax.Array] = []
-        _tree.map_leaves(lambda g: (magnitudes.append(jnp.abs(g)) or g,), updates)
+        _, *found = _tree.map_leaves(lambda g: (g, jnp.abs(g)), updates)
+        magnitudes = jax.tree.leaves(found)
         if not magnitudes:
             return updates, state
         tau = jax.lax.stop_gradient(_magnitude_at(magnitudes, fraction)) * scale
 
-        def clip(g: jax.Array) -> tuple[jax.Array]:
-            return (jnp.clip(g, -tau.astype(g.dtype), tau.astype(g.dtype)),)
+        def clip(g: jax.Array, tau: jax.Array) -> tuple[jax.Array]:
+            return (jnp.clip(g, -tau, tau),)
 
-        (updates,) = _tree.map_leaves(clip, updates)
+        (updates,) = _tree.map_leaves(clip, updates, shared=tau.astype)
         return updates, state
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -92,15 +92,17 @@ def scale_by_diffgrad(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByDiffgradState]:
-        del params
         state = _tree.check_state(state, ScaleByDiffgradState)
         count = _hyperparams.increment(state.count)
 
         def rule(
-            g: jax.Array, m: jax.Array, v: jax.Array, previous: jax.Array
+            g: jax.Array,
+            m: jax.Array,
+            v: jax.Array,
+            previous: jax.Array,
+            corrections: tuple[jax.Array, jax.Array],
         ) -> tuple[jax.Array, ...]:
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+            c1, c2 = corrections
             m = b1 * m + (1 - b1) * g
             v = b2 * v + (1 - b2) * jnp.square(g)
             xi = 1 / (1 + jnp.exp(-jnp.abs(previous - g)))
@@ -110,7 +112,15 @@ def scale_by_diffgrad(
             kept = jnp.where(g == previous, previous, g)
             return u, m, v, kept
 
-        updates, *moments = _tree.map_leaves(rule, updates, state.mu, state.nu, state.previous)
+        updates, *moments = _tree.map_leaves(
+            rule,
+            updates,
+            state.mu,
+            state.nu,
+            state.previous,
+            shared=_hyperparams.bias_corrections(b1, b2, count),
+            like=params,
+        )
         return updates, ScaleByDiffgradState(count, *moments)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -121,7 +131,7 @@ def diffgrad(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     mu_dtype: Any = None,
@@ -159,5 +169,5 @@ def diffgrad(
     """
     rule = scale_by_diffgrad(b1, b2, eps, mu_dtype=mu_dtype)
     return _hyperparams.ready_made(
-        rule, learning_rate, weight_decay, mask, method="diffgrad", coupled=True
+        rule, learning_rate, weight_decay, mask, method="diffgrad", decays="gradient"
     )

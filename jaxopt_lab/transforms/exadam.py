@@ -82,6 +82,7 @@ def scale_by_exadam(
     """
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
+    _hyperparams.check_flag(dynamic_step_size=dynamic_step_size)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByExadamState:
@@ -94,13 +95,13 @@ def scale_by_exadam(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByExadamState]:
-        del params
         state = _tree.check_state(state, ScaleByExadamState)
         count = _hyperparams.increment(state.count)
 
-        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+        def rule(
+            g: jax.Array, m: jax.Array, v: jax.Array, corrections: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, ...]:
+            c1, c2 = corrections
             m = b1 * m + (1 - b1) * g
             v = b2 * v + (1 - b2) * jnp.square(g)
             d1 = 1 + (1 - c2) * (v / (v + eps))
@@ -110,7 +111,14 @@ def scale_by_exadam(
                 u = 0.5 * jnp.log(2 * (count.astype(g.dtype) + 1)) * u
             return u, m, v
 
-        updates, mu, nu = _tree.map_leaves(rule, updates, state.mu, state.nu)
+        updates, mu, nu = _tree.map_leaves(
+            rule,
+            updates,
+            state.mu,
+            state.nu,
+            shared=_hyperparams.bias_corrections(b1, b2, count),
+            like=params,
+        )
         return updates, ScaleByExadamState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -121,7 +129,7 @@ def exadam(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     dynamic_step_size: bool = True,

@@ -74,7 +74,6 @@ def scale_by_lion(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByLionState]:
-        del params
         state = _tree.check_state(state, ScaleByLionState)
 
         def rule(g: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -85,7 +84,7 @@ def scale_by_lion(
                 direction = b1 * m + (1 - b1) * g
             return jnp.sign(direction), m_new
 
-        updates, mu = _tree.map_leaves(rule, updates, state.mu)
+        updates, mu = _tree.map_leaves(rule, updates, state.mu, like=params)
         return updates, ScaleByLionState(mu=mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -95,7 +94,7 @@ def lion(
     learning_rate: optax.ScalarOrSchedule,
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.99,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     mu_dtype: Any = None,

@@ -32,11 +32,12 @@ class ScaleBySgdpState(NamedTuple):
     """State of `scale_by_sgdp`: 4 bytes a parameter in float32."""
 
     mu: optax.Updates  # b; shapes of the parameters, dtype `mu_dtype` or the parameter's
+    count: Any = None  # steps taken; int32, shape (), or None unless the decay is a schedule
 
 
 def scale_by_sgdp(
     momentum: _hyperparams.Scalar = 0.0,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     dampening: _hyperparams.Scalar = 0.0,
@@ -95,8 +96,10 @@ def scale_by_sgdp(
     """
     _hyperparams.check_decay(momentum=momentum)
     _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_non_negative(weight_decay=weight_decay, delta=delta)
+    _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
+    _hyperparams.check_non_negative(delta=delta)
     _hyperparams.check_fraction(dampening=dampening, wd_ratio=wd_ratio)
+    _hyperparams.check_flag(nesterov=nesterov, project_momentum=project_momentum)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
     if project_momentum and nesterov:
         raise ValueError("project_momentum=True needs nesterov=False")
@@ -105,11 +108,13 @@ def scale_by_sgdp(
         axes = _matrices.matrix_axes(
             dimension_numbers, params, default=_projection.last_axis_is_output
         )
-        return list(zip(axes, _tree.mask_leaves(mask, params)))
+        decays = _tree.mask_leaves(_hyperparams.mask_of(weight_decay, mask), params)
+        return list(zip(axes, decays))
 
     def init_fn(params: optax.Params) -> ScaleBySgdpState:
         static(params)
-        return ScaleBySgdpState(mu=_tree.zeros_like(params, mu_dtype))
+        count = jnp.zeros((), jnp.int32) if callable(weight_decay) else None
+        return ScaleBySgdpState(_tree.zeros_like(params, mu_dtype), count)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -122,6 +127,7 @@ def scale_by_sgdp(
             b: jax.Array,
             theta: jax.Array,
             axes_and_decays: tuple[_matrices.MatrixAxes | None, bool],
+            rate: jax.Array,
         ) -> tuple[jax.Array, jax.Array]:
             axes, decays = axes_and_decays
 
@@ -136,13 +142,20 @@ def scale_by_sgdp(
                 radial, projects = _projection.radial_part(*operands, axes, delta=delta, eps=eps)
                 d = d - radial * theta
                 rho = jnp.where(projects, wd_ratio, 1.0)
-            u = d + weight_decay * rho / (1 - momentum) * theta if decays else d
+            u = d + rate * rho / (1 - momentum) * theta if decays else d
             return u, d if project_momentum else b_new
 
+        rate = _hyperparams.value_at("weight_decay", weight_decay, state.count)
         updates, mu = _tree.map_leaves(
-            rule, updates, state.mu, params=params, static=static(params)
+            rule,
+            updates,
+            state.mu,
+            params=params,
+            static=static(params),
+            shared=lambda dtype: jnp.asarray(rate, dtype),
         )
-        return updates, ScaleBySgdpState(mu=mu)
+        count = None if state.count is None else _hyperparams.increment(state.count)
+        return updates, ScaleBySgdpState(mu, count)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -150,7 +163,7 @@ def scale_by_sgdp(
 def sgdp(
     learning_rate: optax.ScalarOrSchedule,
     momentum: _hyperparams.Scalar = 0.0,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     dampening: _hyperparams.Scalar = 0.0,

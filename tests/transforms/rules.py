@@ -63,6 +63,7 @@ RULES = [
     Rule(jaxopt_lab.muon, _DECAY),
     Rule(jaxopt_lab.sgdp, {**_DECAY, "momentum": 0.9}),
     Rule(jaxopt_lab.clip_coordinates, {"fraction": 0.25}),
+    Rule(jaxopt_lab.cautious, {"inner": jaxopt_lab.scale_by_lion()}),
 ]
 
 # Without the variants and without what is no optimizer by itself.

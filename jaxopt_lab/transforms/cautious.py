@@ -1,0 +1,90 @@
+r"""Cautious: leave alone what would move against the gradient.
+
+    phi = 1 where u g > 0, else 0
+    u <- u phi / max(mean(phi), 1e-3)
+
+for each leaf, with the gradient g and the direction u that a rule made of it.
+
+Liang et al., "Cautious Optimizers: Improving Training with One Line of Code", 2024,
+arXiv:2411.16085, Algorithm 1; the mean bounded from below as in timm's `caution`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxopt_lab import _hyperparams, _tree
+
+# The least share of agreeing coordinates that the rest is scaled up by.
+_LEAST_MEAN = 1e-3
+
+
+def cautious(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Masks the direction of `inner` where its sign is not the gradient's.
+
+    .. math::
+      \phi = [u \odot g > 0], \quad
+      u \leftarrow \frac{\phi \odot u}{\max(\mathrm{mean}(\phi), 10^{-3})}
+
+    for each leaf, with the gradient :math:`g` that comes in and the direction :math:`u` that
+    `inner` makes of it. Momentum and other state go on as without the mask. The mean keeps the
+    size of a leaf's step on average; NaN and infinities stay what they are.
+
+    The mask belongs between a bare rule and everything that is no direction: weight decay, which
+    is not masked, and the learning rate, whose sign would turn agreement into disagreement::
+
+      optax.chain(
+          jaxopt_lab.cautious(jaxopt_lab.scale_by_lion()),
+          optax.add_decayed_weights(0.1),
+          optax.scale_by_learning_rate(1e-4),
+      )
+
+    Args:
+      inner: a bare rule (`scale_by_...`), whose updates point along the gradient and not down it.
+
+    Returns:
+      A `GradientTransformationExtraArgs` with the state of `inner`; its update needs `params` if
+      that of `inner` does. Updates have the dtype that `inner` gives them.
+
+    Raises:
+      TypeError: `inner` is no transformation, such as a factory that was not called, or gradients
+        that are not real floating point.
+      ValueError: what `inner` raises.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = cautious(optax.trace(0.9))
+      >>> params = jnp.zeros(2)
+      >>> _, state = tx.update(jnp.array([1.0, 1.0]), tx.init(params))
+      >>> updates, _ = tx.update(jnp.array([-0.5, 1.0]), state)  # the momentum is (0.4, 1.9)
+      >>> [f"{u:.1f}" for u in updates]
+      ['0.0', '3.8']
+
+    References:
+      Liang et al., `Cautious Optimizers: Improving Training with One Line of Code
+      <https://arxiv.org/abs/2411.16085>`_, 2024, Algorithm 1.
+    """
+    _hyperparams.check_transformation(inner=inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        def rule(u: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if u.size == 0:
+                return u, g
+            # The product of two small numbers may be zero; that of their signs is not.
+            agrees = (jnp.sign(u) * jnp.sign(g) > 0).astype(u.dtype)
+            return u * (agrees / jnp.maximum(jnp.mean(agrees), _LEAST_MEAN)), g
+
+        direction, state = inner.update(updates, state, params, **extra_args)
+        masked, _ = _tree.map_leaves(rule, direction, updates)
+        return masked, state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
