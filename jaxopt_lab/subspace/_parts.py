@@ -132,6 +132,7 @@ class Phase:
         if not self.members:
             return Result([], state, [], [])
         old = self.selection
+        check_rule_state(state, jax.eval_shape(rule.init, self._shapes_seen()))
 
         def renewed() -> Any:
             new = self.projection.choose(self.infos, old, grads, step)
@@ -140,8 +141,8 @@ class Phase:
         def same() -> Any:
             return old, state if on_refresh == "project" else None
 
-        new, carried = renewed() if refresh is None else jax.lax.cond(refresh, renewed, same)
-        compact = self.project(new, grads)
+        new, carried = renewed() if refresh is None else _compat.cond(refresh, renewed, same)
+        compact = self.projection.without_rounding(self.infos, grads, self.project(new, grads))
         seen = self._seen(compact, dtypes)
         weights = None if params is None else self.compact_params(params, new)
         if on_refresh == "project":
@@ -164,7 +165,6 @@ class Phase:
         names = self.parts.structure.unflatten(range(len(self.parts.treatments)))
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(names)[0]]
         shapes = [a.shape for a in jax.eval_shape(self.project, old, self._abstract())]
-
         carried = set()
 
         def carry(path: Any, leaf: Any) -> Any:
@@ -187,6 +187,12 @@ class Phase:
                 )
         return state
 
+    def _shapes_seen(self) -> Any:
+        """Returns the tree that `full` is given at init, without arrays."""
+        compact = jax.eval_shape(self.project, self.selection, self._abstract())
+        dtypes = [info.dtype for info in self.infos]
+        return jax.eval_shape(lambda compact: self._seen(compact, dtypes), compact)
+
     def _abstract(self) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in self.infos]
 
@@ -202,6 +208,80 @@ def _narrowed(a: jax.Array, dtype: Any) -> jax.Array:
 def lower(x: jax.Array, like: jax.Array) -> jax.Array:
     """Returns `x` with the dtype of `like`, and with its sharding where that is a type."""
     return _compat.reshard_like(x.astype(like.dtype), like)
+
+
+def check_selection(phase: Phase) -> None:
+    """Refuses selections of other shapes than the treatments say, as files may restore them.
+
+    Raises:
+      ValueError: the message has the leaf and both shapes.
+    """
+    for info, given, like in zip(phase.infos, phase.selection, jax.eval_shape(phase.first)):
+        shapes, expected = [[jnp.shape(x) for x in jax.tree.leaves(s)] for s in (given, like)]
+        if shapes != expected:
+            raise ValueError(
+                f"the selection of '{info.name}' in the state has shapes {shapes}, expected "
+                f"{expected}"
+            )
+
+
+def check_error(parts: Parts, error: Any, error_feedback: bool) -> None:
+    """Refuses a state with an error that nobody asked for, or without one that was asked for.
+
+    Raises:
+      ValueError: the message says which.
+    """
+    members = parts.of_kind("split") if error_feedback else []
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(error)]
+    if shapes != [parts.treatments[index].leaf.shape for index in members]:
+        raise ValueError(
+            f"the state was made by another transformation: its error has the shapes {shapes}, "
+            f"which does not go with error_feedback={error_feedback}"
+        )
+
+
+def check_rule_state(state: optax.OptState, fresh: optax.OptState) -> None:
+    """Refuses the state of a rule that does not have the form of `fresh`, its own from `init`.
+
+    Containers of other kinds are none of its business: wrappers of modules exchange them. Named
+    tuples tell rules apart, shapes tell sizes.
+
+    Raises:
+      TypeError: another rule's.
+      ValueError: that of other shapes.
+    """
+    found, expected = _form(state), _form(fresh)
+    rules, wanted = [[x for x in form if isinstance(x, str)] for form in (found, expected)]
+    if rules != wanted:
+        raise TypeError(
+            f"expected a state of type {', '.join(wanted) or 'none'} of the rule inside, got "
+            f"{', '.join(rules) or 'none'}: was it made by another transformation's init?"
+        )
+    if found != expected:
+        detail = f"{len(found)} arrays, expected {len(expected)}"
+        if len(found) == len(expected):
+            given, wanted = next((a, b) for a, b in zip(found, expected) if a != b)
+            detail = f"an array of shape {given}, expected {wanted}"
+        raise ValueError(
+            "the state of the rule inside was made by another transformation's init: it has "
+            f"{detail}"
+        )
+
+
+def _form(state: Any) -> list[Any]:
+    """Returns the names of the named tuples and the shapes of the arrays, in order."""
+
+    def is_named(x: Any) -> bool:
+        return hasattr(x, "_fields") and not isinstance(x, optax.MaskedNode)
+
+    form: list[Any] = []
+    for x in jax.tree.leaves(state, is_leaf=is_named):
+        if is_named(x):
+            form.append(type(x).__name__)
+            form += [entry for field in x for entry in _form(field)]
+        else:
+            form.append(jnp.shape(x))
+    return form
 
 
 def restarted(fresh: Any, state: Any, refresh: jax.Array | None) -> Any:

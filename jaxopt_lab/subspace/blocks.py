@@ -40,6 +40,14 @@ class Blocks:
         size = len(_members(leaves, self.group))
         return [(projections.number_kept(density, size, round), size)] * len(leaves)
 
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, the number of its block; the order says which shares a slot."""
+        words = [""] * len(leaves)
+        for number, block in enumerate(_members(leaves, self.group)):
+            for index in block:
+                words[index] = f"blocks in {self.order} order, being in block {number}"
+        return words
+
     def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
         """Returns flags of the leaves: those of the first block of every queue."""
         chosen = {leaf for queue in self._plan(leaves).queues for leaf in queue[0]}
@@ -87,8 +95,15 @@ class Blocks:
 
             active = jnp.argmax(jnp.stack([selection[block[0]] for block in queue]))
             branches = [functools.partial(arrays_of, block) for block in queue]
-            slots.append(jax.lax.switch(active, branches))
+            slots.append(_compat.switch(active, branches))
         return slots
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[list[jax.Array]]
+    ) -> list[list[jax.Array]]:
+        """Returns `compact`: whole leaves are exact."""
+        del leaves, xs
+        return compact
 
     def restore(
         self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[list[jax.Array]]

@@ -32,6 +32,9 @@ class Columns(projections.LeafProjection):
         size = leaf.matrix[0 if self.axis == "in" else 1]
         return projections.number_kept(density, size, math.floor), size
 
+    def _describe(self, leaf: Leaf) -> str:
+        return "inputs" if self.axis == "in" else "outputs"
+
     def _first(self, leaf: Leaf) -> jax.Array:
         shape = (*projections.stacked(leaf), leaf.kept)
         return jnp.broadcast_to(jnp.arange(leaf.kept, dtype=jnp.int32), shape)
@@ -146,6 +149,9 @@ class Entries(projections.LeafProjection):
     def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
         size = math.prod(leaf.shape)
         return projections.number_kept(density, size, math.floor), size
+
+    def _describe(self, leaf: Leaf) -> str:
+        return "entries"
 
     def _first(self, leaf: Leaf) -> jax.Array:
         return jnp.arange(leaf.kept, dtype=jnp.int32)

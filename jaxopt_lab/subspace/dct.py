@@ -10,6 +10,7 @@ Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Lan
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxopt_lab import _compat
 from jaxopt_lab.subspace import projections
 from jaxopt_lab.subspace.columns import carry_by_index
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf
-from jaxopt_lab.subspace.svd import without_rounding
+from jaxopt_lab.subspace.svd import without_noise, without_rounding
 
 _TYPES = (2, 3)
 _NORMS = (1, 2)
@@ -37,6 +38,9 @@ class DCT(projections.LeafProjection):
         projections.require_matrix(leaf, "dct")
         size = min(leaf.matrix)
         return projections.number_kept(density, size, round), size
+
+    def _describe(self, leaf: Leaf) -> str:
+        return f"cosines of type {self.type}"
 
     def _first(self, leaf: Leaf) -> jax.Array:
         shape = (*projections.stacked(leaf), leaf.kept)
@@ -65,6 +69,19 @@ class DCT(projections.LeafProjection):
         matrix = projections.to_matrix(x, leaf)
         basis = cosine_basis(selection, leaf.size, self.type, x.dtype)
         return _product(_t(basis), matrix) if _inputs(leaf) else _product(matrix, basis)
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Zeroes columns of which a gradient has nothing, and entries of a product's rounding."""
+        return [
+            projections.shared(self, "_without_rounding", leaf, x, a)
+            for leaf, x, a in zip(leaves, xs, compact)
+        ]
+
+    def _without_rounding(self, leaf: Leaf, x: jax.Array, compact: jax.Array) -> jax.Array:
+        matrix = projections.to_matrix(x, leaf)
+        return without_noise(compact, matrix, (0,) if _inputs(leaf) else (1,))
 
     def _restore(self, leaf: Leaf, selection: jax.Array, compact: jax.Array) -> jax.Array:
         basis = cosine_basis(selection, leaf.size, self.type, compact.dtype)

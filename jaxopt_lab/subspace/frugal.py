@@ -16,10 +16,24 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
-from jaxopt_lab.subspace._parts import Parts, Phase, lower, restarted
+from jaxopt_lab.subspace._parts import (
+    Parts,
+    Phase,
+    check_error,
+    check_rule_state,
+    check_selection,
+    lower,
+    restarted,
+)
 from jaxopt_lab.subspace.columns import columns
 from jaxopt_lab.subspace.projections import Density, Projection, Step
-from jaxopt_lab.subspace.treatments import AlwaysFull, check_updates, plan, treatments_of
+from jaxopt_lab.subspace.treatments import (
+    AlwaysFull,
+    check_plan,
+    check_updates,
+    plan,
+    treatments_of,
+)
 
 
 class FrugalState(NamedTuple):
@@ -165,6 +179,26 @@ def frugal(
             error=error,
         )
 
+    def check_made_here(parts: Parts, state: FrugalState, updates: optax.Updates) -> None:
+        """Refuses the state of a `frugal` with other arguments."""
+        if len(state.selected) != len(phases):
+            raise ValueError(
+                f"the state was made by another transformation: it has {len(state.selected)} "
+                f"phases (stagger), expected {len(phases)}"
+            )
+        check_plan(
+            parts.treatments,
+            updates,
+            selector,
+            density,
+            always_full,
+            dimension_numbers,
+            len(phases),
+        )
+        for phase in phases:
+            check_selection(Phase(parts, phase, selector))
+        check_error(parts, state.error, error_feedback)
+
     def refresh(count: jax.Array, phase: int) -> tuple[jax.Array | None, jax.Array]:
         """Whether it is time, None for always, and how many selections there have been."""
         since = count - jnp.maximum(first_gap - phase * update_gap // stagger, 1)
@@ -179,10 +213,10 @@ def frugal(
         """Returns the updates and the state of what has state as a whole."""
         members = parts.of_kind("full", "whole")
         seen, own = parts.tree(grads, members), parts.tree(params, members)
-        rule_state = state.full
+        rule_state, like = state.full, seen if own is None else own
+        check_rule_state(rule_state, jax.eval_shape(rule.init, like))
         if on_refresh == "reset_all":
-            fresh = rule.init(seen if own is None else own)
-            rule_state = restarted(fresh, rule_state, refresh(state.count, 0)[0])
+            rule_state = restarted(rule.init(like), rule_state, refresh(state.count, 0)[0])
         u, rule_state = rule.update(seen, rule_state, own, **extra_args)
         results = dict(zip(members, parts.leaves(u, members)))
         for index in parts.of_kind("whole"):
@@ -226,6 +260,7 @@ def frugal(
         state = _tree.check_state(state, FrugalState)
         check_updates(updates, treatments_of(state.treatments))
         parts = Parts(jax.tree.structure(updates), treatments_of(state.treatments))
+        check_made_here(parts, state, updates)
         for name, gradient in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, gradient)
         grads = [jnp.asarray(g) for g in jax.tree.leaves(updates)]

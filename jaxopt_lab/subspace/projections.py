@@ -7,6 +7,7 @@ transformation sees, which most projections make leaf by leaf.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -15,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _matrices
+from jaxopt_lab import _compat, _matrices
+
+# Of the matrices that are stacked for one decomposition: 16 MiB in float32.
+_ENTRIES_TOGETHER = 1 << 22
 
 Density = float | Callable[[int], int]
 Choose = Callable[[str, jax.Array, jax.Array], Any]
@@ -30,6 +34,7 @@ class Leaf(NamedTuple):
     axes: _matrices.MatrixAxes | None  # None if it is no matrix
     kept: int = 0  # columns, entries, directions or blocks that are selected ...
     size: int = 0  # ... of so many; filled in from `Projection.sizes`
+    part: str = ""  # what these are, in words; from `Projection.describe`
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -73,6 +78,14 @@ class Projection(Protocol):
         """
         ...
 
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, in words, what a selection of it means.
+
+        Two projections that give the same words understand each other's selections and compact
+        arrays; a state that was made with other words is refused.
+        """
+        ...
+
     def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
         """Returns a valid selection to begin with."""
         ...
@@ -87,6 +100,15 @@ class Projection(Protocol):
         self, leaves: Sequence[Leaf], selection: list[jax.Array], xs: list[jax.Array]
     ) -> list[Any]:
         """Returns the selected part of gradients or parameters as compact arrays."""
+        ...
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[Any]
+    ) -> list[Any]:
+        """Returns `compact` with zeros for what is only the rounding of the projection of `xs`.
+
+        A rule that normalises would make whole steps of it.
+        """
         ...
 
     def restore(
@@ -122,6 +144,10 @@ class LeafProjection:
         """Returns, for each leaf, how much is selected of how much."""
         return [self._size(leaf, density) for leaf in leaves]
 
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, what a selection of it means."""
+        return [self._describe(leaf) for leaf in leaves]
+
     def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
         """Returns a valid selection to begin with."""
         return [self._first(leaf) for leaf in leaves]
@@ -140,13 +166,22 @@ class LeafProjection:
         self, leaves: Sequence[Leaf], selection: list[jax.Array], xs: list[jax.Array]
     ) -> list[jax.Array]:
         """Returns the selected part of each leaf."""
-        return [self._project(leaf, s, x) for leaf, s, x in zip(leaves, selection, xs)]
+        return [shared(self, "_project", leaf, s, x) for leaf, s, x in zip(leaves, selection, xs)]
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Returns `compact`: what is taken out of a gradient is exact."""
+        del leaves, xs
+        return compact
 
     def restore(
         self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[jax.Array]
     ) -> list[jax.Array]:
         """Returns arrays of the leaves' shapes with `compact` in its place and zeros elsewhere."""
-        return [self._restore(leaf, s, a) for leaf, s, a in zip(leaves, selection, compact)]
+        return [
+            shared(self, "_restore", leaf, s, a) for leaf, s, a in zip(leaves, selection, compact)
+        ]
 
     def remainder(
         self,
@@ -157,7 +192,8 @@ class LeafProjection:
     ) -> list[jax.Array]:
         """Returns what `project` left out."""
         return [
-            self._remainder(leaf, s, x, a) for leaf, s, x, a in zip(leaves, selection, xs, compact)
+            shared(self, "_remainder", leaf, s, x, a)
+            for leaf, s, x, a in zip(leaves, selection, xs, compact)
         ]
 
     def carry(
@@ -167,6 +203,9 @@ class LeafProjection:
         raise NotImplementedError
 
     def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _describe(self, leaf: Leaf) -> str:
         raise NotImplementedError
 
     def _first(self, leaf: Leaf) -> jax.Array:
@@ -235,6 +274,34 @@ def stacked(leaf: Leaf) -> tuple[int, ...]:
     if not leaf.axes.batch:
         return ()
     return (math.prod(leaf.shape[a] for a in leaf.axes.batch),)
+
+
+def shared(projection: Any, method: str, leaf: Leaf, *arrays: Any) -> Any:
+    """Returns `projection.method(leaf, *arrays)`, traced once for leaves that differ in name only."""
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
+        return getattr(projection, method)(leaf, *arrays)
+    return _function(projection, method, leaf._replace(name=""))(*arrays)
+
+
+@functools.lru_cache(4096)
+def _function(projection: Any, method: str, leaf: Leaf) -> Callable[..., Any]:
+    return jax.jit(functools.partial(getattr(projection, method), leaf))
+
+
+def together(leaves: Sequence[Leaf], xs: Sequence[jax.Array]) -> list[list[int]]:
+    """Returns the indices of leaves whose matrices can be stacked, in groups.
+
+    A decomposition of a stack is compiled once. A group is small, so that the stack, which is a
+    copy, takes no memory to speak of, while large matrices stand alone.
+    """
+    groups: dict[Any, list[list[int]]] = {}
+    for index, (leaf, x) in enumerate(zip(leaves, xs)):
+        key = (leaf.matrix, leaf.kept, leaf.dtype, _compat.type_apart_from_leading_axis(x[None]))
+        found = groups.setdefault((*key, leaf.axes), [[]])
+        if (len(found[-1]) + 1) * math.prod(leaf.shape) > _ENTRIES_TOGETHER and found[-1]:
+            found.append([])
+        found[-1].append(index)
+    return [group for found in groups.values() for group in found]
 
 
 def checked_choice(value: Any, expected: jax.Array, leaf: Leaf) -> jax.Array:

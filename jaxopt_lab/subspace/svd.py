@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,10 +19,12 @@ import jax.numpy as jnp
 
 from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.subspace import projections
-from jaxopt_lab.subspace.projections import Choose, Density, Leaf
+from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 
 _SIDES = ("smaller", "larger", "in", "out", "both")
 _METHODS = ("full", "gram", "randomized")
+# Units of rounding in a product, relative to the norms of its factors: 8 times what is usual.
+_OF_A_PRODUCT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,10 @@ class SVD(projections.LeafProjection):
         inputs = fan_in <= fan_out if self.side == "smaller" else fan_in > fan_out
         return (0,) if inputs else (1,)
 
+    def _describe(self, leaf: Leaf) -> str:
+        ends = " and ".join(("inputs", "outputs")[axis] for axis in self._projected(leaf))
+        return f"directions of the {ends}"
+
     def _first(self, leaf: Leaf) -> Any:
         bases = tuple(
             jnp.broadcast_to(
@@ -58,31 +66,59 @@ class SVD(projections.LeafProjection):
         )
         return bases if self.side == "both" else bases[0]
 
+    def choose(
+        self, leaves: Sequence[Leaf], old: list[Any], grads: list[jax.Array], step: Step
+    ) -> list[Any]:
+        """Returns new bases; those of equal matrices, from whatever leaves, in one program."""
+        if self.choose_basis is not None:
+            return super().choose(leaves, old, grads, step)
+        found: list[Any] = [None] * len(leaves)
+        for members in projections.together(leaves, grads):
+            leaf = leaves[members[0]]
+            flat = [
+                jax.tree.map(
+                    lambda x, leaf=leaf: x.reshape(-1, *x.shape[-2:]),
+                    (projections.to_matrix(jax.lax.stop_gradient(grads[i]), leaf), old[i]),
+                )
+                for i in members
+            ]
+            matrices, bases = jax.tree.map(lambda *xs: jnp.concatenate(xs), *flat)
+            keys = None
+            if self.method == "randomized":
+                # The draw of a matrix does not depend on what it is stacked with.
+                numbers = jnp.asarray(members, jnp.uint32)
+                keys = jax.vmap(functools.partial(jax.random.fold_in, step.key))(numbers)
+                if projections.stacked(leaf):
+                    (count,) = projections.stacked(leaf)
+                    keys = jax.vmap(lambda key, n=count: jax.random.split(key, n))(keys).reshape(-1)
+            new = jax.vmap(functools.partial(self._renewed, leaf))(matrices, bases, keys)
+            for place, i in enumerate(members):
+                of = matrices.shape[0] // len(members)
+                found[i] = jax.tree.map(
+                    lambda n, o, at=place * of, of=of: n[at : at + of].reshape(o.shape), new, old[i]
+                )
+        return found
+
     def _choose(
         self, leaf: Leaf, old: Any, grad: jax.Array, count: jax.Array, key: jax.Array
     ) -> Any:
-        if self.choose_basis is not None:
-            found = self.choose_basis(leaf.name, count, grad)
-            return jax.tree.map(lambda o, f: projections.checked_choice(f, o, leaf), old, found)
-        matrix = projections.to_matrix(grad, leaf)
+        assert self.choose_basis is not None
+        found = self.choose_basis(leaf.name, count, grad)
+        return jax.tree.map(lambda o, f: projections.checked_choice(f, o, leaf), old, found)
 
-        def one(matrix: jax.Array, old: Any, key: jax.Array) -> Any:
-            axes = self._projected(leaf)
-            found = self._directions(matrix, axes, leaf.kept, key)
-            # Nothing can be learned from a gradient that is zero or not finite.
-            size = _compat.max_magnitude(matrix)
-            usable = (size > 0) & jnp.isfinite(size)
-            new = found if self.side == "both" else found[0]
-            return jax.tree.map(
-                lambda o, n: jnp.where(usable, _fix_signs(n).astype(o.dtype), o), old, new
-            )
-
-        if not projections.stacked(leaf):
-            return one(matrix, old, key)
-        return jax.vmap(one)(matrix, old, jax.random.split(key, matrix.shape[0]))
+    def _renewed(self, leaf: Leaf, matrix: jax.Array, old: Any, key: jax.Array | None) -> Any:
+        """Returns the basis or bases of one matrix."""
+        found = self._directions(matrix, self._projected(leaf), leaf.kept, key)
+        # Nothing can be learned from a gradient that is zero or not finite.
+        size = _compat.max_magnitude(matrix)
+        usable = (size > 0) & jnp.isfinite(size)
+        new = found if self.side == "both" else found[0]
+        return jax.tree.map(
+            lambda o, n: jnp.where(usable, _fix_signs(n).astype(o.dtype), o), old, new
+        )
 
     def _directions(
-        self, matrix: jax.Array, axes: tuple[int, ...], rank: int, key: jax.Array
+        self, matrix: jax.Array, axes: tuple[int, ...], rank: int, key: jax.Array | None
     ) -> tuple[jax.Array, ...]:
         """Returns orthonormal columns for each of `axes`."""
         # Squares of large or tiny gradients must not leave the range of the dtype.
@@ -97,6 +133,7 @@ class SVD(projections.LeafProjection):
         sides = (matrix, matrix.T)
         if self.method == "gram":
             return tuple(_leading_of_gram(sides[axis], rank) for axis in axes)
+        assert key is not None
         return tuple(
             _randomized(sides[axis], rank, self.oversampling, self.power_iterations, key)
             for axis in axes
@@ -108,6 +145,18 @@ class SVD(projections.LeafProjection):
             basis = basis.astype(x.dtype)
             a = _product(_t(basis), a) if axis == 0 else _product(a, basis)
         return a
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Zeroes directions of which a gradient has nothing, and entries of a product's rounding."""
+        return [
+            projections.shared(self, "_without_rounding", leaf, x, a)
+            for leaf, x, a in zip(leaves, xs, compact)
+        ]
+
+    def _without_rounding(self, leaf: Leaf, x: jax.Array, compact: jax.Array) -> jax.Array:
+        return without_noise(compact, projections.to_matrix(x, leaf), self._projected(leaf))
 
     def _restore(self, leaf: Leaf, selection: Any, compact: jax.Array) -> jax.Array:
         x = compact
@@ -190,19 +239,52 @@ def svd(
     return SVD(side, method, oversampling, power_iterations, choose)
 
 
+def without_noise(compact: jax.Array, matrix: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Zeroes what of a projection is rounding: its size says nothing, its sign is chance.
+
+    Beyond the rank of a matrix singular directions are arbitrary, and its coordinates there are
+    about 1e-7 of it, which Adam would turn into whole steps. A direction has coordinates of its own
+    if their norm is above the rounding of a decomposition; a single coordinate, if it is above that
+    of the product with a column. Of a projection of both sides only the first can be said.
+
+    Args:
+      compact: the coordinates, shape (..., inputs or kept, outputs or kept).
+      matrix: what they are of, shape (..., inputs, outputs).
+      axes: which of inputs (0) and outputs (1) are projected.
+    """
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    along = -2 if axes[0] == 0 else -1
+    columns = _finite(_norm(matrix, along))
+    whole = _finite(_norm(columns, -1 if along == -2 else -2))
+    # Backward errors of decompositions grow with the root of the size, in practice.
+    whole = 8 * math.sqrt(max(matrix.shape[-2:])) * eps * whole
+    if len(axes) == 2:
+        return jnp.where(jnp.abs(compact) < whole, 0, compact)
+    of_direction = _norm(compact, -1 if along == -2 else -2)
+    noise = (of_direction < whole) | (jnp.abs(compact) < _OF_A_PRODUCT * eps * columns)
+    return jnp.where(noise, 0, compact)
+
+
 def without_rounding(rest: jax.Array, x: jax.Array, leaf: Leaf, along: list[int]) -> jax.Array:
     """Zeroes what of a remainder is the rounding of the two products that made it.
 
     The remainder of a gradient inside the subspace is 1e-7 of the gradient, and its sign would
     become a full step. It grows with the norm over the axes `along` and, as the basis is rounded
-    too, with the condition of the selected part: the factor leaves room for 8 times the rounding of
-    a product.
+    too, with the condition of the selected part.
     """
-    matrix = projections.to_matrix(x, leaf)
-    norm = _hyperparams.sqrt(jnp.sum(jnp.square(matrix), along, keepdims=True))
-    threshold = 32 * float(jnp.finfo(x.dtype).eps) * norm
+    norm = _finite(_norm(projections.to_matrix(x, leaf), along))
+    threshold = _OF_A_PRODUCT * float(jnp.finfo(x.dtype).eps) * norm
     rest = projections.to_matrix(rest, leaf)
-    return projections.from_matrix(jnp.where(jnp.abs(rest) <= threshold, 0, rest), leaf)
+    return projections.from_matrix(jnp.where(jnp.abs(rest) < threshold, 0, rest), leaf)
+
+
+def _norm(x: jax.Array, axis: int | Sequence[int]) -> jax.Array:
+    return _hyperparams.sqrt(jnp.sum(jnp.square(x), axis, keepdims=True))
+
+
+def _finite(norm: jax.Array) -> jax.Array:
+    """Returns 0, below which nothing is, for a norm that is not finite: then nothing is known."""
+    return jnp.where(jnp.isfinite(norm), norm, 0)
 
 
 _product = functools.partial(jnp.matmul, precision="highest")
@@ -224,7 +306,10 @@ def _complete(basis: jax.Array, rank: int) -> jax.Array:
 def _leading_of_gram(matrix: jax.Array, rank: int) -> jax.Array:
     gram = _product(matrix, matrix.T)
     _, vectors = jnp.linalg.eigh(gram)
-    return vectors[:, ::-1][:, :rank]
+    basis = vectors[:, ::-1][:, :rank]
+    # The square of the matrix mixes what is beyond its rank with the small singular directions;
+    # what the matrix itself has of each direction tells them apart.
+    return _product(basis, _complete(jnp.linalg.svd(_product(basis.T, matrix), False)[0], rank))
 
 
 def _randomized(
@@ -237,8 +322,8 @@ def _randomized(
     for _ in range(power_iterations):
         q = jnp.linalg.qr(_product(matrix, jnp.linalg.qr(_product(matrix.T, q))[0]))[0]
     # The leading directions within the range that was found.
-    small = _product(q.T, matrix)
-    return _product(q, _leading_of_gram(small, rank))
+    found = jnp.linalg.svd(_product(q.T, matrix), full_matrices=False)[0]
+    return _product(q, _complete(found, rank)[:, :rank])
 
 
 def _fix_signs(basis: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _matrices, _tree
+from jaxopt_lab import _flax, _matrices, _tree
 from jaxopt_lab.subspace.projections import Density, Leaf, Projection
 
 Patterns = Sequence[str]
@@ -53,6 +53,9 @@ class Treatment:
         """One line: path, shape, treatment and reason."""
         part = f" {self.leaf.kept} of {self.leaf.size}" if self.kind == "split" else ""
         return f"{self.name or 'parameter'} {self.leaf.shape}: {self.kind}{part} ({self.reason})"
+
+
+_flax.register(Treatment, ["selection"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +134,81 @@ def plan(
     axes = _matrices.matrix_axes(dimension_numbers, params, default=_two_axes)
     leaves = [Leaf(name, jnp.shape(x), jnp.result_type(x), a) for (name, x), a in zip(named, axes)]
     reasons = _always_full(always_full, params, leaves)
+    return _sized(leaves, reasons, projection, density, stagger)
+
+
+def check_plan(
+    found: Sequence[Treatment],
+    updates: optax.Updates,
+    projection: Projection,
+    density: Density,
+    always_full: AlwaysFull,
+    dimension_numbers: _matrices.DimensionNumbers,
+    stagger: int,
+) -> None:
+    """Refuses the treatments of a state that this transformation's `init` would not have made.
+
+    What is full and which axes are a matrix is asked again of the updates' tree. Where a wrapper
+    (flax.nnx.Optimizer) comes back with other paths than it had at init, that much is taken from
+    the state, and the rest is compared.
+
+    Args:
+      found: the treatments in the state.
+      updates: the gradients, whose shapes are those of `found`.
+      projection: see `frugal`, as all below.
+      density: the fraction selected.
+      always_full: what is never split.
+      dimension_numbers: the axes of matrices.
+      stagger: the number of phases.
+
+    Raises:
+      ValueError: the message has the leaf, what the state has and what was expected.
+    """
+    leaves, structure = jax.tree.flatten(updates)
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), t.leaf.dtype) for x, t in zip(leaves, found)]
+    names = [name for name, _ in _tree.leaves_with_names(updates)]
+    if names == [t.name for t in found]:
+        tree = structure.unflatten(shapes)
+        expected = plan(tree, projection, density, always_full, dimension_numbers, stagger)
+    else:
+        known = [t.leaf._replace(kept=0, size=0, part="") for t in found]
+        reasons = [t.reason if t.kind == "full" else None for t in found]
+        expected = _sized(known, reasons, projection, density, stagger)
+    for old, new in zip(found, expected):
+        if _made_with(old) != _made_with(new):
+            raise ValueError(
+                f"the state was made by another transformation: '{old.name}' is {_made_with(old)} "
+                f"there, expected {_made_with(new)}"
+            )
+
+
+def _made_with(treatment: Treatment) -> str:
+    """All that a state's shapes and the meaning of its arrays depend on, in words."""
+    leaf = treatment.leaf
+    if treatment.kind != "split":
+        return treatment.kind
+    axes = "" if leaf.axes is None else f", axes {leaf.axes.reduction} to {leaf.axes.output}"
+    phase = f"refreshed in phase {treatment.phase}"
+    return f"split, {leaf.kept} of {leaf.size} {leaf.part}{axes}, {phase}"
+
+
+def _sized(
+    leaves: Sequence[Leaf],
+    reasons: Sequence[str | None],
+    projection: Projection,
+    density: Density,
+    stagger: int,
+) -> list[Treatment]:
+    """Returns the treatments of leaves that are full for a reason, or else to be split."""
     split = [leaf for leaf, reason in zip(leaves, reasons) if reason is None]
-    sizes = iter(projection.sizes(split, density))
+    sizes = iter(zip(projection.sizes(split, density), projection.describe(split)))
     found: list[Treatment] = []
     for leaf, reason in zip(leaves, reasons):
         if reason is not None:
             found.append(Treatment(leaf, "full", reason))
             continue
-        kept, size = next(sizes)
-        leaf = leaf._replace(kept=kept, size=size)
+        (kept, size), part = next(sizes)
+        leaf = leaf._replace(kept=kept, size=size, part=part)
         if kept == size:
             found.append(Treatment(leaf, "whole", f"all {size} are kept"))
         elif kept == 0:

@@ -168,7 +168,7 @@ def apart(
     def as_it_is(p: jax.Array, theta: jax.Array, g: jax.Array, *_: jax.Array) -> Any:
         return p, g, theta
 
-    return jax.lax.platform_dependent(p, theta, g, *state, cpu=as_it_is, default=again)
+    return _compat.platform_dependent(p, theta, g, *state, cpu=as_it_is, default=again)
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -188,7 +188,7 @@ def scale_by_muon(
 
         def iterate(batch: jax.Array) -> jax.Array:
             # A CPU has its cores busy with one matrix, and keeps one in its cache.
-            return jax.lax.platform_dependent(
+            return _compat.platform_dependent(
                 batch, cpu=lambda x: jax.lax.map(newton_schulz, x), default=newton_schulz
             )
 
@@ -418,10 +418,10 @@ def _newton_schulz(
     x = (x / (norm + eps)).astype(narrow)
     if len(coefficients) == 1:
         steps = NS_STEPS if ns_steps is None else ns_steps
-        x = jax.lax.fori_loop(0, steps, lambda _, x: iteration(x, coefficients[0]), x)
+        x = _compat.fori_loop(0, steps, lambda _, x: iteration(x, coefficients[0]), x)
     else:
         table = jnp.asarray(coefficients, dtype)
-        x = jax.lax.fori_loop(0, len(coefficients), lambda i, x: iteration(x, table[i]), x)
+        x = _compat.fori_loop(0, len(coefficients), lambda i, x: iteration(x, table[i]), x)
     return x.astype(dtype)
 
 
