@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab import _compat
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import Initializer
@@ -94,7 +95,7 @@ def _damped(moments: jax.Array) -> jax.Array:
             return ~(error < 0.05) & (count < _DOUBLINGS)
 
         first = jnp.asarray(0.01, moment.dtype), jnp.zeros((), jnp.int32)
-        damping, _ = jax.lax.while_loop(fails, lambda s: (2 * s[0], s[1] + 1), first)
+        damping, _ = _compat.while_loop(fails, lambda s: (2 * s[0], s[1] + 1), first)
         return damped(damping)
 
     return jax.lax.map(one, moments)

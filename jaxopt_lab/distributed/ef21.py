@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
 from jaxopt_lab.distributed.compressors import Compressor
 
@@ -146,10 +146,10 @@ def ef21(
             return h_own + own, h + mean
 
         def uncompressed() -> tuple[jax.Array, jax.Array]:
-            return target, _axes.vary_like(_axes.pmean(g, axis_name), h)
+            return target, _axes.pmean(g, axis_name)
 
         if init == "gradient":
-            h_own, h = lax.cond(is_first, uncompressed, compressed)
+            h_own, h = _compat.cond(is_first, uncompressed, compressed)
         else:
             h_own, h = compressed()
         return _flat.unravel(h, updates), EF21State(

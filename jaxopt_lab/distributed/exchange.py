@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _compat, _tree
 from jaxopt_lab.distributed import _axes, _flat
 from jaxopt_lab.distributed.compressors import Compressor
 
@@ -203,5 +203,5 @@ def _mean_of_payloads(
 
     stack = payloads, keys, weights
     first, others = (jax.tree.map(lambda x, i=i: x[i], stack) for i in (0, slice(1, None)))
-    total, _ = lax.scan(lambda sum_, one: (sum_ + vector(one), None), vector(first), others)
+    total, _ = _compat.scan(lambda sum_, one: (sum_ + vector(one), None), vector(first), others)
     return total / keys.shape[0]

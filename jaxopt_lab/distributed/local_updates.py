@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes
 
 
@@ -132,11 +131,8 @@ def local_updates(
         if _hyperparams.is_number(sync_every) and sync_every == 1:
             updates, exchange_state = exchanged(*here)
         else:
-            updates, exchange_state = lax.cond(
-                count % sync_every == 0,
-                lambda *now: _axes.vary_like(exchanged(*now), now),
-                lambda *now: now,
-                *here,
+            updates, exchange_state = _compat.cond(
+                count % sync_every == 0, exchanged, lambda *now: now, *here
             )
         return updates, LocalUpdatesState(count, inner_state, exchange_state)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat
 
 
@@ -208,12 +208,11 @@ def scale_by_one_bit_adam(
             mean, worker_error, server_error = one_bit_mean(
                 vector(own), vector(state.worker_error), state.server_error, present, axis_name
             )
-            # Known to be equal on all replicas, which a caller's state need not be.
-            mu = _axes.vary_like(_flat.unravel(mean, state.mu), state.mu)
+            mu = _flat.unravel(mean, state.mu)
             worker_error = _flat.unravel(worker_error, state.worker_error)
             return mu, state.nu, worker_error, server_error
 
-        mu, nu, worker_error, server_error = lax.cond(
+        mu, nu, worker_error, server_error = _compat.cond(
             state.count < freeze_step, warm_up, compressed
         )
 

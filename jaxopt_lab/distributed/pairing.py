@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _compat, _hyperparams
 from jaxopt_lab.distributed import _axes
 
 
@@ -241,7 +241,7 @@ def exchange_with(
     branches = [functools.partial(receive, row=row, axis_name=axis_name) for row in table]
     if len(branches) == 1:
         return branches[0](tree)
-    return lax.switch(jnp.asarray(index), branches, tree)
+    return _compat.switch(jnp.asarray(index), branches, tree)
 
 
 def receive_from_random(

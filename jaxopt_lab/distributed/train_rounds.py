@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.core import Tracer
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.distributed.local_updates import Exchange, LocalUpdatesState, local_updates
 from jaxopt_lab.distributed.replicas import Loss, Replicas, TrainState, shared_counters
 
@@ -117,7 +116,7 @@ def train_rounds(
             updates, inner_state = inner_update(grads, inner_state, params)
             return (optax.apply_updates(params, updates), inner_state), value
 
-        (params, inner_state), values = lax.scan(step, (params, inner_state), batches)
+        (params, inner_state), values = _compat.scan(step, (params, inner_state), batches)
         return params, inner_state, values
 
     def begin(exchange_state: Any) -> Any:

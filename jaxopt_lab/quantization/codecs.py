@@ -216,7 +216,7 @@ class Int8:
 
     def _dynamic_levels(self, codes: jax.Array) -> jax.Array:
         # Only a GPU looks up as fast as it reads, and fuses more of what follows.
-        return jax.lax.platform_dependent(
+        return _compat.platform_dependent(
             codes,
             cuda=lambda codes: jnp.asarray(dynamic_code(self._signed))[codes.astype(jnp.int32)],
             default=lambda codes: _dynamic_levels(codes, self._signed),
@@ -271,7 +271,7 @@ class Int8:
             return found.reshape(*leading, padded)[..., :length].reshape(x.shape)
 
         values = tuple(map(_compat.unshard, values))
-        found = jax.lax.platform_dependent(x, *values, cpu=flat, default=blocked)
+        found = _compat.platform_dependent(x, *values, cpu=flat, default=blocked)
         return _compat.reshard_like(found, like)
 
     def _largest(self, blocks: jax.Array) -> jax.Array:

@@ -140,7 +140,7 @@ class Phase:
         def same() -> Any:
             return old, state if on_refresh == "project" else None
 
-        new, carried = renewed() if refresh is None else jax.lax.cond(refresh, renewed, same)
+        new, carried = renewed() if refresh is None else _compat.cond(refresh, renewed, same)
         compact = self.project(new, grads)
         seen = self._seen(compact, dtypes)
         weights = None if params is None else self.compact_params(params, new)

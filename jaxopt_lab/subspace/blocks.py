@@ -87,7 +87,7 @@ class Blocks:
 
             active = jnp.argmax(jnp.stack([selection[block[0]] for block in queue]))
             branches = [functools.partial(arrays_of, block) for block in queue]
-            slots.append(jax.lax.switch(active, branches))
+            slots.append(_compat.switch(active, branches))
         return slots
 
     def restore(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices
+from jaxopt_lab import _compat, _hyperparams, _matrices
 
 
 def last_axis_is_output(params: optax.Params) -> optax.Params:
@@ -88,7 +88,7 @@ def apart(
     def as_it_is(p: jax.Array, theta: jax.Array, g: jax.Array, *_: jax.Array) -> Any:
         return p, g, theta
 
-    return jax.lax.platform_dependent(p, theta, g, *state, cpu=as_it_is, default=again)
+    return _compat.platform_dependent(p, theta, g, *state, cpu=as_it_is, default=again)
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -144,7 +144,7 @@ def scale_by_muon(
 
         def iterate(batch: jax.Array) -> jax.Array:
             # A CPU has its cores busy with one matrix, and keeps one in its cache.
-            return jax.lax.platform_dependent(
+            return _compat.platform_dependent(
                 batch, cpu=lambda x: jax.lax.map(newton_schulz, x), default=newton_schulz
             )
 
@@ -356,4 +356,4 @@ def _newton_schulz(
         return a * x + product(b * gram + c * product(gram, gram), x)
 
     x = x / (norm + eps)
-    return jax.lax.fori_loop(0, ns_steps, iteration, x.astype(ns_dtype or x.dtype)).astype(x.dtype)
+    return _compat.fori_loop(0, ns_steps, iteration, x.astype(ns_dtype or x.dtype)).astype(x.dtype)
