@@ -78,15 +78,15 @@ def check_leading(tree: Any, shared: Any, count: int, what: str) -> None:
     """
     flags = _tree.broadcast_prefix(shared, tree, what)
     for (name, leaf), flag in zip(_tree.leaves_with_names(tree), flags):
-        found = np.shape(leaf)
+        found, which = np.shape(leaf), f"{what} '{name}'" if name else what
         if flag and found:
             raise ValueError(
-                f"{what} '{name}' has shape {found}; expected (), a counter that all replicas "
+                f"{which} has shape {found}; expected (), a counter that all replicas "
                 "share, as Replicas.init makes it"
             )
         if not flag and found[:1] != (count,):
             raise ValueError(
-                f"{what} '{name}' has shape {found}; expected the {count} replicas as its leading "
+                f"{which} has shape {found}; expected the {count} replicas as its leading "
                 "axis (Replicas.shard makes one of a batch, Replicas.resize goes on with another "
                 "number of replicas)"
             )

@@ -9,6 +9,7 @@ Sun et al., "CO2: Efficient Distributed Training with Full Communication-Computa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -251,7 +252,7 @@ def _clipped_heavy_ball(
     learning_rate = 1.0 if learning_rate is None else learning_rate
     momentum = 0.2 if momentum is None else momentum
     _hyperparams.check_decay(momentum=momentum)
-    if clip is not None:
+    if clip is not None and not (_hyperparams.is_number(clip) and clip == math.inf):
         _hyperparams.check_non_negative(clip=clip)
 
     def init_fn(params: optax.Params) -> optax.TraceState:

@@ -48,8 +48,8 @@ def econtrol(
 
     The update is h'. With :math:`\eta = 0` this is `ef21`; a small :math:`\eta` keeps its exact
     limit and averages noise in the gradients out, a large one diverges. Always
-    :math:`h_i' + e_i' = e_i + g_i`. A step whose mean has a NaN or infinity leaves all three as they
-    were.
+    :math:`h_i' + e_i' = e_i + g_i`. A step whose mean has a NaN or infinity leaves all three as
+    they were.
 
     Args:
       compressor: C, contractive; see `Compressor`.

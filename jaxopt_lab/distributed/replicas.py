@@ -143,11 +143,12 @@ class Replicas:
     ) -> Callable[[Any, Any], tuple[Any, Any]]:
         """Compiles one step of every replica on its own batch.
 
-        The transformation is also given `value`, `grad` and `value_fn`, as by optax's line searches
-        and `reduce_on_plateau`: the mean loss over the replicas, the mean gradient, and the mean
-        loss as a function of parameters, so that replicas with equal weights decide alike. Where
-        they step on their own (`diloco` and the other local updates), these are the replica's. The
-        means are made, and sent, only for a transformation that asks for them.
+        The transformation is also given `value`, `grad` and `value_fn`, as `reduce_on_plateau` and
+        optax's line searches want them: the mean loss over the replicas, the mean gradient, and the
+        mean loss as a function of parameters, so that replicas with equal weights decide alike.
+        Where they step on their own (`diloco` and the other local updates), these are the
+        replica's. The means are made, and sent, only for a transformation that asks for them. A
+        line search around or behind an exchange of gradients is refused: its turns would exchange.
 
         Args:
           loss: `loss(params, batch)` of one replica, a scalar; without collectives. For a

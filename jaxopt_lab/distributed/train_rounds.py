@@ -118,8 +118,9 @@ def train_rounds(
 
     def local_steps(params: Any, inner_state: Any, mutable: Any, batches: Any) -> Any:
         def step(carry: Any, batch: Any) -> tuple[Any, Any]:
-            *carry, value = one(*carry, batch)
-            return tuple(carry), value
+            params, inner_state, mutable = carry
+            *new, value = one(params, inner_state, mutable, batch)
+            return tuple(new), value
 
         carry, values = _compat.scan(step, (params, inner_state, mutable), batches)
         return *carry, values
