@@ -168,6 +168,23 @@ def _carried(turn: Callable, init: Any) -> tuple[Any, Callable]:
         axes, init = after, _marked(init, after)
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns `x`, in its own dtype, rounded to what `dtype` can hold.
+
+    A conversion there and back is the same on paper, but the compiler for GPUs deletes it.
+    """
+    kind, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
+    if kind.nmant >= own.nmant and kind.nexp >= own.nexp:
+        return x
+    found = lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+    if kind.nexp == own.nexp:
+        return found
+    # Subnormal numbers, which the operation flushes to zero, are multiples of the smallest one.
+    small = jnp.abs(x) < float(kind.smallest_normal)
+    step = float(kind.smallest_subnormal)
+    return jnp.where(small, jnp.round(x / step) * step, found)
+
+
 def out_struct(like: jax.Array) -> jax.ShapeDtypeStruct:
     """Describes an output of a kernel that has the type of `like`."""
     kind = ManualAxisType(varying=varying_axes(like))
@@ -206,3 +223,16 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(list(consts)), len(list(carry))
+
+
+def wait_for_processes(name: str, processes: Sequence[int], seconds: float) -> None:
+    """Returns when all of `processes` have called this with one name, which is used only once.
+
+    Raises:
+      jax.errors.JaxRuntimeError: they have not, within `seconds`.
+    """
+    from jax._src import distributed  # its client has no public name
+
+    client = distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(name, int(1000 * seconds), process_ids=list(processes))

@@ -9,6 +9,7 @@ Sun et al., "CO2: Efficient Distributed Training with Full Communication-Computa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def co2_exchange(
     Args:
       outer: any optax transformation, given the penalised difference as a gradient, in place of
         the momentum and learning rate below.
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       learning_rate: :math:`\eta`, or a schedule of outer steps; 1 if None.
       momentum: :math:`\mu`, in [0, 1); 0.2 if None.
       clip: c, the largest entry of the momentum, which is kept clipped; None for no bound.
@@ -130,6 +131,7 @@ def co2_exchange(
     References:
       Sun et al., `CO2 <https://arxiv.org/abs/2401.16265>`_, ICLR 2024.
     """
+    axis_name = _axes.canonical(axis_name)
     if outer is None:
         outer = _clipped_heavy_ball(learning_rate, momentum, clip)
     elif any(value is not None for value in (learning_rate, momentum, clip)):
@@ -137,6 +139,7 @@ def co2_exchange(
                          "give either them or outer")  # fmt: skip
     if not callable(staleness_penalty):
         _hyperparams.check_positive(staleness_penalty=staleness_penalty)
+    _hyperparams.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
 
     def init(params: optax.Params) -> Co2State:
@@ -201,7 +204,7 @@ def co2(
       inner: any optax transformation; its state is each replica's own.
       outer: see `co2_exchange`.
       sync_every: tau, local steps in a round.
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       learning_rate: see `co2_exchange`.
       momentum: see `co2_exchange`.
       clip: see `co2_exchange`.
@@ -249,7 +252,7 @@ def _clipped_heavy_ball(
     learning_rate = 1.0 if learning_rate is None else learning_rate
     momentum = 0.2 if momentum is None else momentum
     _hyperparams.check_decay(momentum=momentum)
-    if clip is not None:
+    if clip is not None and not (_hyperparams.is_number(clip) and clip == math.inf):
         _hyperparams.check_non_negative(clip=clip)
 
     def init_fn(params: optax.Params) -> optax.TraceState:

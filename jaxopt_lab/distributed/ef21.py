@@ -11,8 +11,9 @@ Reloaded", ICLR 2024, arXiv:2402.10774.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def ef21(
     compressor: Compressor,
     axis_name: _axes.AxisName,
     *,
-    init: str = "zero",
+    init: Literal["zero", "gradient"] = "zero",
     weights: Sequence[float] | None = None,
     momentum: _hyperparams.Scalar | None = None,
     seed: int = 0,
@@ -57,11 +58,12 @@ def ef21(
     The update is h'. For gradients that settle the estimates become exact, whatever the replicas'
     differences: gradient descent of constant step converges where `error_feedback` stops early.
     With `top_k` a constant gradient is exact after d / k steps. Noise in the gradients stays in the
-    estimates; `momentum` averages it out before.
+    estimates; `momentum` averages it out before. A step whose mean has a NaN or infinity leaves
+    estimates and momentum as they were.
 
     Args:
       compressor: C, contractive; see `Compressor`.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       init: the estimates of the first step: "zero", or "gradient" for an uncompressed first
         exchange.
       weights: N positive numbers, the smoothness constants of the replicas' losses, to which
@@ -101,8 +103,8 @@ def ef21(
       NeurIPS 2023.
     """
     _hyperparams.check_seed(seed)
-    if init not in _INITS:
-        raise ValueError(f"init must be one of {_INITS}, got {init!r}")
+    axis_name = _axes.canonical(axis_name)
+    _hyperparams.check_choice(_INITS, init=init)
     if momentum is not None:
         _hyperparams.check_decay(momentum=momentum)
     relative = None if weights is None else _relative(weights)
@@ -129,11 +131,10 @@ def ef21(
         state = _tree.check_state(state, EF21State)
         g = exchange.message(updates, state.estimate, axis_name, "ef21")
         is_first = state.count == 0
-        trace = state.momentum
+        before = _flat.ravel(state.momentum).astype(g.dtype)
         if momentum is not None:
-            averaged = momentum * _flat.ravel(trace).astype(g.dtype) + (1 - momentum) * g
+            averaged = momentum * before + (1 - momentum) * g
             g = jnp.where(is_first, g, averaged) if init == "gradient" else averaged
-            trace = _flat.unravel(g, trace)
         target = g
         if relative is not None:
             target = g / jnp.asarray(relative, g.dtype)[lax.axis_index(axis_name)]
@@ -149,13 +150,17 @@ def ef21(
             return target, _axes.pmean(g, axis_name)
 
         if init == "gradient":
-            h_own, h = _compat.cond(is_first, uncompressed, compressed)
+            new_own, new = _compat.cond(is_first, uncompressed, compressed)
         else:
-            h_own, h = compressed()
-        return _flat.unravel(h, updates), EF21State(
+            new_own, new = compressed()
+        kept = functools.partial(exchange.remembered, new)
+        trace = (
+            state.momentum if momentum is None else _flat.unravel(kept(g, before), state.momentum)
+        )
+        return _flat.unravel(new, updates), EF21State(
             count=_hyperparams.increment(state.count),
-            estimate=_flat.unravel(h_own, state.estimate),
-            mean_estimate=_flat.unravel(h, state.mean_estimate),
+            estimate=_flat.unravel(kept(new_own, h_own), state.estimate),
+            mean_estimate=_flat.unravel(kept(new, h), state.mean_estimate),
             momentum=trace,
         )
 

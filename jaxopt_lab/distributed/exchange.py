@@ -7,6 +7,7 @@ lets it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def average(
         key of the replica's own.
       x: the replica's vector, shape (d,), float32 or float64.
       key: a key of this exchange, equal on all replicas.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       weights: N numbers; 1 by default.
 
     Returns:
@@ -102,7 +103,7 @@ def two_phase_average(
       x: the replica's vector, shape (d,), float32 or float64.
       server_error: :math:`\delta_j` of the replica's part, shape (ceil(d / N),).
       key: a key of this exchange, equal on all replicas.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
 
     Returns:
       The mean and the replica's own compressed vector, shape (d,), and the new server error, whose
@@ -156,7 +157,7 @@ def message(updates: Any, like: Any, axis_name: _axes.AxisName, method: str) -> 
     Args:
       updates: the gradients.
       like: a tree of the state whose paths and shapes they must have, or None.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       method: whose gradients these are, for messages.
 
     Raises:
@@ -171,9 +172,44 @@ def message(updates: Any, like: Any, axis_name: _axes.AxisName, method: str) -> 
     return _flat.ravel(updates)
 
 
+def remembered(mean: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns the new memory, or the old one where a step was not finite.
+
+    If the mean that all replicas received has a NaN or infinity anywhere, the step is to be skipped
+    as a whole, and so are all memories of it: they agree without a message.
+
+    Args:
+      mean: arrays with the same bits on all replicas.
+      new: the replica's memory after the step, any shape; entries that are not finite, of what was
+        not sent, stay as they were.
+      old: the memory before.
+    """
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(mean)]
+    return jnp.where(functools.reduce(jnp.logical_and, finite, jnp.isfinite(new)), new, old)
+
+
 def round_key(seed: int, count: jax.Array) -> jax.Array:
     """Returns the random key of a step, equal on all replicas."""
     return jax.random.fold_in(jax.random.key(seed), count)
+
+
+def check_server_error(server_error: jax.Array, length: int, axis_name: _axes.AxisName) -> None:
+    """Refuses the state of another number of replicas.
+
+    Args:
+      server_error: of the replica's part of a vector.
+      length: of the part.
+      axis_name: the mapped axis.
+
+    Raises:
+      ValueError: another length.
+    """
+    if server_error.shape != (length,):
+        raise ValueError(
+            f"server_error has shape {server_error.shape}; expected ({length},), a part for each "
+            f"of the {_axes.size(axis_name)} replicas of axis {axis_name!r}: was the state made by "
+            "another number of them? Replicas.resize goes on with it"
+        )
 
 
 def check_contractive(compressor: Compressor, size: int, method: str) -> None:

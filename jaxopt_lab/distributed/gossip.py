@@ -59,7 +59,7 @@ def gossip_average(
     Args:
       tree: each replica's arrays.
       count: rounds done; int, shape (), equal on all replicas. It says who the partner is.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       graph: "pairs": a random partner, as in `matchings`; "ring": both neighbours; "torus": the
         neighbours along each dimension; "exponential": the replica 2^k further on, for
         k = 0, 1, ... in turn, and the exact mean after log2(N) rounds if N is a power of two.
@@ -91,6 +91,7 @@ def gossip_average(
       `Vanishing Variance Problem in Fully Decentralized Neural-Network Systems
       <https://arxiv.org/abs/2404.04616>`_, 2024.
     """
+    axis_name = _axes.canonical(axis_name)
     _check(graph, shape, variance_corrected, max_scale, mask, seed)
     _tree.check_params(tree)
     tree = jax.tree.map(jnp.asarray, tree)
@@ -122,7 +123,7 @@ def gossip_exchange(
     """Makes the exchange in which replicas average their parameters with their neighbours'.
 
     Args:
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       graph: see `gossip_average`.
       shape: see `gossip_average`.
       variance_corrected: see `gossip_average`.
@@ -150,6 +151,7 @@ def gossip_exchange(
     See Also:
       `gossip_average` for the source.
     """
+    axis_name = _axes.canonical(axis_name)
     _check(graph, shape, variance_corrected, max_scale, mask, seed)
 
     def init(params: optax.Params) -> GossipState:
@@ -202,7 +204,7 @@ def gossip(
     Args:
       inner: any optax transformation; its state is each replica's own.
       sync_every: local steps in a round.
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       graph: see `gossip_average`.
       shape: see `gossip_average`.
       variance_corrected: see `gossip_average`.

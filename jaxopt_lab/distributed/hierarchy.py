@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat
 
 
@@ -61,13 +60,13 @@ def hierarchical_mean(
       >>> both(jnp.arange(12.0).reshape(2, 2, 3))[0, 0]
       Array([4.5, 5.5, 6.5], dtype=float32)
     """
+    _hyperparams.check_transformation(slow=slow)
+    fast_axis = _axes.canonical(fast_axis, "fast_axis")
     slow = optax.with_extra_args_support(slow)
 
     def part_of(tree: Any) -> jax.Array:
         """Returns the replica's part, without a mean."""
-        vector = _flat.padded(_flat.ravel(tree), _axes.size(fast_axis))
-        length = vector.shape[0] // _axes.size(fast_axis)
-        return lax.dynamic_slice_in_dim(vector, lax.axis_index(fast_axis) * length, length)
+        return _axes.part(_flat.padded(_flat.ravel(tree), _axes.size(fast_axis)), fast_axis)
 
     def init_fn(params: optax.Params) -> HierarchicalMeanState:
         _tree.check_params(params)
@@ -82,7 +81,7 @@ def hierarchical_mean(
         _axes.require_own(updates, fast_axis, "hierarchical_mean")
         replicas = _axes.size(fast_axis)
         vector = _flat.padded(_flat.ravel(updates), replicas)
-        part = lax.psum_scatter(vector, fast_axis, tiled=True) / replicas
+        part = _axes.psum_scatter(vector, fast_axis) / replicas
         part_params = None if params is None else part_of(params)
         mean, slow_state = slow.update(part, state.slow, part_params, **extra_args)
         whole = jnp.reshape(_axes.all_gather(jnp.asarray(mean), fast_axis), -1)

@@ -91,8 +91,9 @@ def local_updates(
             f"exchange must be an Exchange, such as diloco_exchange(...), got "
             f"{type(exchange).__name__}"
         )
+    _hyperparams.check_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
-    axis_name = exchange.axis_name
+    axis_name = _axes.canonical(exchange.axis_name)
 
     def init_fn(params: optax.Params) -> LocalUpdatesState:
         _tree.check_params(params)

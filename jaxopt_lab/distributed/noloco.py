@@ -56,7 +56,7 @@ def noloco_exchange(
 
     Args:
       outer: any optax transformation, in place of `optax.sgd(learning_rate, momentum)`.
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       learning_rate: :math:`\eta` of the default outer step, or a schedule of rounds; 0.7 if None.
       momentum: :math:`\mu` of the default outer step, in [0, 1); 0.5 if None.
       coupling: c, the pull towards the partner's slow weights relative to that of the local steps.
@@ -92,6 +92,8 @@ def noloco_exchange(
                          "either them or outer")  # fmt: skip
     _hyperparams.check_non_negative(coupling=coupling)
     _hyperparams.check_seed(seed)
+    axis_name = _axes.canonical(axis_name)
+    _hyperparams.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
     one_payload = _hyperparams.is_number(coupling) and coupling == 1
 
@@ -152,7 +154,7 @@ def noloco(
       inner: any optax transformation; its state is each replica's own.
       outer: see `noloco_exchange`.
       sync_every: H, local steps in a round.
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       learning_rate: see `noloco_exchange`.
       momentum: see `noloco_exchange`.
       coupling: see `noloco_exchange`.

@@ -18,7 +18,7 @@ import optax
 from jax import lax
 
 from jaxopt_lab import _compat, _hyperparams, _tree
-from jaxopt_lab.distributed import _axes, _flat
+from jaxopt_lab.distributed import _axes, _flat, exchange
 
 
 class ScaleByOneBitAdamState(NamedTuple):
@@ -62,7 +62,7 @@ def one_bit_mean(
       server_error: :math:`\delta_i` of the replica's part, shape (L/N,).
       present: booleans of shape (L,), equal on all replicas. Other entries, such as padding, are 0
         in all three results and have no part in the scales.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
 
     Returns:
       The mean, with the same bits on all replicas, and the two errors. On one replica the mean is
@@ -117,12 +117,13 @@ def scale_by_one_bit_adam(
     warm-up, would move by scale / eps; they are left out of the exchange like padding, and their
     momentum and direction are zero. What has hardly any gradient until later should be named in
     `momentum_mask`. A NaN or infinity in any leaf reaches all of them, in the second stage, through
-    the scales.
+    the scales; the errors then stay as they were. The moments take it up, as Adam's: see
+    `apply_if_finite`.
 
     Args:
       freeze_step: T, the number of warm-up steps: 15 to 25 % of all, says the documentation of the
         authors' code. The second moment should have settled.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root.
@@ -163,6 +164,7 @@ def scale_by_one_bit_adam(
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
     _hyperparams.check_positive_integer(freeze_step=freeze_step)
+    axis_name = _axes.canonical(axis_name)
 
     def init_fn(params: optax.Params) -> ScaleByOneBitAdamState:
         replicas = _axes.size(axis_name)
@@ -205,9 +207,11 @@ def scale_by_one_bit_adam(
 
             _, own = _tree.map_leaves(momentum, updates, state.mu)
             present = vector(_masked(state.nu, momentum_mask, state.mu)) != 0
-            mean, worker_error, server_error = one_bit_mean(
-                vector(own), vector(state.worker_error), state.server_error, present, axis_name
-            )
+            worker, server = vector(state.worker_error), state.server_error
+            exchange.check_server_error(server, worker.size // _axes.size(axis_name), axis_name)
+            mean, *errors = one_bit_mean(vector(own), worker, server, present, axis_name)
+            worker_error = exchange.remembered(mean, errors[0], worker)
+            server_error = exchange.remembered(mean, errors[1], server)
             mu = _flat.unravel(mean, state.mu)
             worker_error = _flat.unravel(worker_error, state.worker_error)
             return mu, state.nu, worker_error, server_error
@@ -248,7 +252,7 @@ def one_bit_adam(
     Args:
       learning_rate: step size or schedule.
       freeze_step: see `scale_by_one_bit_adam`.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       b1: see `scale_by_one_bit_adam`.
       b2: see `scale_by_one_bit_adam`.
       eps: see `scale_by_one_bit_adam`.

@@ -9,6 +9,7 @@ Optimization", NeurIPS 2019, arXiv:1905.13727, algorithms 1 and 2, and its autho
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -50,11 +51,12 @@ def powersgd(
     the error is what it leaves of the replica's own, :math:`e_i' = M_i - \hat P Q'^\top`. All is
     linear: the update is that of one replica with the mean gradient. A leaf of shape (a, b, ...)
     is an a x (b ...) matrix. A step has two messages: all first factors with the leaves that are
-    not compressed, and all second factors. A NaN or infinity stays in its leaf.
+    not compressed, and all second factors. A NaN or infinity stays in its leaf, and a step with one
+    leaves errors and factors as they were.
 
     Args:
       rank: r, the columns of a factor; no more than the matrix has rows or columns.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       min_compression_rate: a leaf is compressed only if its entries are more than this many times
         those of its factors, r (rows + columns). All others are averaged as they are, as are
         vectors.
@@ -87,6 +89,7 @@ def powersgd(
       Vogels, Karimireddy, Jaggi, `PowerSGD <https://arxiv.org/abs/1905.13727>`_, NeurIPS 2019.
     """
     _hyperparams.check_seed(seed)
+    axis_name = _axes.canonical(axis_name)
     _hyperparams.check_positive_integer(rank=rank)
     _hyperparams.check_non_negative(min_compression_rate=min_compression_rate)
 
@@ -155,14 +158,16 @@ def powersgd(
         new = _mean([_dot(m.T, p) for m, p in zip(own, bases)], axis_name)
 
         found, error, whole = list(leaves), [], iter(whole)
+        # Both factors are the same on all replicas: they agree on which steps leave no trace.
+        kept = functools.partial(exchange.remembered, (bases, new))
         for index in range(len(leaves)):
             if index not in matrices:
                 found[index] = next(whole)
         for index, m, p, q, e in zip(matrices, own, bases, new, errors):
             mean = _dot(p, q.T)
             found[index] = mean.reshape(e.shape).astype(leaves[index].dtype)
-            error.append((m - mean).reshape(e.shape))
-        query = [_axes.vary_like(q, old) for q, old in zip(new, queries)]
+            error.append(kept((m - mean).reshape(e.shape), e))
+        query = list(map(kept, new, queries))
         return structure.unflatten(found), PowerSGDState(
             count=_hyperparams.increment(state.count),
             error=jax.tree.unflatten(jax.tree.structure(state.error), error),

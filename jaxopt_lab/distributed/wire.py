@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.distributed import _axes
+
 KINDS: tuple[str, ...] = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "permute")
 _PRIMITIVES = {
     "psum": "all-reduce",
@@ -142,7 +144,8 @@ def wire_bytes(
       {'all-reduce': 7000.0}
     """
     environment = list((axis_sizes or {}).items())
-    traced = jax.make_jaxpr(fn, axis_env=environment)(*args, **kwargs)
+    with _axes.counted(dict(environment)):
+        traced = jax.make_jaxpr(fn, axis_env=environment)(*args, **kwargs)
     return _walk(traced.jaxpr, dict(environment), executions=1)
 
 
