@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _flax, _tree
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 
@@ -94,6 +94,9 @@ class AdapterBase:
     kernels: tuple[Kernel, ...] = dataclasses.field(metadata={"static": True})
     merged: bool = dataclasses.field(default=False, metadata={"static": True})
     gave_up: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+_flax.register(AdapterBase, ["params", "undo"])
 
 
 def init_adapters(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _matrices, _tree
+from jaxopt_lab import _flax, _matrices, _tree
 from jaxopt_lab.subspace.projections import Density, Leaf, Projection
 
 Patterns = Sequence[str]
@@ -53,6 +53,9 @@ class Treatment:
         """One line: path, shape, treatment and reason."""
         part = f" {self.leaf.kept} of {self.leaf.size}" if self.kind == "split" else ""
         return f"{self.name or 'parameter'} {self.leaf.shape}: {self.kind}{part} ({self.reason})"
+
+
+_flax.register(Treatment, ["selection"])
 
 
 @dataclasses.dataclass(frozen=True)
