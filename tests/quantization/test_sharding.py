@@ -153,7 +153,7 @@ def test_step_with_shardings_is_compiled_once():
     shardings = jax.tree.map(lambda p: p.sharding, params), state_shardings(tx, params)
     step = training_step(tx, out_shardings=shardings)
     assert compilations(step, params, init_sharded(tx, params)) == 1
-    codes = shardings[1].inner_state[0].mu["kernel"].encoded.codes
+    codes = shardings[1].inner_state[0].mu["kernel"]
     assert codes == params["kernel"].sharding
 
 
