@@ -98,6 +98,10 @@ class Unpacked(NamedTuple):
         """Returns the state that the inner transformation sees."""
         return self.structure.unflatten(map(decoded, self.leaves))
 
+    def abstract(self) -> Any:
+        """Returns its shapes and dtypes."""
+        return self.structure.unflatten(map(abstract, self.leaves))
+
     def pack(self, count: jax.Array, leaves: list[Any]) -> QuantizedState:
         """Returns the state with other leaves."""
         codes, encodings = [], []
