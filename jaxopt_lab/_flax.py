@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 _MODULE = "flax.serialization"
@@ -110,3 +111,16 @@ def _checksum(node: _Node, value: Any) -> dict[str, np.ndarray]:
     if node.made_with is None:
         return {}
     return {_MADE_WITH: np.asarray(zlib.crc32(node.made_with(value).encode()), np.uint32)}
+
+
+def is_box(node: Any) -> bool:
+    """Whether a node is one of the boxes that Flax puts around single arrays.
+
+    Linen keeps the names of an array's axes there (`nn.Partitioned`), nnx what an array is for
+    (`nnx.Variable`).
+    """
+    kind = type(node)
+    linen = hasattr(kind, "unbox") and hasattr(kind, "replace_boxed")
+    if not (linen or hasattr(kind, "get_metadata")):
+        return False
+    return len(jax.tree.leaves(node)) == 1

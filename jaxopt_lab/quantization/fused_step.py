@@ -18,7 +18,7 @@ import optax
 
 from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.quantization import _block_passes, _elementwise, _leaves
-from jaxopt_lab.quantization._leaves import CodecChoice, EncodedLeaf, QuantizedState
+from jaxopt_lab.quantization._leaves import CodecChoice, QuantizedState
 from jaxopt_lab.quantization.codecs import Blocks, Int8, Tiling
 
 
@@ -73,6 +73,7 @@ def fused_step(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, ICLR 2022.
     """
+    _hyperparams.check_transformation(inner=inner)
     _leaves.check(codec, min_size, seed)
     if implementation is not None:
         _hyperparams.check_choice(_block_passes.IMPLEMENTATIONS, implementation=implementation)
@@ -82,21 +83,21 @@ def fused_step(
     def step(
         grads: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Params, QuantizedState]:
-        state = _tree.check_state(state, QuantizedState)
+        old = _leaves.unpack_own(state, codec, min_size)
+        _tree.check_updates(grads, params, "params")
         count = _hyperparams.increment(state.count)
-        flat, structure = _leaves.flatten(state.inner_state)
 
         def whole(params: Any, leaves: list[Any], grads: Any, extra_args: Any) -> Any:
-            inner_state = structure.unflatten(leaves)
+            inner_state = old.structure.unflatten(leaves)
             updates, inner_state = inner.update(grads, inner_state, params, **extra_args)
-            return optax.apply_updates(params, updates), structure.flatten_up_to(inner_state)
+            return optax.apply_updates(params, updates), _leaves.flatten_like(old, inner_state)
 
-        decoded = [_leaves.decoded(leaf) for _, leaf in flat]
+        decoded = [_leaves.decoded(leaf) for leaf in old.leaves]
         program, (new_params, new_leaves) = _elementwise.trace(
             whole, params, decoded, grads, extra_args
         )
         weights, tree = jax.tree.flatten(params)
-        before = [*weights, *(leaf for _, leaf in flat)]
+        before = [*weights, *old.leaves]
         after = dict(enumerate([*jax.tree.leaves(new_params), *new_leaves]))
         done: dict[int, Any] = {}
         for group in program.groups():
@@ -104,8 +105,8 @@ def fused_step(
         results = list((after | done).values())
         first = len(weights)
         encoded = {i - first for i in done if i >= first}
-        leaves = _leaves.encode_like(flat, results[first:], seed, count, encoded)
-        return tree.unflatten(results[:first]), QuantizedState(count, structure.unflatten(leaves))
+        leaves = _leaves.encode_like(old, results[first:], seed, count, encoded)
+        return tree.unflatten(results[:first]), old.pack(count, leaves)
 
     return step
 
@@ -188,7 +189,7 @@ def _matrices(leaf: Any, tiling: Tiling) -> list[jax.Array]:
 def _read(leaf: Any, parts: list[jax.Array]) -> jax.Array:
     if not _leaves.is_encoded(leaf):
         return parts[0]
-    return leaf.codec.decode_tile(Blocks(*parts), leaf.dtype)
+    return leaf.codec.decode_tile(Blocks(*parts), leaf.encoding.dtype)
 
 
 def _measured(leaf: Any, value: jax.Array) -> tuple[jax.Array, ...]:
@@ -203,4 +204,4 @@ def _restored(leaf: Any, arrays: Iterator[jax.Array]) -> Any:
     if not _leaves.is_encoded(leaf):
         return next(arrays).reshape(leaf.shape)
     encoded = Blocks(*(next(arrays).reshape(x.shape) for x in leaf.encoded))
-    return EncodedLeaf(encoded, leaf.codec, leaf.dtype)
+    return leaf._replace(encoded=encoded)

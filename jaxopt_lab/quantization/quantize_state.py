@@ -14,7 +14,7 @@ from typing import Any
 
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _hyperparams
 from jaxopt_lab.quantization import _leaves
 from jaxopt_lab.quantization._leaves import CodecChoice, QuantizedState
 
@@ -71,21 +71,22 @@ def quantize_state(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, ICLR 2022.
     """
+    _hyperparams.check_transformation(inner=inner)
     _leaves.check(codec, min_size, seed)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> QuantizedState:
-        return _leaves.encode_new(inner.init(params), codec, min_size, seed)
+        return _leaves.encode_new(inner.init(params), params, codec, min_size, seed)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, QuantizedState]:
-        state = _tree.check_state(state, QuantizedState)
+        before = _leaves.unpack_own(state, codec, min_size)
+        _leaves.check_gradients(updates, params)
         count = _hyperparams.increment(state.count)
-        flat, structure = _leaves.flatten(state.inner_state)
-        inner_state = structure.unflatten([_leaves.decoded(leaf) for _, leaf in flat])
-        updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        leaves = _leaves.encode_like(flat, structure.flatten_up_to(inner_state), seed, count)
-        return updates, QuantizedState(count, structure.unflatten(leaves))
+        new, inner_state = inner.update(updates, before.decoded(), params, **extra_args)
+        leaves = _leaves.flatten_like(before, inner_state)
+        _leaves.check_gradients(updates, new)
+        return new, before.pack(count, _leaves.encode_like(before, leaves, seed, count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

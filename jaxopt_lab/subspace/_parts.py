@@ -170,7 +170,12 @@ class Phase:
         def carry(path: Any, leaf: Any) -> Any:
             for place, index in enumerate(self.members):
                 own = paths[index]
-                if path[len(path) - len(own) :] == own and jnp.shape(leaf) == shapes[place]:
+                is_moment = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)  # and no code
+                if (
+                    is_moment
+                    and path[len(path) - len(own) :] == own
+                    and jnp.shape(leaf) == shapes[place]
+                ):
                     carried.add(place)
                     squared = _tree.is_non_negative(path)
                     return self.projection.carry(

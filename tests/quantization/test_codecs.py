@@ -132,7 +132,7 @@ def test_ends_of_the_range(code, signed):
     ],
 )
 def test_blocks_are_cut_from_rows_that_are_long_enough(shape, scales):
-    codec = quantization.int8(16)
+    codec = quantization.int8(16, "linear")
     x = sample(True, int(np.prod(shape))).reshape(shape)
     encoded = codec.encode(x)
     assert encoded.codes.shape == shape
