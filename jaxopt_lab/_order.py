@@ -31,7 +31,7 @@ def pattern_at(patterns: Sequence[jax.Array], index: jax.Array) -> jax.Array:
     bits = 8 * unsigned.itemsize
 
     def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
-        shift = (bits - 2 - step).astype(unsigned)
+        shift = jnp.asarray(bits - 2 - step, unsigned)  # `step` is an int under disable_jit
         candidate = found | jax.lax.shift_left(jnp.ones((), unsigned), shift)
         reached = sum(jnp.sum(x >= candidate, dtype=jnp.uint32) for x in patterns)
         return jnp.where(reached > index, candidate, found)
