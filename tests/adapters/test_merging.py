@@ -291,11 +291,12 @@ BROKEN = {
     "infinity less infinity": (np.inf, np.inf, np.nan),
     "nan in the base": (0.0, np.nan, np.nan),
 }
+TIES: Any = ties_merge  # options by name
 CHOOSING = {
     "arithmetic": lambda base, tuned: task_arithmetic(base, tuned, [0.5, 0.25, 0.25]),
     **{
         f"ties-{density}-{scope}-{elect}-{keep}": functools.partial(
-            ties_merge, density=density, scope=scope, elect=elect, keep=keep
+            TIES, density=density, scope=scope, elect=elect, keep=keep
         )
         for density in (1.0, 0.5, 0.01)
         for scope, elect, keep in (

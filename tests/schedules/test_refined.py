@@ -22,12 +22,12 @@ def record_norms(kind, length) -> Any:
     return schedules.record_norms(kind, length)
 
 
-def refined(norms, kind="l2", smoothing=0.0):
+def refined(norms, kind: Any = "l2", smoothing=0.0):
     """The table alone, which needs no compiler; `test_parity` reads it through schedules."""
     return _refined(_usable(norms), _EXPONENTS[kind], smoothing)
 
 
-def rates_of(norms, steps, kind="l2", smoothing=0.0):
+def rates_of(norms, steps, kind: Any = "l2", smoothing=0.0):
     with jax.enable_x64(True):
         schedule = schedules.refined_schedule(norms, steps, 1.0, kind, smoothing)
         return table(schedule, steps, dtype=np.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,11 +111,12 @@ def test_warmup_ends_at_the_peak_and_rises(name):
 
 def test_warmup_shapes():
     p = np.arange(1, 9) / 8
-    for shape, expected in {
+    shapes: dict[Any, np.ndarray] = {
         "linear": p,
         "cosine": (1 - np.cos(np.pi * p)) / 2,
         "sqrt": 1 - np.sqrt(1 - p),
-    }.items():
+    }
+    for shape, expected in shapes.items():
         schedule = schedules.wsd_schedule(3.0, 8, init_value=1.0, warmup_shape=shape)
         np.testing.assert_allclose(table(schedule, 8), 1 + 2 * expected, rtol=1e-6)
         zero_based = schedules.wsd_schedule(
