@@ -187,7 +187,7 @@ def descends(subject: Subject) -> None:
     )
 
 
-@check("numerics", traced=False)
+@check("numerics")
 def nonfinite_gradients_accepted(subject: Subject) -> None:
     """NaN and infinite gradients raise nothing, eager or compiled."""
     params = kernel_and_bias()
