@@ -73,6 +73,34 @@ def shard_map_unchecked(subject: Subject) -> None:
 
 
 @check("devices")
+def shard_map_varying(subject: Subject) -> None:
+    """Steps inside `shard_map` on each device's own gradients equal the runs of each alone."""
+    mesh = _mesh()
+    params = _params()
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * DEVICES), params)
+    histories = [normal_like(many, seed) for seed in (10, 20, 30)]
+    step = training_step(subject.transform)
+
+    def local(params: Any, state: Any, histories: Any) -> Any:
+        # At first the gradients alone vary over the axis, then whatever follows from them does.
+        for gradient in histories:
+            mine = jax.tree.map(lambda leaf: leaf[0], gradient)
+            params, state, _ = step(params, state, mine)
+        return jax.tree.map(lambda leaf: leaf[None], params)
+
+    mapped = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=(P(), P(), P("x")), out_specs=P("x"), check_vma=True
+        )
+    )
+    found = mapped(params, subject.transform.init(params), histories)
+    for index in range(DEVICES):
+        own = [jax.tree.map(lambda leaf: leaf[index], stacked) for stacked in histories]  # noqa: B023
+        mine = jax.tree.map(lambda leaf: leaf[index], found)  # noqa: B023
+        expect_close(mine, subject.run(params, *own).params, f"params of device {index}")
+
+
+@check("devices")
 def pmap(subject: Subject) -> None:
     """A step inside `pmap`, gradients averaged, equals the step on the mean gradient."""
     devices = require_devices()
@@ -121,13 +149,13 @@ def _initialised(subject: Subject, init: Any) -> None:
         _expect_sharded_like(init(params), params, f"{layout}: state")
 
 
-@check("devices")
+@check("devices", traced=False)
 def sharded_state_eager_init(subject: Subject) -> None:
     """After an eager init the state is sharded like the weights, by rows and by columns."""
     _initialised(subject, subject.transform.init)
 
 
-@check("devices")
+@check("devices", level="library", traced=False)
 def sharded_state_jitted_init(subject: Subject) -> None:
     """After a jitted init the state is sharded like the weights, by rows and by columns."""
     _initialised(subject, jax.jit(subject.transform.init))
