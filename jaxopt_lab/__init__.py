@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxopt_lab._adam import AdamState
+from jaxopt_lab._treatments import LeafTreatment, Treatments, treatments
 from jaxopt_lab.transforms.adabelief import ScaleByAdaBeliefState, adabelief, scale_by_adabelief
 from jaxopt_lab.transforms.adamp import ScaleByAdampState, adamp, scale_by_adamp
 from jaxopt_lab.transforms.clip_coordinates import clip_coordinates
@@ -97,6 +98,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamState",
     "FrugalState",
+    "LeafTreatment",
     "LoraConfig",
     "MissConfig",
     "ScaleByAdaBeliefState",
@@ -106,6 +108,7 @@ __all__ = [
     "ScaleByLionState",
     "ScaleByMuonState",
     "ScaleBySgdpState",
+    "Treatments",
     "adabelief",
     "adamp",
     "adapters",
@@ -180,6 +183,7 @@ __all__ = [
     "task_arithmetic",
     "ties_merge",
     "training_memory",
+    "treatments",
     "uba_schedule",
     "unmerge_adapters",
     "wire_bytes",

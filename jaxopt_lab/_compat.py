@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,3 +90,41 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(list(consts)), len(list(carry))
+
+
+def eval_with_axes(function: Any, *args: Any) -> None:
+    """Traces `function` without results; mapped axes that it asks for have one member.
+
+    Raises:
+      Exception: what `function` raises, unless it is for want of an axis.
+    """
+
+    def traced(*args: Any) -> None:
+        function(*args)
+
+    bound: list[str] = []
+    while True:
+        try:
+            jax.eval_shape(traced, *args)
+        except (NameError, ValueError) as error:
+            name = _unbound(error)
+            if name is None or name in bound:
+                raise
+            bound.append(name)
+            traced = _mapped(traced, name)
+        else:
+            return
+
+
+def _mapped(function: Any, name: str) -> Any:
+    return lambda *args: jax.vmap(lambda _: function(*args), 0, 0, name)(jnp.zeros(1))
+
+
+def _unbound(error: BaseException | None) -> str | None:
+    """Returns the mapped axis for want of which jax has raised, if that is what it says."""
+    while error is not None:
+        found = re.search(r"unbound axis name: (\w+)", str(error))
+        if isinstance(error, NameError) and found:
+            return found[1]
+        error = error.__cause__
+    return None

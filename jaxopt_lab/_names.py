@@ -9,37 +9,41 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 Parts = tuple[str, ...]
 
-_PLAIN = {"kernel", "kernels", "w", "weight", "weights"}
-_VECTOR = set(
-    "bias biases scale scales gamma beta gain offset shift mean var variance std count temperature "
-    "slope lambda alpha magnitude decay log".split()
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_PLAIN = _set("kernel kernels w weight weights")
+_VECTOR = _set(
+    "bias biases scale scales gamma beta gain offset shift mean var variance std count "
+    "temperature slope lambda alpha magnitude decay log"
 )
 # The biases of raw dictionaries: b, b1, b_in, b_ih, bq, bo.
 _RAW_BIAS = re.compile(r"b\d*|b_(\d+|(?!proj|emb)[a-z]{1,5})|b[qkvo]|b(ih|hh)|g")
-_NORM = {"ln", "bn", "gn", "rms", "layernorm", "batchnorm", "groupnorm", "rmsnorm"}
-_EMBED = {"emb", "embs", "wte", "wpe", "vocab", "vocabulary"}
+_NORM = _set("ln bn gn rms layernorm batchnorm groupnorm rmsnorm")
+_EMBED = _set("emb embs wte wpe vocab vocabulary")
 # An embedding followed by one of these is a layer that is applied to it.
-_APPLIED = set("proj projection dense linear mlp mapping fc out conv norm".split())
-_LAYER = set(
+_APPLIED = _set("proj projection dense linear mlp mapping fc out conv norm")
+_LAYER = _set(
     "layer layers block blocks attention attn mlp ffn ff moe expert experts bottleneck cell "
-    "attentions resnet resnets encoderblock decoderblock selfattention crossattention h".split()
+    "attentions resnet resnets encoderblock decoderblock selfattention crossattention h"
 )
-_MLP = set("up down gate ffn ff fc mlp wi w1 w2 w3 linear dense intermediate hidden".split())
-_QUERY = set("query queries key keys value values q k v wq wk wv qkv kv".split())
-_OUT = set("out o wo output".split())
-_STRONG_HEAD = {"classifier", "unembed", "unembedding", "score", "lm_head", "embed_out"}
-_WEAK_HEAD = set(
-    "head heads output outputs out fc final readout predictions to_logits output_layer out_layer "
-    "output_projection output_proj output_dense output_linear final_layer final_dense final_linear "
-    "final_proj final_projection last_layer dense_out linear_out conv_out decoder_output".split()
+_MLP = _set("up down gate ffn ff fc mlp wi w1 w2 w3 linear dense intermediate hidden")
+_QUERY = _set("query queries key keys value values q k v wq wk wv qkv kv")
+_OUT = _set("out o wo output")
+_STRONG_HEAD = _set("classifier unembed unembedding score lm_head embed_out")
+_WEAK_HEAD = _set(
+    "head heads output outputs out fc final readout predictions to_logits output_layer "
+    "out_layer output_projection output_proj output_dense output_linear final_layer "
+    "final_dense final_linear final_proj final_projection last_layer dense_out linear_out "
+    "conv_out decoder_output"
 )
-_INPUT = set(
-    "stem patchify conv_init init_conv conv_stem stem_conv conv_in input_conv conv_input".split()
-)
+_INPUT = _set("stem patchify conv_init init_conv conv_stem stem_conv conv_in input_conv conv_input")
 
 
 def parts_of(name: str) -> Parts:
@@ -78,11 +82,18 @@ def is_vector(parts: Parts) -> bool:
     if not parts:
         return False
     leaf = parts[-1]
-    if _any(leaf, _VECTOR) or _RAW_BIAS.fullmatch(leaf):
+    if _any(leaf, _VECTOR):
+        return True
+    if may_be_bias(parts) and (is_norm(own(parts)) or _any(own(parts), _VECTOR)):
         return True
     if words(leaf)[0] in ("weight", "weights", "w"):
         return is_norm(own(parts))
     return is_norm(leaf)
+
+
+def may_be_bias(parts: Parts) -> bool:
+    """Whether a leaf is called `b` or alike, as biases beside a `w` are, and other things too."""
+    return bool(parts) and bool(_RAW_BIAS.fullmatch(parts[-1]))
 
 
 def is_norm(part: str) -> bool:
@@ -212,7 +223,7 @@ def _modules(parts: Parts) -> Parts:
 
 def is_vector_leaf(parts: Parts) -> bool:
     """Whether the last name alone is that of a bias or a scale."""
-    return bool(parts) and bool(_any(parts[-1], _VECTOR) or _RAW_BIAS.fullmatch(parts[-1]))
+    return bool(parts) and (_any(parts[-1], _VECTOR) or may_be_bias(parts))
 
 
 def _embeds(part: str) -> bool:
@@ -233,5 +244,5 @@ def _strong(part: str) -> bool:
     ) and "pre" not in found
 
 
-def _any(part: str, chosen: set[str]) -> bool:
+def _any(part: str, chosen: Set[str]) -> bool:
     return not chosen.isdisjoint(words(part))

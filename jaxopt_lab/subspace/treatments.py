@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _matrices, _tree
+from jaxopt_lab import _matrices, _treatments, _tree
+from jaxopt_lab._treatments import treatments
 from jaxopt_lab.subspace.projections import Density, Leaf, Projection
+
+__all__ = ["Treatment", "treatments"]
 
 Patterns = Sequence[str]
 AlwaysFull = Patterns | Callable[[optax.Params], Any] | Any | None
@@ -45,53 +48,24 @@ class Treatment:
     selection: Any = None
 
     @property
+    def rule(self) -> str:
+        """Name of the rule."""
+        return "frugal"
+
+    @property
     def name(self) -> str:
         """Path of the parameter."""
         return self.leaf.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return self.leaf.shape
 
     def __str__(self) -> str:
         """One line: path, shape, treatment and reason."""
         part = f" {self.leaf.kept} of {self.leaf.size}" if self.kind == "split" else ""
         return f"{self.name or 'parameter'} {self.leaf.shape}: {self.kind}{part} ({self.reason})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Treatments:
-    """What `treatments` found; `str(result)` has one line a parameter."""
-
-    parameters: tuple[Treatment, ...]
-
-    def __str__(self) -> str:
-        """One line a parameter."""
-        return "\n".join(str(treatment) for treatment in self.parameters)
-
-
-def treatments(tx: optax.GradientTransformation, params: optax.Params) -> Treatments:
-    """Says for each parameter how `frugal` treats it; nothing is allocated.
-
-    Args:
-      tx: a transformation that contains `frugal`, such as `frugal_adamw(...)`, in any wrapper that
-        keeps its state in its own.
-      params: the parameters, or their `jax.ShapeDtypeStruct`.
-
-    Returns:
-      A `Treatments`, in the order of the parameters.
-
-    Raises:
-      ValueError: `tx` does not contain `frugal`.
-
-    Examples:
-      >>> import jax.numpy as jnp, jaxopt_lab
-      >>> params = {"embed": jnp.zeros((9, 4)), "up": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}
-      >>> print(jaxopt_lab.subspace.treatments(jaxopt_lab.frugal_adamw(1e-3), params))
-      bias (8,): full (1 axis)
-      embed (9, 4): full (embedding or output layer by its path)
-      up (4, 8): split 1 of 4 (matrix)
-    """
-    found = tuple(treatments_of(jax.eval_shape(tx.init, params)))
-    if not found:
-        raise ValueError("tx does not contain frugal: its state says nothing about splitting")
-    return Treatments(found)
 
 
 def treatments_of(state: Any) -> list[Treatment]:
@@ -127,14 +101,14 @@ def plan(
     Raises:
       ValueError: see `frugal`.
     """
-    named = _tree.leaves_with_names(params)
-    axes = _matrices.matrix_axes(dimension_numbers, params, default=_two_axes)
-    leaves = [Leaf(name, jnp.shape(x), jnp.result_type(x), a) for (name, x), a in zip(named, axes)]
-    reasons = _always_full(always_full, params, leaves)
+    choices = _matrices.choices(dimension_numbers, params, default=_matrices.any_matrix)
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(params)]
+    leaves = [Leaf(c.name, c.shape, dtype, c.axes) for c, dtype in zip(choices, dtypes)]
+    reasons = _always_full(always_full, params, choices)
     split = [leaf for leaf, reason in zip(leaves, reasons) if reason is None]
     sizes = iter(projection.sizes(split, density))
     found: list[Treatment] = []
-    for leaf, reason in zip(leaves, reasons):
+    for leaf, choice, reason in zip(leaves, choices, reasons):
         if reason is not None:
             found.append(Treatment(leaf, "full", reason))
             continue
@@ -145,9 +119,13 @@ def plan(
         elif kept == 0:
             found.append(Treatment(leaf, "free", f"none of {size} is kept"))
         else:
-            what = "matrix" if leaf.axes is not None else "by request"
+            what = choice.reason if leaf.axes is not None else "by request"
             found.append(Treatment(leaf, "split", what))
-    return _with_phases(found, stagger)
+    found = _with_phases(found, stagger)
+    _treatments.report(found)
+    if always_full is None:
+        _treatments.tell_of_unknown("frugal", choices, "full")
+    return found
 
 
 def _with_phases(found: list[Treatment], stagger: int) -> list[Treatment]:
@@ -169,47 +147,44 @@ def _refresh_cost(leaf: Leaf) -> int:
     return max(math.prod(leaf.shape), 1) * (min(leaf.matrix) if leaf.axes is not None else 1)
 
 
-def _two_axes(params: optax.Params) -> Any:
-    numbers = optax.contrib.MuonDimensionNumbers(0, 1)
-    return jax.tree.map(lambda x: numbers if jnp.ndim(x) == 2 else None, params)
-
-
 def _always_full(
-    always_full: AlwaysFull, params: optax.Params, leaves: list[Leaf]
+    always_full: AlwaysFull, params: optax.Params, choices: Sequence[_matrices.Choice]
 ) -> list[str | None]:
     """Returns, for each leaf, why it is kept full, or None if it is to be split."""
     if always_full is None:
-        flat, _ = jax.tree_util.tree_flatten_with_path(params)
-        return [_by_default(path, leaf) for (path, _), leaf in zip(flat, leaves)]
+        return [_by_default(choice) for choice in choices]
+    names = [choice.name for choice in choices]
     if isinstance(always_full, str):
-        return _by_patterns([always_full], leaves)
+        return _by_patterns([always_full], names)
     if isinstance(always_full, (list, tuple)) and all(isinstance(p, str) for p in always_full):
-        return _by_patterns(always_full, leaves)
+        return _by_patterns(always_full, names)
     flags = _tree.broadcast_prefix(
-        always_full(params) if callable(always_full) else always_full, params, "always_full"
+        always_full(params) if _tree.is_function(always_full) else always_full,
+        params,
+        "always_full",
     )
     return ["by request" if flag else None for flag in flags]
 
 
-def _by_default(path: Any, leaf: Leaf) -> str | None:
-    if len(leaf.shape) < 2:
-        return "1 axis" if leaf.shape else "scalar"
-    if leaf.axes is None:
-        return f"{len(leaf.shape)} axes, no dimension_numbers"
-    if _matrices.ends_of_a_model(path):
-        return "embedding or output layer by its path"
-    return None
+def _by_default(choice: _matrices.Choice) -> str | None:
+    if choice.role is None:
+        return choice.reason if choice.axes is None else None
+    return None if choice.role.kind == "matrix" else choice.reason
 
 
-def _by_patterns(patterns: Patterns, leaves: list[Leaf]) -> list[str | None]:
-    reasons: list[str | None] = [None] * len(leaves)
+def _by_patterns(patterns: Patterns, names: Sequence[str]) -> list[str | None]:
+    reasons: list[str | None] = [None] * len(names)
     for pattern in patterns:
-        matched = [index for index, leaf in enumerate(leaves) if re.search(pattern, leaf.name)]
+        matched = [
+            index
+            for index, name in enumerate(names)
+            if any(re.search(pattern, spelled) for spelled in _matrices.spellings(name))
+        ]
         # A tree without leaves is what optax.tree.map_params asks with.
-        if leaves and not matched:
-            names = ", ".join(leaf.name for leaf in leaves[:5])
+        if names and not matched:
             raise ValueError(
-                f"always_full: the pattern {pattern!r} matches no parameter (the first are {names})"
+                f"always_full: the pattern {pattern!r} matches no parameter (the first are "
+                f"{', '.join(names[:5])}; the nearest are {_matrices.nearest(pattern, names)})"
             )
         for index in matched:
             reasons[index] = f"matches {pattern!r}"
