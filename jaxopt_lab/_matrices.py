@@ -59,7 +59,7 @@ def choices(
     for name, shape, role, spec in zip(names, shapes, roles, specs):
         if spec is _BY_DEFAULT:
             axes = default(role)
-            reason = role.reason if axes is None or role.kind != "matrix" else _shown(axes, shape)
+            reason = role.reason if axes is None else _shown(axes, shape)
             found.append(Choice(name, shape, axes, reason, role))
         else:
             axes = resolve(spec, name, len(shape))

@@ -78,7 +78,9 @@ class _Tree(Stacks):
             kind: Kind = "vector" if reason.startswith("vector") else "unknown"
             return Role(kind, None, reason, named)
         siblings = self.children[self.module(i)[:-1]] if self.module(i) else ()
-        if _names.is_head(parts, siblings, bool(stack)):
+        # A kernel (heads, head size, out) is attention's even where it stands alone.
+        heads = _names.is_out(parts) and len(axes.reduction) == 2
+        if not heads and _names.is_head(parts, siblings, bool(stack)):
             return Role("head", axes, "embedding or output layer by its path", named)
         if self._is_depthwise(i, axes):
             return Role("depthwise", axes, "one input a group", named)

@@ -169,7 +169,7 @@ def _always_full(
 def _by_default(choice: _matrices.Choice) -> str | None:
     if choice.role is None:
         return choice.reason if choice.axes is None else None
-    return None if choice.role.kind == "matrix" else choice.reason
+    return None if choice.role.kind == "matrix" else choice.role.reason
 
 
 def _by_patterns(patterns: Patterns, names: Sequence[str]) -> list[str | None]:
