@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxopt_lab._adam import AdamState
+from jaxopt_lab._treatments import LeafTreatment, Treatments, treatments
 from jaxopt_lab.transforms.adabelief import ScaleByAdaBeliefState, adabelief, scale_by_adabelief
 from jaxopt_lab.transforms.adamp import ScaleByAdampState, adamp, scale_by_adamp
 from jaxopt_lab.transforms.cautious import cautious
@@ -89,6 +90,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamState",
     "FrugalState",
+    "LeafTreatment",
     "LoraConfig",
     "MissConfig",
     "ScaleByAdaBeliefState",
@@ -98,6 +100,7 @@ __all__ = [
     "ScaleByLionState",
     "ScaleByMuonState",
     "ScaleBySgdpState",
+    "Treatments",
     "adabelief",
     "adamp",
     "adapters",
@@ -173,6 +176,7 @@ __all__ = [
     "task_arithmetic",
     "ties_merge",
     "training_memory",
+    "treatments",
     "uba_schedule",
     "unmerge_adapters",
     "wire_bytes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,22 +46,6 @@ def has_nan(
     The maxima of XLA's library for CPUs and of GPU kernels pass over NaN; a sum does not.
     """
     return jnp.isnan(jnp.sum(jnp.abs(x), axis, keepdims=keepdims))
-
-
-def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns `x` as it is after a conversion to a narrower float of 16 bits or more, in its own.
-
-    Compilers for GPUs drop a conversion there and back as excess precision; this they keep.
-    """
-    own, narrow = jnp.finfo(x.dtype), jnp.finfo(dtype)
-    if narrow.bits >= own.bits:
-        return x
-    found = lax.reduce_precision(x, exponent_bits=narrow.nexp, mantissa_bits=narrow.nmant)
-    if narrow.nexp == own.nexp:
-        return found
-    # What is below the normal numbers would become zero, but still has an even spacing.
-    spacing = float(narrow.smallest_subnormal)
-    return jnp.where(jnp.abs(x) < float(narrow.tiny), jnp.round(x / spacing) * spacing, found)
 
 
 def vary_alike(arrays: Sequence[jax.Array], *others: jax.Array) -> list[jax.Array]:
@@ -252,3 +237,41 @@ def wait_for_processes(name: str, processes: Sequence[int], seconds: float) -> N
     client = distributed.global_state.client
     if client is not None:
         client.wait_at_barrier(name, int(1000 * seconds), process_ids=list(processes))
+
+
+def eval_with_axes(function: Any, *args: Any) -> None:
+    """Traces `function` without results; mapped axes that it asks for have one member.
+
+    Raises:
+      Exception: what `function` raises, unless it is for want of an axis.
+    """
+
+    def traced(*args: Any) -> None:
+        function(*args)
+
+    bound: list[str] = []
+    while True:
+        try:
+            jax.eval_shape(traced, *args)
+        except (NameError, ValueError) as error:
+            name = _unbound(error)
+            if name is None or name in bound:
+                raise
+            bound.append(name)
+            traced = _mapped(traced, name)
+        else:
+            return
+
+
+def _mapped(function: Any, name: str) -> Any:
+    return lambda *args: jax.vmap(lambda _: function(*args), 0, 0, name)(jnp.zeros(1))
+
+
+def _unbound(error: BaseException | None) -> str | None:
+    """Returns the mapped axis for want of which jax has raised, if that is what it says."""
+    while error is not None:
+        found = re.search(r"unbound axis name: (\w+)", str(error))
+        if isinstance(error, NameError) and found:
+            return found[1]
+        error = error.__cause__
+    return None

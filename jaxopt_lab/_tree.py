@@ -11,8 +11,8 @@ each of them, so that a tree of a thousand leaves costs little more to trace tha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,11 @@ def check_params(params: PyTree) -> None:
     """Refuses parameters that are not real floating point.
 
     Raises:
-      TypeError: a leaf is an integer, a boolean or complex; the message has its path.
+      TypeError: a leaf is a function, text or a random key, an integer, a boolean or complex; the
+        message has its path.
     """
     for name, leaf in leaves_with_names(params):
+        _check_array(name, leaf)
         found = _dtype(leaf)
         if jnp.issubdtype(found, jnp.complexfloating):
             raise TypeError(
@@ -54,6 +56,15 @@ def check_params(params: PyTree) -> None:
                 f"parameter '{name}' has dtype {found}: integer parameters cannot be optimized; "
                 "mask them (optax.masked, optax.partition)"
             )
+
+
+def is_function(value: Any) -> TypeGuard[Callable[[PyTree], PyTree]]:
+    """Whether `value` is a function of the parameters rather than a tree that can be called.
+
+    As in optax: a tree of modules is one if not all of its leaves are functions.
+    """
+    leaves = jax.tree.leaves(value)
+    return callable(value) and bool(leaves) and all(map(callable, leaves))
 
 
 def compute_dtype(*dtypes: Any) -> np.dtype:
@@ -297,7 +308,7 @@ def mask_leaves(mask: Mask, params: PyTree) -> list[bool]:
     """
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
-    return _booleans(broadcast_prefix(mask(params) if callable(mask) else mask, params, "mask"))
+    return _booleans(broadcast_prefix(mask(params) if is_function(mask) else mask, params, "mask"))
 
 
 def _booleans(found: list[Any]) -> list[bool]:
@@ -312,6 +323,25 @@ def _booleans(found: list[Any]) -> list[bool]:
                 f"({type(value).__name__})"
             )
     return [bool(value) for value in found]
+
+
+def _check_array(name: str, leaf: Any) -> None:
+    advice = (
+        "only arrays can be optimized: take it out (equinox.filter, flax.nnx.state) or mask it "
+        "(optax.masked, optax.partition)"
+    )
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None and callable(leaf):
+        what = f"the function {getattr(leaf, '__name__', type(leaf).__name__)}"
+    elif isinstance(leaf, (str, bytes)):
+        what = f"the text {leaf!r}"
+    elif dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        what = f"a random key ({dtype})"
+    elif dtype is None and not isinstance(leaf, (bool, int, float, complex)):
+        what = f"of type {type(leaf).__name__}"
+    else:
+        return
+    raise TypeError(f"parameter '{name}' is {what}: {advice}")
 
 
 def _dtype(leaf: Any) -> np.dtype:
@@ -339,8 +369,18 @@ def _first_difference(prefix: PyTree, tree: PyTree, is_leaf: Any) -> str:
     given, wanted = paths(prefix, is_leaf), paths(tree, lambda x: isinstance(x, optax.MaskedNode))
     for path in given:
         if not any(other[: len(path)] == path for other in wanted):
-            return f"'{show(path)}' is no parameter"
+            return f"'{show(path)}' is no parameter{_box_hint(show(path), map(show, wanted))}"
     for path in wanted:
         if not any(path[: len(other)] == other for other in given):
             return f"parameter '{show(path)}' is not covered"
     return f"found {jax.tree.structure(prefix)}, expected {jax.tree.structure(tree)}"
+
+
+def _box_hint(given: str, wanted: Iterable[str]) -> str:
+    """Returns what to do about a tree of boxes, where the parameters come without them."""
+    if given.removesuffix("/value") == given or given.removesuffix("/value") not in wanted:
+        return ""
+    return (
+        f", but '{given.removesuffix('/value')}' is: flax.nnx.Optimizer hands other trees to the "
+        "update than a module's state; give a function of the parameters instead of a tree"
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _matrices
+from jaxopt_lab import _roles
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 from jaxopt_lab.adapters.lora import LoraConfig
@@ -129,8 +129,8 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
       params: the pruned model's parameters.
       biases: train everything called `bias` or `b` that is no norm's.
       norms: train `scale`, `bias` and `weight` below a module whose name has "norm" or "ln" in it.
-      head: train the output layer: what a part of the path calls `head`, `lm_head`, `unembed`,
-        `logits` or `output`, but no embedding.
+      head: train the output layer, known by names such as `lm_head`, `logits_dense`, `classifier`
+        or, outside of all layers, `head` and `output`; no embedding.
 
     Returns:
       A tree of the same structure; the fraction trained is that of the "train" leaves' sizes.
@@ -152,7 +152,7 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
       Zimmer et al., `PERP <https://arxiv.org/abs/2312.15230>`_, 2023, section 3.
     """
 
-    def label(path: tuple[Any, ...], leaf: Any) -> str:
+    def label(path: tuple[Any, ...], role: _roles.Role) -> str:
         *parents, own = _kernels.leaf_name(path).split("/")
         norm = bool(parents) and bool(_NORM.search(parents[-1]))
         if norm:
@@ -160,12 +160,11 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
         elif own in ("bias", "b"):
             chosen = biases
         else:
-            embedding = any("embed" in name and "unembed" not in name for name in (*parents, own))
-            chosen = head and not embedding and _matrices.ends_of_a_model(path)
-        del leaf
+            chosen = head and role.kind == "head"
         return "train" if chosen else "freeze"
 
-    labels = jax.tree_util.tree_map_with_path(label, params)
+    roles = jax.tree.unflatten(jax.tree.structure(params), _roles.roles(params))
+    labels = jax.tree_util.tree_map_with_path(label, params, roles)
     if "train" not in jax.tree.leaves(labels):
         raise ValueError(
             f"nothing would be trained: with biases={biases}, norms={norms} and head={head} no "

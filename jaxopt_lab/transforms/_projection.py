@@ -19,21 +19,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _compat, _hyperparams, _matrices, _tree
+from jaxopt_lab import _compat, _hyperparams, _matrices, _roles, _tree
 
 # Leaves whose sums are treated together.
 _AT_ONCE = 8
 
 
-def last_axis_is_output(params: optax.Params) -> optax.Params:
-    """Default axes: of two and more, the last is the output; vectors and scalars are left alone."""
+def channel_axes(role: _roles.Role) -> _matrices.MatrixAxes | None:
+    """Default axes: those of a matrix, a channel for each output; of a table, for each row.
 
-    def numbers(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if jnp.ndim(x) < 2:
-            return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(jnp.ndim(x) - 1)), -1)
-
-    return jax.tree.map(numbers, params)
+    A row of a table of embeddings is what the authors' code, which takes the first axis of all
+    that has two, calls its channel.
+    """
+    if role.kind == "embedding" and role.axes is not None:
+        batch, reduction, output = role.axes
+        return _matrices.MatrixAxes(batch, output, reduction)
+    return role.axes
 
 
 class Radial(NamedTuple):

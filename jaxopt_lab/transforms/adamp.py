@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices, _tree
+from jaxopt_lab import _hyperparams, _matrices, _treatments, _tree
 from jaxopt_lab.transforms import _projection
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
@@ -108,14 +108,14 @@ def scale_by_adamp(
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def static(params: Any) -> list[tuple[_matrices.MatrixAxes | None, bool]]:
-        axes = _matrices.matrix_axes(
-            dimension_numbers, params, default=_projection.last_axis_is_output
-        )
+        axes = _matrices.matrix_axes(dimension_numbers, params, default=_projection.channel_axes)
         decays = _tree.mask_leaves(_hyperparams.mask_of(weight_decay, mask), params)
         return list(zip(axes, decays))
 
     def init_fn(params: optax.Params) -> ScaleByAdampState:
         static(params)
+        found = _matrices.choices(dimension_numbers, params, default=_projection.channel_axes)
+        _treatments.report_choices("adamp", found, matrix="adamp", other="adam")
         return ScaleByAdampState(
             count=jnp.zeros((), jnp.int32),
             mu=_tree.zeros_like(params, mu_dtype),

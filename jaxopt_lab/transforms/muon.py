@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab import _adam, _compat, _hyperparams, _matrices, _tree
+from jaxopt_lab import _adam, _compat, _hyperparams, _matrices, _roles, _treatments, _tree
 
 Coefficients = tuple[float, float, float]
 NsCoeffs = Literal["original", "standard", "quintic", "dion", "polar_express"]
@@ -155,17 +155,20 @@ def scale_by_muon(
     ns_dtype = _hyperparams.canonical_mu_dtype(ns_dtype, name="ns_dtype")
 
     def all_axes(params: optax.Params) -> list[_matrices.MatrixAxes]:
-        axes = _matrices.matrix_axes(dimension_numbers, params, default=muon_dimension_numbers)
-        for (name, leaf), found in zip(_tree.leaves_with_names(params), axes):
-            if found is None:
+        found = _matrices.choices(dimension_numbers, params, default=_matrices.hidden)
+        for choice in found:
+            if choice.axes is None:
                 raise ValueError(
-                    f"scale_by_muon has no matrix axes for '{name}' of shape {jnp.shape(leaf)}; "
-                    "give them in dimension_numbers, or use muon, which leaves it to Adam"
+                    f"scale_by_muon has no matrix axes for '{choice.name}' of shape "
+                    f"{choice.shape} ({choice.reason}); give them in dimension_numbers, or use "
+                    "muon, which leaves it to Adam"
                 )
-        return axes  # type: ignore[return-value]
+        return [choice.axes for choice in found]  # type: ignore[misc]
 
     def init_fn(params: optax.Params) -> ScaleByMuonState:
         all_axes(params)
+        found = _matrices.choices(dimension_numbers, params, default=_matrices.hidden)
+        _treatments.report_choices("scale_by_muon", found, matrix="muon", other="adam")
         return ScaleByMuonState(mu=_tree.zeros_like(params, mu_dtype))
 
     def update_fn(
@@ -281,45 +284,52 @@ def muon(
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate
 
-    def numbers(params: optax.Params) -> Any:
-        given = muon_dimension_numbers if dimension_numbers is None else dimension_numbers
-        return given(params) if callable(given) else given
+    def decided(params: optax.Params) -> list[_matrices.Choice]:
+        return _matrices.choices(dimension_numbers, params, default=_matrices.hidden)
 
-    def labels(params: optax.Params) -> Any:
-        axes = _matrices.matrix_axes(numbers, params, default=muon_dimension_numbers)
-        names = ["adam" if found is None else "muon" for found in axes]
-        return jax.tree.unflatten(jax.tree.structure(params), names)
+    def both(structure: Any, axes: list[Any]) -> optax.GradientTransformationExtraArgs:
+        matrix_rule = scale_by_muon(
+            beta,
+            eps,
+            nesterov=nesterov,
+            ns_coeffs=ns_coeffs,
+            ns_steps=ns_steps,
+            ns_dtype=ns_dtype,
+            consistent_rms=consistent_rms,
+            dimension_numbers=structure.unflatten(map(_matrices.specification, axes)),
+            mu_dtype=mu_dtype,
+        )
+        return optax.partition(
+            {
+                "muon": _hyperparams.ready_made(
+                    matrix_rule, learning_rate, weight_decay, mask, method="muon"
+                ),
+                "adam": _hyperparams.ready_made(
+                    adam_rule,
+                    adam_learning_rate,
+                    adam_weight_decay,
+                    mask,
+                    method="muon",
+                    prefix="adam_",
+                ),
+            },
+            structure.unflatten("adam" if found is None else "muon" for found in axes),
+        )
 
-    matrix_rule = scale_by_muon(
-        beta,
-        eps,
-        nesterov=nesterov,
-        ns_coeffs=ns_coeffs,
-        ns_steps=ns_steps,
-        ns_dtype=ns_dtype,
-        consistent_rms=consistent_rms,
-        dimension_numbers=numbers,
-        mu_dtype=mu_dtype,
-    )
     adam_rule = _adam.scale_by_adam(
         adam_b1, adam_b2, adam_eps, adam_eps_in_root, mu_dtype, prefix="adam_"
     )
-    both = optax.partition(
-        {
-            "muon": _hyperparams.ready_made(
-                matrix_rule, learning_rate, weight_decay, mask, method="muon"
-            ),
-            "adam": _hyperparams.ready_made(
-                adam_rule,
-                adam_learning_rate,
-                adam_weight_decay,
-                mask,
-                method="muon",
-                prefix="adam_",
-            ),
-        },
-        labels,
-    )
+    both(jax.tree.structure(()), [])  # checks the hyper-parameters
+
+    def for_tree(params: optax.Params) -> optax.GradientTransformationExtraArgs:
+        # Decided from the whole tree: the two rules see a part of it, without the neighbours.
+        return both(jax.tree.structure(params), [choice.axes for choice in decided(params)])
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        _tree.check_params(params)
+        _treatments.report_choices("muon", decided(params), matrix="muon", other="adam")
+        with _treatments.silent():
+            return for_tree(params).init(params)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -332,19 +342,33 @@ def muon(
             lambda m, a: a if is_masked(m) else m, *moments, is_leaf=is_masked
         )
         _tree.check_updates(updates, all_moments)
-        return both.update(updates, state, params, **extra_args)
+        return for_tree(updates).update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(both.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def muon_dimension_numbers(params: optax.Params) -> Any:
     """Which leaves Muon takes by default, and which of their axes are the matrix.
 
-    Kernels with two axes (in, out) and with four (height, width, in, out) are matrices, unless a
-    part of their path is `embedding`, `embed`, `unembed`, `lm_head`, `head`, `logits` or `output`:
-    embeddings and the output layer belong to Adam. So does everything else, in particular kernels
-    with three axes, whose roles cannot be known: attention kernels (embed, heads, head_dim) and
-    stacked layers (layers, in, out) need explicit numbers.
+    Muon takes hidden kernels, each matrix of a stack by itself:
+
+    - dense kernels: (in, out) if called `kernel` or `w`, as in Flax and Haiku, and (out, in) if
+      called `weight`, as in Equinox and PyTorch, unless their biases say otherwise; recurrent cells
+      too, whose gates are one matrix;
+    - convolutions over 1, 2 or 3 axes, as (window and in) x out; a grouped one cannot be told from
+      others, but of a depthwise one (one input a group) no kernel is a matrix: Adam's;
+    - attention kernels: `query`, `key` and `value` (embed, heads, head_dim) as embed x (heads
+      head_dim), `out` (heads, head_dim, embed) as (heads head_dim) x embed, Gemma's einsum kernels;
+    - stacks of all these: layers of a scan or an ensemble, whose biases and norm scales have one
+      axis more, leading or, as MaxText scans, second; the leading axis of experts.
+
+    All else is Adam's: biases, scales and all else that is called so or belongs to a norm, stacked
+    or not; tables of embeddings, positions and tokens; the output layer, known by names such as
+    `lm_head`, `logits_dense`, `classifier`, or outside of all layers `head` and `output`; and the
+    input layer of images, the patch embedding of a ViT or the stem of a CNN, for Muon's authors
+    leave first and last layers to Adam. A kernel whose axes nothing tells is Adam's too, and a
+    warning names it once. `jaxopt_lab.treatments(muon(...), params)` shows what was decided, and
+    `dimension_numbers` decides otherwise.
 
     Args:
       params: the parameters; only shapes and paths are looked at.
@@ -357,13 +381,8 @@ def muon_dimension_numbers(params: optax.Params) -> Any:
       >>> muon_dimension_numbers({"embed": jnp.zeros((9, 4)), "up": jnp.zeros((4, 8))})
       {'embed': None, 'up': MuonDimensionNumbers(reduction_axis=(0,), output_axis=1)}
     """
-
-    def numbers(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if jnp.ndim(x) not in (2, 4) or _matrices.ends_of_a_model(path):
-            return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(jnp.ndim(x) - 1)), jnp.ndim(x) - 1)
-
-    return jax.tree_util.tree_map_with_path(numbers, params)
+    numbers = [_matrices.specification(_matrices.hidden(role)) for role in _roles.roles(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), numbers)
 
 
 def _orthogonalize(

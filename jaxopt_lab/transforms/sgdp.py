@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices, _tree
+from jaxopt_lab import _hyperparams, _matrices, _treatments, _tree
 from jaxopt_lab.transforms import _projection
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
@@ -105,14 +105,14 @@ def scale_by_sgdp(
         raise ValueError("project_momentum=True needs nesterov=False")
 
     def static(params: Any) -> list[tuple[_matrices.MatrixAxes | None, bool]]:
-        axes = _matrices.matrix_axes(
-            dimension_numbers, params, default=_projection.last_axis_is_output
-        )
+        axes = _matrices.matrix_axes(dimension_numbers, params, default=_projection.channel_axes)
         decays = _tree.mask_leaves(_hyperparams.mask_of(weight_decay, mask), params)
         return list(zip(axes, decays))
 
     def init_fn(params: optax.Params) -> ScaleBySgdpState:
         static(params)
+        found = _matrices.choices(dimension_numbers, params, default=_projection.channel_axes)
+        _treatments.report_choices("sgdp", found, matrix="sgdp", other="sgd")
         count = jnp.zeros((), jnp.int32) if callable(weight_decay) else None
         return ScaleBySgdpState(_tree.zeros_like(params, mu_dtype), count)
 

@@ -14,7 +14,7 @@ import jaxopt_lab
 from jaxopt_lab import subspace
 
 PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
-CONV = {"conv": jnp.ones((3, 3, 2, 2))}
+CUBE = {"cube": jnp.ones((3, 3, 2, 2))}
 # The reductions are over the first axis.
 TWO = optax.contrib.MuonDimensionNumbers(0, 1)
 
@@ -104,15 +104,15 @@ def test_projections_and_ready_made_rules(make, message):
         ),
         (
             {"always_full": (), "projection": subspace.svd()},
-            CONV,
+            CUBE,
             ValueError,
-            "svd needs a matrix, but 'conv' has shape",
+            "svd needs a matrix, but 'cube' has shape",
         ),
         (
             {"always_full": (), "projection": subspace.dct()},
-            CONV,
+            CUBE,
             ValueError,
-            "dct needs a matrix, but 'conv' has shape",
+            "dct needs a matrix, but 'cube' has shape",
         ),
         (
             {"dimension_numbers": {"layer": {"kernel": TWO, "other": None}}},

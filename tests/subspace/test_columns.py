@@ -166,7 +166,7 @@ def test_entries_serve_any_shape():
     tx = subspace.frugal(projection=subspace.entries(), density=0.5, always_full=())
     assert [str(t) for t in subspace.treatments(tx, params).parameters] == [
         "bias (8,): split 4 of 8 (by request)",
-        "conv (3, 3, 2, 4): split 36 of 72 (by request)",
+        "conv (3, 3, 2, 4): split 36 of 72 (matrix, inputs 0 1 2, outputs 3)",
         "scalar (): free (none of 1 is kept)",
     ]
     updates, _ = tx.update(params, tx.init(params), params)

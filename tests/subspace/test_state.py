@@ -161,10 +161,10 @@ def test_treatments_say_what_happens_to_each_parameter():
         "conv": jnp.zeros((3, 3, 2, 2)),
         "narrow": jnp.zeros((1, 9)),
     }
-    lines = str(subspace.treatments(subspace.frugal(density=0.5), params)).splitlines()
-    assert lines == [
+    found = subspace.treatments(subspace.frugal(density=0.5), params)
+    assert [str(t) for t in found.parameters] == [
         "bias (6,): full (1 axis)",
-        "conv (3, 3, 2, 2): full (4 axes, no dimension_numbers)",
+        "conv (3, 3, 2, 2): split 9 of 18 (matrix, inputs 0 1 2, outputs 3)",
         "first (4, 8): split 2 of 4 (matrix)",
         "lm_head (8, 3): full (embedding or output layer by its path)",
         "narrow (1, 9): free (none of 1 is kept)",

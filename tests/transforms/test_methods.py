@@ -147,7 +147,8 @@ def test_muon_leaves_embeddings_the_head_and_vectors_to_adam():
     }
     numbers = jaxopt_lab.muon_dimension_numbers(params)
     matrices = [name for name, leaf in _named(numbers) if leaf is not None]
-    assert matrices == ["block/conv", "block/kernel"]
+    assert matrices == ["attention/query", "block/conv", "block/kernel"]
+    assert numbers["attention"]["query"] == optax.contrib.MuonDimensionNumbers((0,), (1, 2))
     assert numbers["block"]["conv"] == optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
 
 
