@@ -110,7 +110,7 @@ def test_accumulated_over_two_steps(rule):
 @each_optimizer
 def test_nnx_optimizer_with_narrow_gradients(rule):
     model = nnx.Linear(16, 24, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, rule(learning_rate=1e-6), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, rule(learning_rate=1e-5), wrt=nnx.Param)
     before = model.kernel[...]
     grads = jax.tree.map(lambda p: jnp.ones_like(p, jnp.bfloat16), nnx.state(model, nnx.Param))
     optimizer.update(model, grads)
