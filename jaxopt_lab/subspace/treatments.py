@@ -200,6 +200,9 @@ def _sized(
     stagger: int,
 ) -> list[Treatment]:
     """Returns the treatments of leaves that are full for a reason, or else to be split."""
+    # What has no elements has no state either way, and no projection has to serve it.
+    empty = [None if math.prod(leaf.shape) else "no elements" for leaf in leaves]
+    reasons = [reason or nothing for reason, nothing in zip(reasons, empty)]
     split = [leaf for leaf, reason in zip(leaves, reasons) if reason is None]
     sizes = iter(zip(projection.sizes(split, density), projection.describe(split)))
     found: list[Treatment] = []
