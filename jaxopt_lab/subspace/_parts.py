@@ -46,6 +46,18 @@ class Parts:
         flat = self.structure.flatten_up_to(tree)
         return [flat[index] for index in members]
 
+    def widened(self, grads: Sequence[Any], params: Sequence[Any] | None) -> list[jax.Array]:
+        """Returns gradients in the wider of their own dtype and that of their parameters.
+
+        It is the dtype that updates leave with, and that `full` and `free` are given, so that
+        narrow gradients of wide weights cost no digits on the way.
+        """
+        own = [t.leaf for t in self.treatments] if params is None else params
+        return [
+            jnp.asarray(g).astype(_wider(jnp.result_type(g), jnp.dtype(x.dtype)))
+            for g, x in zip(grads, own)
+        ]
+
     def select(self, members: Sequence[int], selection: Sequence[Any]) -> None:
         """Notes the selection of the members."""
         for index, value in zip(members, selection):
@@ -200,6 +212,10 @@ class Phase:
 
     def _abstract(self) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in self.infos]
+
+
+def _wider(one: Any, other: Any) -> Any:
+    return one if one == other else _tree.compute_dtype(one, other)
 
 
 def _narrowed(a: jax.Array, dtype: Any) -> jax.Array:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab.subspace import projections
+from jaxopt_lab import _hyperparams
+from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 
 
@@ -24,7 +25,7 @@ from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 class Columns(projections.LeafProjection):
     """See `columns`."""
 
-    axis: str
+    axis: Literal["in", "out"]
     choose_indices: Choose | None
 
     def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
@@ -108,11 +109,11 @@ class Columns(projections.LeafProjection):
         return jnp.broadcast_to(x[..., None] if self.axis == "in" else x[..., None, :], like.shape)
 
 
-def columns(axis: str = "in", choose: Choose | None = None) -> Columns:
+def columns(axis: Literal["in", "out"] = "in", choose: Choose | None = None) -> Columns:
     """Selects random inputs of a matrix, or random outputs.
 
     A draw without replacement, sorted, independent for each leaf and each matrix of a stack; the
-    number selected is rounded down. State beside the moments: one int32 an index.
+    number selected is rounded down, but at least one. State beside the moments: one int32 an index.
 
     Args:
       axis: "in" for inputs (rows of a kernel (in, out); the columns of a weight matrix as written
@@ -135,8 +136,8 @@ def columns(axis: str = "in", choose: Choose | None = None) -> Columns:
       >>> state.selected[0].mu["kernel"].shape
       (6, 2)
     """
-    if axis not in ("in", "out"):
-        raise ValueError(f'axis must be "in" or "out", got {axis!r}')
+    _hyperparams.check_choice(("in", "out"), axis=axis)
+    _arguments.check_function(choose=choose)
     return Columns(axis, choose)
 
 
@@ -188,12 +189,13 @@ class Entries(projections.LeafProjection):
 def entries(choose: Choose | None = None) -> Entries:
     """Selects random entries of a leaf of any shape.
 
-    A draw without replacement, sorted; the number selected is rounded down. State beside the
-    moments: one int32 a selected entry, half as much as Adam's moments.
+    A draw without replacement, sorted; the number selected is rounded down, but at least one. State
+    beside the moments: one int32 a selected entry, half as much as Adam's moments.
 
     Args:
-      choose: function `(name, count, gradient) -> indices` into the flattened leaf that replaces
-        the draw; see `columns`.
+      choose: function `(name, count, gradient) -> indices` that replaces the draw: of the leaf's
+        path, the number of steps taken (int32 array) and the gradient, to an integer array of
+        shape (kept,) into the flattened leaf. It runs traced, inside a `jax.lax.cond`.
 
     Returns:
       A projection for `frugal`.
@@ -205,6 +207,7 @@ def entries(choose: Choose | None = None) -> Entries:
       >>> tx.init({"kernel": jnp.zeros((6, 4))}).selected[0].mu["kernel"].shape
       (6,)
     """
+    _arguments.check_function(choose=choose)
     return Entries(choose)
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab import _compat
-from jaxopt_lab.subspace import projections
+from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace.columns import carry_by_index
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf
 from jaxopt_lab.subspace.svd import without_noise, without_rounding
@@ -102,7 +103,7 @@ class DCT(projections.LeafProjection):
         return carry_by_index(old, new, moment, -2 if _inputs(leaf) else -1)
 
 
-def dct(type: int = 3, norm: int = 1, choose: Choose | None = None) -> DCT:
+def dct(type: Literal[2, 3] = 3, norm: Literal[1, 2] = 1, choose: Choose | None = None) -> DCT:
     r"""Selects the columns of a cosine basis on which the gradient is largest.
 
     .. math::
@@ -110,15 +111,18 @@ def dct(type: int = 3, norm: int = 1, choose: Choose | None = None) -> DCT:
       \text{score}_j = \|(A Q)_{:j}\|
 
     Projected is the smaller axis of a kernel (in, out), the inputs if they are equal. The number of
-    columns is rounded to nearest, half to even; they stand in the order of their scores. No basis
-    is stored: entries of C are looked up in a table of 4n cosines. A gradient that is zero or not
-    finite keeps the old columns. State beside the moments: one int32 a column.
+    columns is rounded to nearest, half to even, but at least one; they stand in the order of their
+    scores. No basis is stored: entries of C are looked up in a table of 4n cosines. A gradient that
+    is zero or not finite keeps the old columns; columns of which it has only rounding get no step.
+    State beside the moments: one int32 a column.
 
     Args:
       type: 3 for Q = C, so that A Q is the DCT-III of the rows of A (the authors' "matmul"); 2 for
         its transpose and the DCT-II (the authors' "makhoul"). The two are different bases.
       norm: 1 or 2, the norm that scores a column. 2 minimises the remainder.
-      choose: function `(name, count, gradient) -> indices` that replaces the scores; see `columns`.
+      choose: function `(name, count, gradient) -> indices` that replaces the scores: of the leaf's
+        path, the number of steps taken (int32 array) and the gradient, to an integer array of
+        shape (kept,), or (matrices, kept) for a stack. It runs traced, inside a `jax.lax.cond`.
 
     Returns:
       A projection for `frugal`.
@@ -137,10 +141,10 @@ def dct(type: int = 3, norm: int = 1, choose: Choose | None = None) -> DCT:
       Modoranu et al., `SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models
       <https://arxiv.org/abs/2505.17967>`_, 2025.
     """
-    if type not in _TYPES:
-        raise ValueError(f"type must be one of {_TYPES}, got {type!r}")
-    if norm not in _NORMS:
-        raise ValueError(f"norm must be one of {_NORMS}, got {norm!r}")
+    for name, value, options in (("type", type, _TYPES), ("norm", norm, _NORMS)):
+        if isinstance(value, bool) or value not in options:
+            raise ValueError(f"{name} must be one of {options}, got {value!r}")
+    _arguments.check_function(choose=choose)
     return DCT(type, norm, choose)
 
 

@@ -8,9 +8,11 @@ Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Lan
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
+from jaxopt_lab.subspace import _arguments
 from jaxopt_lab.subspace.dct import dct
 from jaxopt_lab.subspace.frugal import frugal
 from jaxopt_lab.subspace.projections import Projection
@@ -30,7 +32,7 @@ def dct_adamw(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     projection: Projection | None = None,
@@ -39,7 +41,7 @@ def dct_adamw(
     always_full: AlwaysFull = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
     stagger: int = 1,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW on a few columns of a fixed cosine basis, chosen anew every `update_gap` steps.
 
     Differences from the authors' code, all deliberate: a basis for each size, not one for all; the
@@ -83,7 +85,12 @@ def dct_adamw(
       Modoranu et al., `SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models
       <https://arxiv.org/abs/2505.17967>`_, 2025, algorithm 1.
     """
-    _hyperparams.check_positive_integer(rank=rank, update_gap=update_gap)
+    _arguments.check_static(
+        rank=rank, rotate=rotate, error_feedback=error_feedback, stagger=stagger
+    )
+    _hyperparams.check_positive_integer(rank=rank)
+    _hyperparams.check_flag(rotate=rotate, error_feedback=error_feedback)
+    _hyperparams.check_positive_integer(update_gap=update_gap)
     split = frugal(
         _adam.scale_by_adam(b1, b2, eps),
         None if error_feedback else optax.set_to_zero(),
@@ -94,7 +101,7 @@ def dct_adamw(
         error_feedback=error_feedback,
         always_full=always_full,
         dimension_numbers=dimension_numbers,
-        first_gap=max(update_gap - 1, 1),
+        first_gap=(max if _hyperparams.is_number(update_gap) else jnp.maximum)(update_gap - 1, 1),
         stagger=stagger,
     )
     return _hyperparams.ready_made(split, learning_rate, weight_decay, mask, method="dct_adamw")

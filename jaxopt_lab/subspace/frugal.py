@@ -9,13 +9,14 @@ Training", ICML 2025, arXiv:2411.07837, algorithm 1.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
+from jaxopt_lab.subspace import _arguments
 from jaxopt_lab.subspace._parts import (
     Parts,
     Phase,
@@ -34,6 +35,8 @@ from jaxopt_lab.subspace.treatments import (
     plan,
     treatments_of,
 )
+
+OnRefresh = Literal["reset", "keep", "project", "reset_all"]
 
 
 class FrugalState(NamedTuple):
@@ -59,7 +62,7 @@ def frugal(
     *,
     projected_scale: _hyperparams.Scalar = 1.0,
     free_scale: _hyperparams.Scalar = 1.0,
-    on_refresh: str = "reset",
+    on_refresh: OnRefresh = "reset",
     error_feedback: bool = False,
     always_full: AlwaysFull = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
@@ -139,10 +142,13 @@ def frugal(
     first_gap = update_gap if first_gap is None else first_gap
     _check(selector, density, update_gap, first_gap, stagger, seed, on_refresh)
     _hyperparams.check_non_negative(projected_scale=projected_scale, free_scale=free_scale)
+    _arguments.check_static(stagger=stagger, error_feedback=error_feedback)
+    _hyperparams.check_flag(error_feedback=error_feedback)
     if error_feedback and free is not None:
         raise ValueError("with error_feedback the remainder is kept: free must be None")
     full = _adam.scale_by_adam(0.9, 0.999, 1e-8) if full is None else full
     free = optax.scale_by_sign() if free is None else free
+    _hyperparams.check_transformation(full=full, free=free)
     rule, stateless = map(optax.with_extra_args_support, (full, free))
     phases = range(stagger if selector.mirrors else 1)
 
@@ -263,8 +269,8 @@ def frugal(
         check_made_here(parts, state, updates)
         for name, gradient in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, gradient)
-        grads = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
         weights = None if params is None else jax.tree.leaves(params)
+        grads = parts.widened(jax.tree.leaves(updates), weights)
 
         results, full_state = update_whole(parts, state, grads, weights, extra_args)
         selected, remainders, states = update_split(parts, state, grads, weights, extra_args)
@@ -306,21 +312,15 @@ def _check(
     seed: Any,
     on_refresh: str,
 ) -> None:
-    if not hasattr(projection, "project"):
+    if not hasattr(projection, "project") or isinstance(projection, type):
         raise TypeError(
             f"projection must be one, such as columns() or svd(); got {type(projection).__name__}"
         )
-    if not callable(density):
-        if not _hyperparams.is_number(density):
-            raise ValueError(
-                "density must be a number or a function, because shapes depend on it; with "
-                "optax.inject_hyperparams list it in static_args"
-            )
-        _hyperparams.check_fraction(density=density)
+    _arguments.check_density(density)
     _hyperparams.check_positive_integer(update_gap=update_gap, first_gap=first_gap, stagger=stagger)
     if _hyperparams.is_number(update_gap) and stagger > update_gap:
         raise ValueError(f"stagger must be at most update_gap ({update_gap}), got {stagger}")
-    _hyperparams.check_seed(seed)
+    _arguments.check_seed(seed)
     allowed = (*projection.on_refresh, "reset_all")
     if on_refresh not in allowed:
         raise ValueError(

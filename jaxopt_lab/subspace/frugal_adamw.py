@@ -11,7 +11,7 @@ from __future__ import annotations
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
-from jaxopt_lab.subspace.frugal import frugal
+from jaxopt_lab.subspace.frugal import OnRefresh, frugal
 from jaxopt_lab.subspace.projections import Density, Projection
 from jaxopt_lab.subspace.treatments import AlwaysFull
 
@@ -30,19 +30,19 @@ def frugal_adamw(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     projection: Projection | None = None,
     free: optax.GradientTransformation | None = None,
     projected_scale: _hyperparams.Scalar = 1.0,
     free_scale: _hyperparams.Scalar = 1.0,
-    on_refresh: str = "reset",
+    on_refresh: OnRefresh = "reset",
     always_full: AlwaysFull = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
     stagger: int = 1,
     seed: int = 0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW with state for a fraction of each hidden matrix; the rest moves by its sign.
 
     The defaults are those of the authors' pre-training; for fine-tuning they scale the remainder

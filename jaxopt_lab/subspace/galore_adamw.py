@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
-from jaxopt_lab.subspace.frugal import frugal
+from jaxopt_lab.subspace import _arguments
+from jaxopt_lab.subspace.frugal import OnRefresh, frugal
 from jaxopt_lab.subspace.projections import Projection
 from jaxopt_lab.subspace.svd import svd
 from jaxopt_lab.subspace.treatments import AlwaysFull
@@ -36,16 +37,16 @@ def galore_adamw(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-6,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     projection: Projection | None = None,
-    on_refresh: str = "keep",
+    on_refresh: OnRefresh = "keep",
     always_full: AlwaysFull = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
     stagger: int = 1,
     seed: int = 0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""AdamW on the projection of each hidden matrix's gradient; the remainder is dropped.
 
     .. math::
@@ -91,7 +92,9 @@ def galore_adamw(
     References:
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, ICML 2024, algorithm 2.
     """
+    _arguments.check_static(rank=rank, stagger=stagger)
     _hyperparams.check_positive_integer(rank=rank)
+    _hyperparams.check_scalar_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
     split = frugal(
         _adam.scale_by_adam(b1, b2, eps, eps_in_root=False),
         optax.set_to_zero(),
@@ -105,40 +108,57 @@ def galore_adamw(
         stagger=stagger,
         seed=seed,
     )
-    links = [split, _hyperparams.scale_by_learning_rate(learning_rate)]
-    if not _hyperparams.is_number(weight_decay) or weight_decay != 0:
-        links.append(_decay_new_weights(learning_rate, weight_decay, mask))
-    return optax.chain(*links)
+    last = _step_and_decay(learning_rate, weight_decay, mask)
+    return _hyperparams.in_full_precision(optax.chain(split, last))
 
 
-def _decay_new_weights(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: _hyperparams.Scalar, mask: _tree.Mask
+def _step_and_decay(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: _tree.Mask,
 ) -> optax.GradientTransformation:
-    """Decays the weights as they are after the update that comes in."""
-    _hyperparams.check_non_negative(weight_decay=weight_decay)
+    """Takes the step, and decays the weights as they are after it."""
 
     def init_fn(params: optax.Params) -> optax.OptState:
         _tree.mask_leaves(mask, params)
-        if callable(learning_rate):
+        # One count for both: whoever asks for the learning rate finds one.
+        if callable(learning_rate) or callable(weight_decay):
             return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
         return optax.EmptyState()
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        params = _tree.require_params(params, "galore_adamw with weight_decay")
-        rate = learning_rate
-        if callable(learning_rate):
-            state = _tree.check_state(state, optax.ScaleByScheduleState)
-            rate = learning_rate(state.count)
-            state = optax.ScaleByScheduleState(count=_hyperparams.increment(state.count))
+        count = None
+        if callable(learning_rate) or callable(weight_decay):
+            count = _tree.check_state(state, optax.ScaleByScheduleState).count
+            state = optax.ScaleByScheduleState(count=_hyperparams.increment(count))
+        rate = _hyperparams.value_at("learning_rate", learning_rate, count)
+        decay = _hyperparams.value_at("weight_decay", weight_decay, count)
 
-        def decay(u: jax.Array, theta: jax.Array, selected: bool) -> tuple[jax.Array]:
-            factor = jnp.asarray(rate, u.dtype) * jnp.asarray(weight_decay, u.dtype)
-            return (u - factor * (theta + u) if selected else u,)
+        def rates(dtype: Any) -> tuple[jax.Array, jax.Array]:
+            return jnp.asarray(rate, dtype), jnp.asarray(decay, dtype)
+
+        if _hyperparams.is_number(decay) and decay == 0:
+
+            def step(u: jax.Array, shared: Any) -> tuple[jax.Array]:
+                return (-shared[0] * u,)
+
+            (updates,) = _tree.map_leaves(step, updates, shared=rates)
+            return updates, state
+        params = _tree.require_params(params, "galore_adamw with weight_decay")
+
+        def decayed(
+            u: jax.Array, theta: jax.Array, selected: bool, shared: Any
+        ) -> tuple[jax.Array]:
+            rate, decay = shared
+            u = -rate * u
+            return (u - rate * decay * (theta + u) if selected else u,)
 
         selected = _tree.mask_leaves(mask, params)
-        (updates,) = _tree.map_leaves(decay, updates, params=params, static=selected)
+        (updates,) = _tree.map_leaves(
+            decayed, updates, params=params, static=selected, shared=rates
+        )
         return updates, state
 
     return optax.GradientTransformation(init_fn, update_fn)

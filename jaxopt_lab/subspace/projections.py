@@ -229,13 +229,15 @@ class LeafProjection:
 
 
 def number_kept(density: Density, size: int, rounded: Callable[[float], int]) -> int:
-    """Returns how many of `size` are selected.
+    """Returns how many of `size` are selected: at least one, of a density above 0.
+
+    Rounding must not leave a small leaf without state that some was asked for.
 
     Raises:
       ValueError: a function as density returned something out of range.
     """
     if not callable(density):
-        return rounded(size * density)
+        return max(rounded(size * density), min(size, 1) if density > 0 else 0)
     kept = density(size)
     if not isinstance(kept, int) or not 0 <= kept <= size:
         raise ValueError(f"density({size}) must be an integer in [0, {size}], got {kept!r}")
@@ -277,7 +279,7 @@ def stacked(leaf: Leaf) -> tuple[int, ...]:
 
 
 def shared(projection: Any, method: str, leaf: Leaf, *arrays: Any) -> Any:
-    """Returns `projection.method(leaf, *arrays)`, traced once for leaves that differ in name only."""
+    """Returns `projection.method(leaf, *arrays)`, traced once for leaves that differ in name."""
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
         return getattr(projection, method)(leaf, *arrays)
     return _function(projection, method, leaf._replace(name=""))(*arrays)

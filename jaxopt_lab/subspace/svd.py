@@ -12,17 +12,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxopt_lab import _compat, _hyperparams, _tree
-from jaxopt_lab.subspace import projections
+from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 
-_SIDES = ("smaller", "larger", "in", "out", "both")
-_METHODS = ("full", "gram", "randomized")
+Side = Literal["smaller", "larger", "in", "out", "both"]
+Method = Literal["full", "gram", "randomized"]
+_SIDES, _METHODS = get_args(Side), get_args(Method)
 # Units of rounding in a product, relative to the norms of its factors: 8 times what is usual.
 _OF_A_PRODUCT = 32
 
@@ -31,8 +32,8 @@ _OF_A_PRODUCT = 32
 class SVD(projections.LeafProjection):
     """See `svd`."""
 
-    side: str
-    method: str
+    side: Side
+    method: Method
     oversampling: int
     power_iterations: int
     choose_basis: Choose | None
@@ -149,7 +150,7 @@ class SVD(projections.LeafProjection):
     def without_rounding(
         self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[jax.Array]
     ) -> list[jax.Array]:
-        """Zeroes directions of which a gradient has nothing, and entries of a product's rounding."""
+        """Zeroes directions of which a gradient has nothing, and what is a product's rounding."""
         return [
             projections.shared(self, "_without_rounding", leaf, x, a)
             for leaf, x, a in zip(leaves, xs, compact)
@@ -183,8 +184,8 @@ class SVD(projections.LeafProjection):
 
 
 def svd(
-    side: str = "smaller",
-    method: str = "full",
+    side: Side = "smaller",
+    method: Method = "full",
     *,
     oversampling: int = 8,
     power_iterations: int = 1,
@@ -192,11 +193,15 @@ def svd(
 ) -> SVD:
     r"""Selects the leading singular directions of the current gradient.
 
-    The number of directions is rounded to nearest, half to even. Of each direction the entry of
-    largest magnitude is made positive, since signs are arbitrary and moments may outlive a change
-    of basis. A gradient that is zero or not finite keeps the old basis. State beside the moments:
-    the basis, (size of the side, kept), at least
-    float32.
+    The number of directions is rounded to nearest, half to even, but at least one. Of each
+    direction the entry of largest magnitude is made positive, since signs are arbitrary and moments
+    may outlive a change of basis. A gradient that is zero or not finite keeps the old basis. State
+    beside the moments: the basis, (size of the side, kept), at least float32.
+
+    Beyond the rank of a gradient (a small batch) singular directions are arbitrary. They stay in
+    the basis, as in GaLore, since a later gradient may have something of them; but as long as what
+    it has is rounding, they get no step. The bound is 8 sqrt(larger side) units of rounding
+    relative to the Frobenius norm; what is small but not rounding is left to the rule.
 
     Args:
       side: which axis of a kernel (in, out) is projected: "smaller" (GaLore; "in" if they are
@@ -231,11 +236,10 @@ def svd(
       Martinsson and Tropp, `Finding structure with randomness
       <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.3 and 4.4.
     """
-    if side not in _SIDES:
-        raise ValueError(f"side must be one of {_SIDES}, got {side!r}")
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
-    _hyperparams.check_non_negative(oversampling=oversampling, power_iterations=power_iterations)
+    _hyperparams.check_choice(_SIDES, side=side)
+    _hyperparams.check_choice(_METHODS, method=method)
+    _arguments.check_whole_number(oversampling=oversampling, power_iterations=power_iterations)
+    _arguments.check_function(choose=choose)
     return SVD(side, method, oversampling, power_iterations, choose)
 
 

@@ -194,6 +194,9 @@ def _sized(
 
     `matrices` says in a few words what a leaf is that is split.
     """
+    # What has no elements has no state either way, and no projection has to serve it.
+    empty = [None if math.prod(leaf.shape) else "no elements" for leaf in leaves]
+    reasons = [reason or nothing for reason, nothing in zip(reasons, empty)]
     split = [leaf for leaf, reason in zip(leaves, reasons) if reason is None]
     sizes = iter(zip(projection.sizes(split, density), projection.describe(split)))
     found: list[Treatment] = []

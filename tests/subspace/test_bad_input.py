@@ -135,7 +135,7 @@ def test_projections_and_ready_made_rules(make, message):
         ),
         ({"density": lambda size: 0.5}, PARAMS, ValueError, r"density\(4\) must be .*got 0\.5"),
         (
-            {"density": 0.1, "error_feedback": True},
+            {"density": 0.0, "error_feedback": True},
             PARAMS,
             ValueError,
             "part of each leaf must be selected, but of 'layer/kernel' the density keeps none",
