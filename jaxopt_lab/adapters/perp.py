@@ -164,7 +164,9 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
         return "train" if chosen else "freeze"
 
     roles = jax.tree.unflatten(jax.tree.structure(params), _roles.roles(params))
-    labels = jax.tree_util.tree_map_with_path(label, params, roles)
+    labels = jax.tree_util.tree_map_with_path(
+        label, roles, is_leaf=lambda x: isinstance(x, _roles.Role)
+    )
     if "train" not in jax.tree.leaves(labels):
         raise ValueError(
             f"nothing would be trained: with biases={biases}, norms={norms} and head={head} no "
