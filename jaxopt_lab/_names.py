@@ -137,7 +137,7 @@ def is_input(parts: Parts) -> bool:
     return patches or own(parts).lower() in _INPUT
 
 
-def is_head(parts: Parts, siblings: Iterable[str], stacked: bool) -> bool:
+def is_head(parts: Parts, siblings: Iterable[str] = (), stacked: bool = False) -> bool:
     """Whether a layer is the output layer of a model.
 
     Args:

@@ -19,7 +19,8 @@ class Block(nn.Module):
     def __call__(self, x, _=None):
         y = nn.LayerNorm()(x)
         x = x + nn.MultiHeadDotProductAttention(2)(y)
-        return x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(HIDDEN)(x))), None
+        hidden = nn.gelu(nn.Dense(HIDDEN)(x))
+        return x + nn.Dense(WIDTH)(hidden), None
 
 
 class Linen(nn.Module):
