@@ -41,7 +41,7 @@ _WEAK_HEAD = _set(
     "head heads output outputs out fc final readout predictions to_logits output_layer "
     "out_layer output_projection output_proj output_dense output_linear final_layer "
     "final_dense final_linear final_proj final_projection last_layer dense_out linear_out "
-    "conv_out decoder_output"
+    "conv_out decoder_output qa_outputs"
 )
 _INPUT = _set("stem patchify conv_init init_conv conv_stem stem_conv conv_in input_conv conv_input")
 
@@ -82,7 +82,7 @@ def is_vector(parts: Parts) -> bool:
     if not parts:
         return False
     leaf = parts[-1]
-    if _any(leaf, _VECTOR):
+    if _any(leaf, _VECTOR) and not _any(leaf, _APPLIED | {"kernel", "net"}):
         return True
     if may_be_bias(parts) and (is_norm(own(parts)) or _any(own(parts), _VECTOR)):
         return True
@@ -126,18 +126,24 @@ def is_table(parts: Parts) -> bool:
     return _embeds(name) or (name == "shared" and not in_layer(parts))
 
 
-def is_input(parts: Parts) -> bool:
-    """Whether a layer makes the first features: a patch embedding, the stem of a CNN."""
+def is_input(parts: Parts, window: bool = False) -> bool:
+    """Whether a layer makes the first features: a patch embedding, the stem of a CNN.
+
+    Args:
+      parts: names on the path.
+      window: whether it is a convolution over two axes or more.
+    """
     near = [part for part in _modules(parts) if not part.isdigit()][-3:]
     patches = any(
         _any(part, {"patch", "patches"})
         and (_any(part, {"proj", "conv", "projection"}) or any("embed" in w for w in words(part)))
         for part in near
     )
-    return patches or own(parts).lower() in _INPUT
+    embeds = window and not in_layer(parts) and any(map(_embeds, near))
+    return patches or embeds or own(parts).lower() in _INPUT
 
 
-def is_head(parts: Parts, siblings: Iterable[str], stacked: bool) -> bool:
+def is_head(parts: Parts, siblings: Iterable[str] = (), stacked: bool = False) -> bool:
     """Whether a layer is the output layer of a model.
 
     Args:
@@ -158,7 +164,7 @@ def is_head(parts: Parts, siblings: Iterable[str], stacked: bool) -> bool:
         # Of several layers in a list, the last.
         numbers = [int(s) for s in siblings if s.isdigit()] if modules[-1].isdigit() else []
         return not numbers or int(modules[-1]) == max(numbers)
-    if stacked or {"query", "key", "q_proj", "q", "to_q"} & siblings:
+    if stacked or {"query", "key", "query_proj", "q_proj", "q", "to_q"} & siblings:
         return False
     weak = name.lower() in _WEAK_HEAD or ("head" in found and not found & {"multi", "attention"})
     generic = name.lower() in ("dense", "linear", "fc", "proj", "kernel", "layer")

@@ -9,15 +9,18 @@ nobody sees.
 from __future__ import annotations
 
 import collections
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxopt_lab import _names
 from jaxopt_lab._layouts import Axes, MatrixAxes, Shape, matrix
+from jaxopt_lab._names import Parts
 from jaxopt_lab._stacks import Stacks
 
 Kind = Literal["matrix", "vector", "depthwise", "embedding", "input", "head", "unknown"]
@@ -36,7 +39,32 @@ def roles(params: Any) -> tuple[Role, ...]:
     """Returns the role of each leaf, in the order of the leaves; only paths and shapes matter."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     names = names_without_boxes([path for path, _ in flat])
-    return _decide(names, tuple(jnp.shape(leaf) for _, leaf in flat))
+    shapes = tuple(jnp.shape(leaf) for _, leaf in flat)
+    if _are_compact.get():
+        return tuple(_compact(_names.parts_of(name), shape) for name, shape in zip(names, shapes))
+    return _decide(names, shapes)
+
+
+def on_compact(
+    rule: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns `rule` for the selected parts of matrices, (matrices..., inputs, outputs) each.
+
+    They have the paths of the parameters that they are parts of, but other axes.
+    """
+
+    def on(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            token = _are_compact.set(True)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _are_compact.reset(token)
+
+        return inside
+
+    return optax.GradientTransformationExtraArgs(on(rule.init), on(rule.update))
 
 
 def names_without_boxes(paths: Sequence[Any]) -> tuple[str, ...]:
@@ -51,6 +79,19 @@ def names_without_boxes(paths: Sequence[Any]) -> tuple[str, ...]:
         )
         for path in paths
     )
+
+
+_are_compact = contextvars.ContextVar("are_compact", default=False)
+
+
+def _compact(parts: Parts, shape: Shape) -> Role:
+    rank = len(shape)
+    if rank < 2:
+        return Role("vector", None, _axes(shape))
+    axes = MatrixAxes(tuple(range(rank - 2)), (rank - 2,), (rank - 1,))
+    if _names.is_table(parts) or _names.is_input(parts) or _names.is_head(parts):
+        return Role("head", axes, "embedding or output layer by its path")
+    return Role("matrix", axes, "part of a matrix")
 
 
 @functools.lru_cache(64)
@@ -70,7 +111,8 @@ class _Tree(Stacks):
         if len(shape) < 2:
             return Role("vector", None, _axes(shape))
         stack = self.stack(i)
-        if _names.is_table(parts) or _names.is_input(parts):
+        window = _names.is_plain(parts) and len(shape) - len(stack or ()) > 3
+        if _names.is_table(parts) or _names.is_input(parts, window):
             return self._end_of_a_model(i, stack)
         axes, reason = self.axes(i, stack)
         named = _names.is_kernel(parts)
@@ -107,7 +149,7 @@ class _Tree(Stacks):
         shape, parts, stack = self.shapes[i], self.parts[i], stack or ()
         dense = bool(parts) and _names.words(parts[-1])[0] in ("kernel", "w")
         window = _names.is_plain(parts) and len(shape) - len(stack) != 2
-        if _names.is_input(parts) or dense or window:
+        if _names.is_input(parts, window) or dense or window:
             axes, _ = self.axes(i, stack)
             rank = len(shape)
             if axes is None and rank > 3:

@@ -56,17 +56,20 @@ class Stacks(Layouts):
         kernel, bias = self.shapes[i], self.shapes[self.biases[i]]
         if len(bias) == 1:
             return [()]
-        found = []
+        found: dict[bool, list[Axes]] = {True: [], False: []}
         for count in range(len(bias)):
-            for start in (0, 1) if count else (0,):
+            # PyTorch's order of axes does not tell one place from the other; vmap's is leading.
+            for start in (0, 1) if count and not self.is_transposed(i) else (0,):
                 axes = tuple(range(start, start + count))
                 rest, outputs = without(kernel, axes), without(bias, axes)
                 # Equinox's biases of convolutions are (outputs, 1, 1).
                 ones = len(outputs) > 1 and set(outputs) == {1}
                 same = all(kernel[a : a + 1] == bias[a : a + 1] for a in axes)
-                if same and not ones and self.output_axes(i, rest, outputs):
-                    found.append(axes)
-        return found
+                if same and not ones and (fits := self.output_axes(i, rest, outputs)):
+                    by_name = self.is_transposed(i) == (fits == (0,))
+                    found[by_name].append(axes)
+        # Outputs at the other end than the name says count where nothing else fits.
+        return found[True] or found[False]
 
     def _stack_by_neighbours(self, i: int) -> Axes | None:
         shape, module = self.shapes[i], self.module(i)

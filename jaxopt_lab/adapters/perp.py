@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _roles
+from jaxopt_lab import _names
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 from jaxopt_lab.adapters.lora import LoraConfig
@@ -152,7 +152,8 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
       Zimmer et al., `PERP <https://arxiv.org/abs/2312.15230>`_, 2023, section 3.
     """
 
-    def label(path: tuple[Any, ...], role: _roles.Role) -> str:
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
+        del leaf
         *parents, own = _kernels.leaf_name(path).split("/")
         norm = bool(parents) and bool(_NORM.search(parents[-1]))
         if norm:
@@ -160,11 +161,11 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
         elif own in ("bias", "b"):
             chosen = biases
         else:
-            chosen = head and role.kind == "head"
+            parts = _names.parts_of(_kernels.leaf_name(path))
+            chosen = head and not _names.is_table(parts) and _names.is_head(parts)
         return "train" if chosen else "freeze"
 
-    roles = jax.tree.unflatten(jax.tree.structure(params), _roles.roles(params))
-    labels = jax.tree_util.tree_map_with_path(label, params, roles)
+    labels = jax.tree_util.tree_map_with_path(label, params)
     if "train" not in jax.tree.leaves(labels):
         raise ValueError(
             f"nothing would be trained: with biases={biases}, norms={norms} and head={head} no "

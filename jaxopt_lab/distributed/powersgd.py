@@ -78,8 +78,8 @@ def powersgd(
 
     Raises:
       ValueError: a rank below 1, `min_compression_rate` below 0; at init, an axis that is not
-        bound, axes that a parameter does not have, or a pattern that matches nothing; at update, gradients that do not match or that `jax.grad` has already summed (see
-        `vary`).
+        bound, axes that a parameter does not have, or a pattern that matches nothing; at update,
+        gradients that do not match or that `jax.grad` has already summed (see `vary`).
       TypeError: a rank or a seed that is no integer; parameters or gradients that are not real
         floating point.
 

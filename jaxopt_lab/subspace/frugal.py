@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
+from jaxopt_lab import _adam, _hyperparams, _matrices, _roles, _tree
 from jaxopt_lab.subspace import _arguments
 from jaxopt_lab.subspace._parts import (
     Parts,
@@ -104,13 +104,17 @@ def frugal(
         bytes a parameter in float32.
       always_full: what is never split: regular expressions, each of which must be found in the path
         of at least one parameter, or a tree of booleans, or a function of the parameters that
-        returns one. By default everything without two axes (or `dimension_numbers`), and what a
-        part of the path calls `embedding`, `embed`, `unembed`, `lm_head`, `head`, `logits` or
-        `output`.
-      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers` with None for what is no
-        matrix, or a function of the parameters that returns one: which axes are inputs and outputs
-        of a kernel. All other axes count matrices, each of which has its own selection. By default
-        leaves with two axes are (in, out).
+        returns one. A pattern need not know of the `value` at the end of a path in `flax.nnx`. By
+        default everything but hidden matrices: biases, scales, norms, tables of embeddings, input
+        and output layers, depthwise convolutions, and kernels whose axes nothing tells, of which a
+        warning tells once.
+      dimension_numbers: which axes are inputs and outputs of a kernel: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what is no matrix, or a function of the
+        parameters that returns one, or a mapping of patterns to them, each a regular expression for
+        a path, or the path of a layer, from its beginning or from a "/" to its end, with all other
+        leaves by default. All other axes count matrices, each of which has its own selection. By
+        default names, shapes and neighbours decide: see `jaxopt_lab.muon_dimension_numbers`, whose
+        matrices are the hidden ones.
       first_gap: steps from the first refresh to the second; by default `update_gap`.
       stagger: number of groups that are refreshed at different steps, so that no step pays for all
         (but the first). Leaves are spread so that the decompositions cost about the same.
@@ -150,6 +154,8 @@ def frugal(
     free = optax.scale_by_sign() if free is None else free
     _hyperparams.check_transformation(full=full, free=free)
     rule, stateless = map(optax.with_extra_args_support, (full, free))
+    # What `full` sees of a split leaf has the leaf's path, but is a part of its matrix.
+    part_rule = _roles.on_compact(rule) if selector.mirrors else rule
     phases = range(stagger if selector.mirrors else 1)
 
     def init_fn(params: optax.Params) -> FrugalState:
@@ -168,7 +174,7 @@ def frugal(
             group = Phase(parts, phase, selector)
             selection = group.first()
             parts.select(group.members, selection)
-            selected.append(rule.init(group.compact_params(leaves, selection)))
+            selected.append(part_rule.init(group.compact_params(leaves, selection)))
         free_state = stateless.init(parts.tree(leaves, parts.of_kind("split", "free")))
         if jax.tree.leaves(free_state):
             raise ValueError("free must have no state; what needs state belongs in full")
@@ -243,7 +249,9 @@ def frugal(
             due, period = refresh(state.count, phase)
             step = Step(state.count, period, seed)
             dtypes = [grads[index].dtype for index in group.members]
-            found = group.step(rule, lifted, dtypes, params, old, due, step, on_refresh, extra_args)
+            found = group.step(
+                part_rule, lifted, dtypes, params, old, due, step, on_refresh, extra_args
+            )
             parts.select(group.members, found.selection)
             selected |= zip(group.members, found.update)
             remainders |= zip(group.members, found.remainder)

@@ -69,13 +69,15 @@ def scale_by_adamp(
       delta: threshold of the cosine, times the root of the vector's dimension.
       wd_ratio: factor of the weight decay of projected weights, in [0, 1].
       nesterov: use :math:`\beta_1 m_t + (1 - \beta_1) g_t` in place of :math:`m_t`.
-      dimension_numbers: which axes are inputs and outputs: a tree of
-        `optax.contrib.MuonDimensionNumbers` (None for a leaf that is no matrix), or a function of
-        the parameters that returns one. By default the last axis is the output and all others are
-        inputs, as in dense (in, out) and convolution (height, width, in, out) kernels; an
-        attention kernel (embed, heads, head_dim) wants `MuonDimensionNumbers(0, (1, 2))`, a
-        stack of layers (layers, in, out) `MuonDimensionNumbers(1, 2)`. Scalars and vectors follow
-        plain Adam.
+      dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
+        outputs; all other axes count matrices, each projected by itself: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what follows plain Adam, or a function of
+        the parameters that returns one, or a mapping of patterns to them, each a regular expression
+        for a path, or the path of a layer, from its beginning or from a "/" to its end, with all
+        other leaves by default. By default names, shapes and neighbours decide, as
+        `muon_dimension_numbers` describes; input, output and depthwise layers are projected too,
+        and the rows of tables of embeddings. Biases, scales, norms, and kernels whose axes nothing
+        tells follow plain Adam; `jaxopt_lab.treatments` shows which.
       mu_dtype: dtype of the first moment; by default the parameter's.
 
     Returns:
@@ -216,7 +218,15 @@ def adamp(
       delta: see `scale_by_adamp`.
       wd_ratio: see `scale_by_adamp`.
       nesterov: see `scale_by_adamp`.
-      dimension_numbers: see `scale_by_adamp`.
+      dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
+        outputs; all other axes count matrices, each projected by itself: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what follows plain Adam, or a function of
+        the parameters that returns one, or a mapping of patterns to them, each a regular expression
+        for a path, or the path of a layer, from its beginning or from a "/" to its end, with all
+        other leaves by default. By default names, shapes and neighbours decide, as
+        `muon_dimension_numbers` describes; input, output and depthwise layers are projected too,
+        and the rows of tables of embeddings. Biases, scales, norms, and kernels whose axes nothing
+        tells follow plain Adam; `jaxopt_lab.treatments` shows which.
       mu_dtype: dtype of the first moment; by default the parameter's.
 
     Returns:

@@ -119,9 +119,11 @@ def scale_by_muon(
         expression is rounded once.
       consistent_rms: root mean square of a full-rank update, 0.2 in Moonlight, which lets AdamW's
         learning rate and weight decay carry over; by default Jordan's shape factor.
-      dimension_numbers: which axes are the matrix: a tree of `optax.contrib.MuonDimensionNumbers`,
-        or a function of the parameters that returns one; all other axes count matrices. By default
-        see `muon_dimension_numbers`; every leaf must have some.
+      dimension_numbers: which axes are inputs and outputs of a matrix, all others count matrices:
+        a tree of `optax.contrib.MuonDimensionNumbers`, or a function of the parameters that returns
+        one, or a mapping of patterns to them, each a regular expression for a path, or the path of
+        a layer, from its beginning or from a "/" to its end, with all other leaves by default. By
+        default `muon_dimension_numbers` decides; every leaf must have some.
       mu_dtype: dtype of the momentum; by default the parameter's.
 
     Returns:
@@ -249,9 +251,13 @@ def muon(
       ns_steps: see `scale_by_muon`.
       ns_dtype: see `scale_by_muon`.
       consistent_rms: see `scale_by_muon`.
-      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers`, with None for what goes to
-        Adam, or a function of the parameters that returns one; by default
-        `muon_dimension_numbers`.
+      dimension_numbers: which axes are inputs and outputs of a matrix, all others count matrices:
+        a tree of `optax.contrib.MuonDimensionNumbers` with None for what goes to Adam, or a
+        function of the parameters that returns one, or a mapping of patterns to them, each a
+        regular expression for a path, or the path of a layer, from its beginning or from a "/" to
+        its end, with all other leaves by default: `{"attention/qkv": MuonDimensionNumbers(0, (1,
+        2)), "probe": None}`. By default `muon_dimension_numbers` decides, and
+        `jaxopt_lab.treatments` shows what.
       adam_learning_rate: step size or schedule of Adam; by default `learning_rate`.
       adam_b1: Adam's first decay rate, in [0, 1).
       adam_b2: Adam's second decay rate, in [0, 1).
@@ -313,7 +319,8 @@ def muon(
                     prefix="adam_",
                 ),
             },
-            structure.unflatten("adam" if found is None else "muon" for found in axes),
+            # A function, for a tree of labels may be a module, which can be called.
+            lambda _: structure.unflatten("adam" if found is None else "muon" for found in axes),
         )
 
     adam_rule = _adam.scale_by_adam(

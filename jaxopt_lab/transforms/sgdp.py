@@ -71,7 +71,15 @@ def scale_by_sgdp(
       project_momentum: keep the projected direction as the buffer, as the published code does
         without Nesterov, where both are one array written in place; the paper projects only the
         applied step. Not with `nesterov`.
-      dimension_numbers: which axes are inputs and outputs, see `scale_by_adamp`.
+      dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
+        outputs; all other axes count matrices, each projected by itself: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what follows plain SGD, or a function of
+        the parameters that returns one, or a mapping of patterns to them, each a regular expression
+        for a path, or the path of a layer, from its beginning or from a "/" to its end, with all
+        other leaves by default. By default names, shapes and neighbours decide, as
+        `muon_dimension_numbers` describes; input, output and depthwise layers are projected too,
+        and the rows of tables of embeddings. Biases, scales, norms, and kernels whose axes nothing
+        tells follow plain SGD; `jaxopt_lab.treatments` shows which.
       mu_dtype: dtype of the buffer; by default the parameter's.
 
     Returns:
@@ -203,7 +211,15 @@ def sgdp(
       delta: see `scale_by_sgdp`.
       wd_ratio: see `scale_by_sgdp`.
       project_momentum: see `scale_by_sgdp`.
-      dimension_numbers: see `scale_by_sgdp`.
+      dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
+        outputs; all other axes count matrices, each projected by itself: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what follows plain SGD, or a function of
+        the parameters that returns one, or a mapping of patterns to them, each a regular expression
+        for a path, or the path of a layer, from its beginning or from a "/" to its end, with all
+        other leaves by default. By default names, shapes and neighbours decide, as
+        `muon_dimension_numbers` describes; input, output and depthwise layers are projected too,
+        and the rows of tables of embeddings. Biases, scales, norms, and kernels whose axes nothing
+        tells follow plain SGD; `jaxopt_lab.treatments` shows which.
       mu_dtype: dtype of the buffer; by default the parameter's.
 
     Returns:
