@@ -308,8 +308,9 @@ class Replicas:
         own = {name: x for (name, x), flag in leaves if not flag}
         for name, flags in _stacked.everywhere(_stacked.differing, own, self.mesh).items():
             if np.any(flags):
+                which = f"{what} '{name}'" if name else what
                 raise ValueError(
-                    f"{what} '{name}' differs between replica 0 and replica {int(np.argmax(flags))}"
+                    f"{which} differs between replica 0 and replica {int(np.argmax(flags))}"
                 )
 
     def resize(

@@ -31,7 +31,7 @@ BATCHES = np.random.default_rng(7).normal(size=(STEPS, REPLICAS, 5, 6)).astype(n
 RULES = {str(rule): lambda rule=rule: rule(learning_rate=RATE) for rule in OPTIMIZERS} | {
     "optax.adamw": lambda: optax.adamw(RATE),
     "int8 state": lambda: jaxopt_lab.quantize_state(
-        optax.adamw(RATE), quantization.int8(min_size=1)
+        optax.adamw(RATE), quantization.int8(), min_size=1
     ),
     "bfloat16 state": lambda: jaxopt_lab.quantize_state(
         optax.adamw(RATE), quantization.bfloat16()
