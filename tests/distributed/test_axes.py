@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ METHODS = {
     "noloco": lambda axis: distributed.noloco(optax.sgd(0.1), sync_every=2, axis_name=axis),
     "co2": lambda axis: distributed.co2(optax.sgd(0.1), sync_every=1, axis_name=axis),
     **{
-        f"gossip {graph}": lambda axis, graph=graph: distributed.gossip(
+        f"gossip {graph}": lambda axis, graph=cast(Any, graph): distributed.gossip(
             optax.sgd(0.1), axis_name=axis, graph=graph
         )
         for graph in ("pairs", "ring", "torus", "exponential")
@@ -47,7 +49,7 @@ METHODS = {
 
 def run(tx, gradients):
     """The parameters after each step of one replica."""
-    params = {"w": jnp.ones((4, 2))}
+    params: Any = {"w": jnp.ones((4, 2))}
     state, found = tx.init(params), []
     for gradient in gradients:
         gradient = {"w": gradient.reshape(4, 2)}

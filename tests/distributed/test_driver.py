@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +94,9 @@ def test_an_exchange_in_a_branch_that_replicas_choose_for_themselves_is_refused(
         rf"{own}.*optax.MultiSteps with a should_skip_update_fn",
     )
     # Nothing is exchanged here, but the counters would differ.
+    skip: Any = lambda g, *_: (g[0] > 0, ())  # noqa: E731
     by_value = optax.MultiSteps(
-        optax.sgd(0.1), 2, should_skip_update_fn=lambda g, *_: (g[0] > 0, ())
+        optax.sgd(0.1), 2, should_skip_update_fn=skip
     ).gradient_transformation()
     refused(by_value, "counter 'mini_step', which all replicas share")
 
@@ -194,12 +195,11 @@ def test_a_rule_is_given_the_mean_loss(kind):
 @each_kind
 def test_local_rules_are_given_their_own_loss(kind):
     replicas = KINDS[kind]()
-    seen = optax.GradientTransformationExtraArgs(
-        lambda params: jnp.zeros(3),
-        lambda g, s, p=None, *, value, grad, value_fn, **_: (
-            g, jnp.stack([value, value_fn(p), grad[0]])
-        ),
-    )  # fmt: skip
+
+    def note(g: Any, state: Any, p: Any = None, *, value: Any, grad: Any, value_fn: Any, **_: Any):
+        return g, jnp.stack([value, value_fn(p), grad[0]])
+
+    seen = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(3), cast(Any, note))
     tx = distributed.gossip(optax.chain(optax.sgd(0.0), seen), axis_name=AXIS)
     state, losses = replicas.train_step(loss, tx)(
         replicas.init(tx, jnp.ones(4)), replicas.shard(DATA)
@@ -304,7 +304,7 @@ def test_a_weight_is_an_extra_argument_of_an_update(checked):
         gradient = jax.grad(token_mean)(distributed.vary(params, AXIS), (x[0], mask[0]))
         return tx.update(gradient, tx.init(params), params, weight=jnp.sum(mask, dtype=int))[0]
 
-    found = jax.shard_map(
+    found: Any = jax.shard_map(
         mean,
         mesh=mesh,
         in_specs=(jax.P(), jax.P(AXIS), jax.P(AXIS)),
@@ -320,7 +320,7 @@ def test_a_replica_without_tokens_takes_no_part():
         tx = sync_gradients(AXIS)
         return tx.update(g, tx.init(g), weight=weight)[0]
 
-    mapped = jax.vmap(mean, axis_name=AXIS)
+    mapped: Any = jax.vmap(mean, axis_name=AXIS)
     gradients = jnp.array([2.0, jnp.nan])
     np.testing.assert_array_equal(mapped(gradients, jnp.array([3, 0])), [2.0, 2.0])
     np.testing.assert_array_equal(mapped(gradients, jnp.array([0, 0])), [0.0, 0.0])

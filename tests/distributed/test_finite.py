@@ -86,7 +86,7 @@ def test_after_too_many_bad_steps_in_a_row_they_are_applied_until_one_is_good():
         state, updates = tx.init(gradients[0]), []
         for gradient in gradients:
             update, state = tx.update(gradient, state)
-            updates.append(update[0])
+            updates.append(jnp.asarray(update)[0])
         return jnp.stack(updates), state
 
     updates, state = modes.mapped("vmap", one, N)(steps)

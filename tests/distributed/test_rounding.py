@@ -96,4 +96,4 @@ def test_the_compiler_keeps_the_rounding(name, chip):
     else:
         program = getattr(_rounds, name)
     text = compile_for(program, slow, params, chip=chip).as_text()
-    assert "reduce-precision(" in text
+    assert "reduce-precision(" in str(text)

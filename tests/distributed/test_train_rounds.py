@@ -47,7 +47,7 @@ def loss(params, batch):
     return jnp.mean((jnp.tanh(batch @ params["w"]) + params["b"] - 0.5) ** 2)
 
 
-def make(replicas, method="diloco", memory_kind="device", **options):
+def make(replicas, method="diloco", memory_kind: Any = "device", **options):
     return train_rounds(
         replicas, options.pop("loss", loss), optax.adam(1e-2), EXCHANGES[method](), H,
         exchange_memory_kind=memory_kind, **options,
