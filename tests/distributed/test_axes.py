@@ -35,8 +35,8 @@ METHODS = {
     "noloco": lambda axis: distributed.noloco(optax.sgd(0.1), sync_every=2, axis_name=axis),
     "co2": lambda axis: distributed.co2(optax.sgd(0.1), sync_every=1, axis_name=axis),
     **{
-        f"gossip {graph}": lambda axis, graph=cast(Any, graph): distributed.gossip(
-            optax.sgd(0.1), axis_name=axis, graph=graph
+        f"gossip {graph}": lambda axis, graph=graph: distributed.gossip(
+            optax.sgd(0.1), axis_name=axis, graph=cast(Any, graph)
         )
         for graph in ("pairs", "ring", "torus", "exponential")
     },
