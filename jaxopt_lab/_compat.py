@@ -48,6 +48,22 @@ def has_nan(
     return jnp.isnan(jnp.sum(jnp.abs(x), axis, keepdims=keepdims))
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns `x` as it is after a conversion to a narrower float of 16 bits or more, in its own.
+
+    Compilers for GPUs drop a conversion there and back as excess precision; this they keep.
+    """
+    own, narrow = jnp.finfo(x.dtype), jnp.finfo(dtype)
+    if narrow.bits >= own.bits:
+        return x
+    found = lax.reduce_precision(x, exponent_bits=narrow.nexp, mantissa_bits=narrow.nmant)
+    if narrow.nexp == own.nexp:
+        return found
+    # What is below the normal numbers would become zero, but still has an even spacing.
+    spacing = float(narrow.smallest_subnormal)
+    return jnp.where(jnp.abs(x) < float(narrow.tiny), jnp.round(x / spacing) * spacing, found)
+
+
 def vary_alike(arrays: Sequence[jax.Array], *others: jax.Array) -> list[jax.Array]:
     """Marks each of `arrays` as varying over all mesh axes over which any array here varies."""
     axes = frozenset().union(*map(varying_axes, (*arrays, *others)))
@@ -167,23 +183,6 @@ def _carried(turn: Callable, init: Any) -> tuple[Any, Callable]:
         if after == axes:
             return init, functools.partial(_marked, axes=axes)
         axes, init = after, _marked(init, after)
-
-
-def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns `x`, in its own dtype, rounded to what `dtype` can hold.
-
-    A conversion there and back is the same on paper, but the compiler for GPUs deletes it.
-    """
-    kind, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
-    if kind.nmant >= own.nmant and kind.nexp >= own.nexp:
-        return x
-    found = lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
-    if kind.nexp == own.nexp:
-        return found
-    # Subnormal numbers, which the operation flushes to zero, are multiples of the smallest one.
-    small = jnp.abs(x) < float(kind.smallest_normal)
-    step = float(kind.smallest_subnormal)
-    return jnp.where(small, jnp.round(x / step) * step, found)
 
 
 def out_struct(like: jax.Array) -> jax.ShapeDtypeStruct:

@@ -7,6 +7,7 @@ import hashlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxopt_lab import _compat, _tree
 from jaxopt_lab.distributed import _stacked
 
-WAIT = 120.0  # seconds that one process waits for the others, by default
+WAIT = 120.0  # seconds that one process waits for the others
 _calls: collections.Counter[Any] = collections.Counter()
 
 
@@ -25,12 +26,12 @@ def of(mesh: Mesh | None) -> list[int]:
     return sorted({device.process_index for device in mesh.devices.flat})
 
 
-def meet(mesh: Mesh | None, function: str, wait: float = WAIT) -> None:
+def meet(mesh: Mesh | None, function: str) -> None:
     """Returns when all processes of the mesh have called this, in the same order.
 
     Raises:
       ValueError: this process has no device in the mesh.
-      RuntimeError: another process has not called it in `wait` seconds.
+      RuntimeError: another process has not called it in `WAIT` seconds.
     """
     processes = of(mesh)
     if mesh is not None and jax.process_index() not in processes:
@@ -44,11 +45,11 @@ def meet(mesh: Mesh | None, function: str, wait: float = WAIT) -> None:
     _calls[place] += 1
     name = hashlib.sha256(repr((place, _calls[place])).encode()).hexdigest()
     try:
-        _compat.wait_for_processes(f"jaxopt_lab {function} {name}", processes, wait)
+        _compat.wait_for_processes(f"jaxopt_lab {function} {name}", processes, WAIT)
     except jax.errors.JaxRuntimeError as error:
         raise RuntimeError(
             f"{function} has to be called by all of the processes {processes} that hold replicas, "
-            f"as often and in the same order; process {jax.process_index()} waited {wait:g} "
+            f"as often and in the same order; process {jax.process_index()} waited {WAIT:g} "
             "seconds for the others"
         ) from error
 
@@ -62,9 +63,7 @@ def check_same_tree(mesh: Mesh | None, params: optax.Params) -> None:
     processes = of(mesh)
     if mesh is None or len(processes) == 1:
         return
-    leaves = [
-        (n, np.shape(x), str(jax.numpy.result_type(x))) for n, x in _tree.leaves_with_names(params)
-    ]
+    leaves = [(n, np.shape(x), str(jnp.result_type(x))) for n, x in _tree.leaves_with_names(params)]
     digest = np.frombuffer(hashlib.sha256(repr(leaves).encode()).digest()[:4], np.int32)
     sharding = NamedSharding(mesh, jax.P(*mesh.axis_names))
     one_each = jax.make_array_from_callback((mesh.size,), sharding, lambda _: digest)

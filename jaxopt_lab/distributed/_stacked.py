@@ -29,6 +29,8 @@ def counters_of(node: Any) -> frozenset[str]:
     fields, kind = frozenset(getattr(node, "_fields", ())), type(node)
     if kind.__module__.startswith(__package__ or ""):
         return fields & _COUNTERS
+    if jax.tree.leaves(getattr(node, "skip_state", ())):
+        return frozenset()  # optax.MultiSteps that skips counts by each replica's own gradients
     package = kind.__module__.partition(".")[0]
     return fields & _WRAPPERS.get(f"{package}.{kind.__name__}", frozenset())
 

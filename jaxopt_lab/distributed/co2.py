@@ -194,7 +194,7 @@ def co2(
     clip: _hyperparams.Scalar | None = None,
     staleness_penalty: _hyperparams.Scalar | Penalty = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Local steps with `inner`, and every `sync_every` of them an outer step one round late.
+    r"""Local steps with `inner`, and every `sync_every` of them an outer step one round late.
 
     A replica sends 2 (N-1)/N times the slow weights' bytes a round. One update is one local step,
     so the all-reduce overlaps with local steps only in a program of a whole round: `train_rounds`
@@ -202,21 +202,27 @@ def co2(
 
     Args:
       inner: any optax transformation; its state is each replica's own.
-      outer: see `co2_exchange`.
+      outer: any optax transformation, given the penalised difference as a gradient, in place of
+        the momentum and learning rate below.
       sync_every: tau, local steps in a round.
       axis_name: the mapped axis of the replicas, or a tuple of several.
-      learning_rate: see `co2_exchange`.
-      momentum: see `co2_exchange`.
-      clip: see `co2_exchange`.
-      staleness_penalty: see `co2_exchange`.
+      learning_rate: :math:`\eta`, or a schedule of outer steps; 1 if None.
+      momentum: :math:`\mu`, in [0, 1); 0.2 if None.
+      clip: c, the largest entry of the momentum, which is kept clipped; None for no bound.
+      staleness_penalty: :math:`\Lambda`, or a function `(gap, round) -> Lambda` of the root mean
+        square of the last outer update and the number of rounds done, such as `gap_aware(...)`.
 
     Returns:
       A `GradientTransformationExtraArgs` with a `LocalUpdatesState`; its update needs `params`,
       and each replica's own gradient.
 
     Raises:
-      ValueError: see `local_updates` and `co2_exchange`.
-      TypeError: see `local_updates` and `co2_exchange`.
+      ValueError: `sync_every` below 1, `learning_rate`, `momentum` or `clip` beside an `outer`, or
+        a value out of range; at update, `params` missing, the axis not bound, gradients that do not
+        match or that `jax.grad` has already summed (see `vary`).
+      TypeError: `inner` no transformation, `axis_name` no name, or `outer` no transformation;
+        parameters or gradients that are not real floating point, or a state of another
+        transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -50,7 +50,8 @@ def compressed_mean(
     `error_feedback`.
 
     Args:
-      compressor: see `Compressor`.
+      compressor: C, what each replica makes of its vector before it is sent, such as `top_k(0.01)`,
+        `stochastic_int8()` or any `Compressor`.
       axis_name: the mapped axis, or a tuple of several, which count as one.
       seed: of the compressor's random numbers.
 
@@ -117,7 +118,9 @@ def error_feedback(
     The error is kept in units of the gradient: put the transformation first in the chain.
 
     Args:
-      compressor: C, contractive; see `Compressor`. `sign("l2")` is not, but often does.
+      compressor: C, what each replica makes of its vector before it is sent, such as `top_k(0.01)`,
+        `stochastic_int8()` or any `Compressor`; it has to be contractive. `sign("l2")` is not,
+        but often does.
       axis_name: the mapped axis, or a tuple of several, which count as one.
       error_decay: :math:`\lambda` in (0, 1].
       two_phase: each replica averages a part of all vectors and compresses the mean again, with an

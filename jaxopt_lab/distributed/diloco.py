@@ -112,15 +112,19 @@ def diloco(
       outer: any optax transformation; by default `optax.sgd(0.7, momentum=0.9, nesterov=True)`.
       sync_every: H, local steps in a round.
       axis_name: the mapped axis of the replicas, or a tuple of several.
-      slow_dtype: see `diloco_exchange`.
+      slow_dtype: dtype of the slow weights; by default the parameter's, and at least float32.
 
     Returns:
       A `GradientTransformationExtraArgs` with a `LocalUpdatesState`; its update needs `params`,
       and each replica's own gradient.
 
     Raises:
-      ValueError: see `local_updates` and `diloco_exchange`.
-      TypeError: see `local_updates` and `diloco_exchange`.
+      ValueError: `sync_every` below 1, `slow_dtype` not floating; at update, `params` missing, the
+        axis not bound, gradients that do not match or that `jax.grad` has already summed (see
+        `vary`).
+      TypeError: `inner` no transformation, `axis_name` no name, or `outer` no transformation;
+        parameters or gradients that are not real floating point, or a state of another
+        transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -52,7 +52,8 @@ def econtrol(
     they were.
 
     Args:
-      compressor: C, contractive; see `Compressor`.
+      compressor: C, what each replica makes of its vector before it is sent, such as `top_k(0.01)`,
+        `stochastic_int8()` or any `Compressor`; it has to be contractive.
       axis_name: the mapped axis, or a tuple of several, which count as one.
       feedback: :math:`\eta` in [0, 1]; by default the compressor's contraction constant.
       seed: of the compressor's random numbers.

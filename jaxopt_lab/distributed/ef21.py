@@ -62,7 +62,8 @@ def ef21(
     estimates and momentum as they were.
 
     Args:
-      compressor: C, contractive; see `Compressor`.
+      compressor: C, what each replica makes of its vector before it is sent, such as `top_k(0.01)`,
+        `stochastic_int8()` or any `Compressor`; it has to be contractive.
       axis_name: the mapped axis, or a tuple of several, which count as one.
       init: the estimates of the first step: "zero", or "gradient" for an uncompressed first
         exchange.

@@ -42,7 +42,7 @@ def average(
     same bits.
 
     Args:
-      compressor: see `Compressor`. A linear one is given the same key on all replicas, others a
+      compressor: C. A linear one is given the same key on all replicas, others a
         key of the replica's own.
       x: the replica's vector, shape (d,), float32 or float64.
       key: a key of this exchange, equal on all replicas.
@@ -99,7 +99,7 @@ def two_phase_average(
     codes, which do not add up, such as signs.
 
     Args:
-      compressor: see `Compressor`; it sees the parts.
+      compressor: C; it sees the parts.
       x: the replica's vector, shape (d,), float32 or float64.
       server_error: :math:`\delta_j` of the replica's part, shape (ceil(d / N),).
       key: a key of this exchange, equal on all replicas.

@@ -247,26 +247,40 @@ def one_bit_adam(
     bias_correction: bool = False,
     momentum_mask: _tree.Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """1-bit Adam with decoupled weight decay.
+    r"""1-bit Adam with decoupled weight decay.
+
+    .. math::
+      \theta_t = \theta_{t-1} - \eta_t \, (m_t / (\sqrt{v_t} + \epsilon) + \lambda \theta_{t-1})
+
+    with the moments of `scale_by_one_bit_adam`: of the mean gradient in the first T steps, then the
+    first by its signs and the second as it is.
 
     Args:
       learning_rate: step size or schedule.
-      freeze_step: see `scale_by_one_bit_adam`.
+      freeze_step: T, the number of warm-up steps: 15 to 25 % of all, says the documentation of the
+        authors' code. The second moment should have settled.
       axis_name: the mapped axis, or a tuple of several, which count as one.
-      b1: see `scale_by_one_bit_adam`.
-      b2: see `scale_by_one_bit_adam`.
-      eps: see `scale_by_one_bit_adam`.
+      b1: decay rate of the momentum, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root.
       weight_decay: decoupled decay, multiplied by the learning rate.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      bias_correction: see `scale_by_one_bit_adam`.
-      momentum_mask: see `scale_by_one_bit_adam`.
+      bias_correction: divides the moments by :math:`1 - \beta_1^t` and
+        :math:`1 - \beta_2^{\min(t, T)}`, as Adam. The authors' code does not.
+      momentum_mask: tree of booleans, or of boolean arrays that broadcast to the parameters, or a
+        function of the parameters that returns one: entries with False are left out in the second
+        stage, as above.
 
     Returns:
       A `GradientTransformationExtraArgs`; its update needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: see `scale_by_one_bit_adam`; also a negative `learning_rate` or `weight_decay`.
-      TypeError: see `scale_by_one_bit_adam`.
+      ValueError: a rate outside [0, 1), `eps` not positive, `freeze_step` below 1, a negative
+        `learning_rate` or `weight_decay`; at init, an axis that is not bound or a mask that does
+        not match; at update, gradients that do not match or that `jax.grad` has already summed (see
+        `vary`).
+      TypeError: a `freeze_step` that is no integer, a mask that is not boolean, `axis_name` no
+        name, or parameters or gradients that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

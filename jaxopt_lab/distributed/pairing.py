@@ -226,7 +226,7 @@ def exchange_with(
       permute a leaf and row.
 
     Raises:
-      ValueError: see `receive`.
+      ValueError: the axis is not bound or has another size, or a row is no permutation.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -91,9 +91,7 @@ class Replicas:
         mine = jax.process_index()
         return tuple(i for i, d in enumerate(self.mesh.devices.flat) if d.process_index == mine)
 
-    def init(
-        self, tx: optax.GradientTransformation, params: optax.Params, mutable: Any = None
-    ) -> Any:
+    def init(self, tx: optax.GradientTransformation, params: Any, mutable: Any = None) -> Any:
         """Gives every replica the same parameters and its own optimizer state.
 
         Every process that holds replicas has to call it. `jax.eval_shape` works on it.
@@ -104,7 +102,7 @@ class Replicas:
             these are `jax.ShapeDtypeStruct`s, so are the results, with their shardings, and nothing
             is allocated: what a checkpoint is restored into.
           mutable: arrays of the model that a step changes and no gradient does, such as Flax's
-            `batch_stats`; see `train_step`.
+            `batch_stats`, which the loss of `train_step` is then given and returns.
 
         Returns:
           A `TrainState` with arrays of shape (replicas, ...), or a `MutableTrainState` where
@@ -308,8 +306,9 @@ class Replicas:
         own = {name: x for (name, x), flag in leaves if not flag}
         for name, flags in _stacked.everywhere(_stacked.differing, own, self.mesh).items():
             if np.any(flags):
+                which = f"{what} '{name}'" if name else what
                 raise ValueError(
-                    f"{what} '{name}' differs between replica 0 and replica {int(np.argmax(flags))}"
+                    f"{which} differs between replica 0 and replica {int(np.argmax(flags))}"
                 )
 
     def resize(

@@ -1,4 +1,4 @@
-"""Prints tables of what was tested: a test records the title, the row and the column of its cell."""
+"""Prints tables of what was tested: a test records title, row and column of its cell."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_two_axes_of_which_one_is_summed_by_autodiff():
 
 def test_bad_input():
     with pytest.raises(ValueError, match=r"op must be one of .*'average'"):
-        sync_gradients(AXIS, "average")
+        sync_gradients(AXIS, "average")  # pyright: ignore
     with pytest.raises(ValueError, match="axis 'replica' is not bound"):
         sync_gradients(AXIS).update(PARAMS, optax.EmptyState())
     integer = jax.vmap(
