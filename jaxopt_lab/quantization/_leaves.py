@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxopt_lab import _flax, _hyperparams, _tree
 from jaxopt_lab.quantization.codecs import Bfloat16, Codec, Int8, bfloat16, int8
+from jaxopt_lab.quantization.rounding import noise_seeds
 
 CodecChoice = Codec | Callable[[str, Any], Codec | None]
 
@@ -79,6 +80,8 @@ class EncodedLeaf(NamedTuple):
 
     def decode(self) -> jax.Array:
         """Returns the leaf that the inner transformation sees."""
+        if isinstance(self.codec, (Bfloat16, Int8)):
+            return _decode(self.codec, self.encoded, self.encoding.dtype)
         return self.codec.decode(self.encoded, self.encoding.dtype)
 
 
@@ -214,10 +217,15 @@ def encode_new(
     plain = flatten(inner_state)
     count = jnp.zeros((), jnp.int32)
     key = _step_key(seed, count)
-    leaves = []
-    for index, (name, path, leaf) in enumerate(zip(plain.names, plain.paths, plain.leaves)):
-        chosen = _choose(codec, name, path, abstract(leaf), min_size)
-        leaves.append(leaf if chosen is None else _encode(chosen, _opaque(leaf), key, index))
+    chosen = [
+        _choose(codec, name, path, abstract(leaf), min_size)
+        for name, path, leaf in zip(plain.names, plain.paths, plain.leaves)
+    ]
+    seeds = _seeds(chosen, range(len(chosen)), key)
+    leaves = [
+        leaf if own is None else _encode(own, _opaque(leaf), key, index, **seeds.get(index, {}))
+        for index, (own, leaf) in enumerate(zip(chosen, plain.leaves))
+    ]
     state = plain.pack(count, leaves)
     # `optax.tree.map_params` asks with a node without leaves what stands where parameters do.
     known = (tuple, list, dict)
@@ -251,10 +259,11 @@ def encode_like(
     """
     key = _step_key(seed, count)
     left = [i for i, leaf in enumerate(before.leaves) if is_encoded(leaf) and i not in done]
-    scales = _scales(before, leaves, left)
+    codecs = [leaf.codec if is_encoded(leaf) else None for leaf in before.leaves]
+    known = _scales(before, leaves, left) | _seeds(codecs, left, key)
     new = list(leaves)
     for i in left:
-        leaf = _encode(before.leaves[i].codec, leaves[i], key, i, **scales.get(i, {}))
+        leaf = _encode(before.leaves[i].codec, leaves[i], key, i, **known.get(i, {}))
         # The shape of a shard, or of one of several mapped states, is not that of the leaf.
         own = dataclasses.replace(leaf.encoding, shape=before.leaves[i].encoding.shape)
         new[i] = leaf._replace(encoding=own)
@@ -327,8 +336,45 @@ def _step_key(seed: int, count: jax.Array) -> jax.Array:
 
 def _encode(codec: Codec, leaf: Any, key: jax.Array, index: int, **known: Any) -> EncodedLeaf:
     leaf = jnp.asarray(leaf)
-    encoded = codec.encode(leaf, jax.random.fold_in(key, index), **known)
+    if isinstance(codec, Int8) or known:
+        encoded = _encode_known(codec, leaf, known)
+    else:
+        encoded = codec.encode(leaf, jax.random.fold_in(key, index))
     return EncodedLeaf(encoded, Encoding(None, codec, leaf.dtype, leaf.shape))
+
+
+# What is traced once for all leaves of one shape and dtype: a model has many of few. The compiler
+# sees no difference, but a step of many leaves is there in half the time.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_known(codec: Any, leaf: jax.Array, known: dict[str, Any]) -> Any:
+    return codec.encode(leaf, None, **known)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _decode(codec: Codec, encoded: Any, dtype: np.dtype) -> jax.Array:
+    return codec.decode(encoded, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scales_of(codec: Int8, leaf: jax.Array) -> jax.Array:
+    return codec.scales(leaf)
+
+
+def _seeds(
+    codecs: Sequence[Codec | None], indices: Iterable[int], key: jax.Array
+) -> dict[int, dict[str, jax.Array]]:
+    """Returns the seeds of stochastic rounding, made for all leaves at once.
+
+    They are those of each leaf's own key; one by one, they would take the compiler longer than all
+    else together.
+    """
+    chosen = [i for i in indices if codecs[i] == Bfloat16(stochastic=True)]
+    if not chosen:
+        return {}
+    seeds = jax.vmap(lambda i: noise_seeds(jax.random.fold_in(key, i)))(np.asarray(chosen))
+    return {i: {"seeds": seeds[place]} for place, i in enumerate(chosen)}
 
 
 def _scales(
@@ -346,7 +392,7 @@ def _scales(
             parameter = tuple(
                 key for key in path if getattr(key, "name", None) not in _tree.MOMENTS
             )
-            found[parameter][index] = codec.scales(jnp.asarray(leaves[index]))
+            found[parameter][index] = _scales_of(codec, jnp.asarray(leaves[index]))
     tied = [jax.lax.optimization_barrier(group) for group in found.values()]
     return {index: {"scales": scales} for group in tied for index, scales in group.items()}
 

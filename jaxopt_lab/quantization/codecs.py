@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab import _compat, _hyperparams
-from jaxopt_lab.quantization.rounding import stochastic_round
+from jaxopt_lab.quantization.rounding import round_seeded, stochastic_round
 
 Code = Literal["dynamic", "linear"]
 _CODES = ("dynamic", "linear")
@@ -46,9 +46,19 @@ class Bfloat16:
 
     stochastic: bool
 
-    def encode(self, x: jax.Array, key: jax.Array) -> jax.Array:
-        """Returns `x` in bfloat16; `key` is used if rounding is stochastic."""
-        return stochastic_round(x, key) if self.stochastic else x.astype(jnp.bfloat16)
+    def encode(
+        self, x: jax.Array, key: jax.Array | None, seeds: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns `x` in bfloat16.
+
+        Args:
+          x: floating array.
+          key: one random key; not used if rounding is to nearest or `seeds` are given.
+          seeds: of the key, if they are known.
+        """
+        if not self.stochastic:
+            return x.astype(jnp.bfloat16)
+        return stochastic_round(x, key) if seeds is None else round_seeded(x, seeds)
 
     def decode(self, encoded: jax.Array, dtype: Any) -> jax.Array:
         """Returns `encoded` in another dtype."""

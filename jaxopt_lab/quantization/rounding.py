@@ -56,18 +56,27 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x has dtype {x.dtype}; expected real floating point")
+    return round_seeded(x, noise_seeds(key))
+
+
+def noise_seeds(key: jax.Array) -> jax.Array:
+    """Returns what `stochastic_round` draws from its key: two numbers, uint32, shape (2,)."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def round_seeded(x: jax.Array, seeds: jax.Array) -> jax.Array:
+    """Does what `stochastic_round` does, given the seeds of its key."""
     if x.dtype == jnp.bfloat16:
         return x
-    return _round(x.astype(jnp.float32), _noise(key, x.shape))
+    return _round(x.astype(jnp.float32), _noise(seeds, x.shape))
 
 
-def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns 16 random bits an entry: a hash of its position, seeded by `key`.
+def _noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns 16 random bits an entry: a hash of its position, seeded by two numbers.
 
     It fuses with what uses it. On a CPU `jax.random.bits` would take ten times longer than the
     whole step of Adam, and several arrays of this size.
     """
-    seeds = jax.random.bits(key, (2,), jnp.uint32)
     noise = jnp.full(shape, seeds[0])
     for axis in range(len(shape)):
         noise = _mix(noise ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis))

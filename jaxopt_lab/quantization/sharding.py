@@ -161,7 +161,9 @@ def _abstract_state(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         raise TypeError(f"tx must be an optax.GradientTransformation, got {type(tx).__name__}")
     default, shardings = _placement(params)
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    owners = {path: (jnp.shape(p), like) for (path, p), like in zip(flat, shardings)}
+    owners: dict[Any, Any] = {
+        path: (jnp.shape(p), like) for (path, p), like in zip(flat, shardings)
+    }
     state = jax.eval_shape(tx.init, params)
     leaves, structure = jax.tree.flatten(state)
     if jax.tree_util.all_leaves([params]):
@@ -182,7 +184,7 @@ def _abstract_state(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         if owner is None and leaf.ndim and leaf.shape in alike:
             (most, _), *_ = alike[leaf.shape].most_common(1)
             return default if most is None else most
-        shape, like = owners.get(owner, ((), None))
+        shape, like = owners[owner] if owner is not None else ((), None)
         if not isinstance(like, NamedSharding):
             return default
         if leaf.shape == shape:

@@ -309,4 +309,5 @@ def restarted(fresh: Any, state: Any, refresh: jax.Array | None) -> Any:
     """Returns `fresh` if it is time, else `state`."""
     if refresh is None:
         return fresh
-    return jax.tree.map(lambda f, s: jnp.where(refresh, f, s), fresh, state)
+    like = _compat.reshard_like  # mesh axes that are part of a type must agree
+    return jax.tree.map(lambda f, s: jnp.where(refresh, like(f, s), s), fresh, state)
