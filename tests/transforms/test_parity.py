@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.transforms import cases
+from tests.transforms import cases, made_up
 
 
 def deviation(
@@ -50,6 +50,21 @@ def test_float32_follows_the_reference(name):
     steps = min(case.huge) - 1 if carried and case.huge else None
     # The tolerance that comes with the reference data; these are below 1e-6.
     assert deviation(case, cases.transformation(case), jnp.float32, steps) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("golden")
+    made_up.write(root)
+    return root
+
+
+@pytest.mark.parametrize("name", made_up.names())
+def test_files_of_other_shapes_and_options_are_mapped(name, written, monkeypatch):
+    """Wide and tall matrices, every side and order: the numbers are those of the oracles."""
+    monkeypatch.setattr(cases, "GOLDEN", written)
+    assert name in cases.names()
+    test_float64_equals_the_reference(name)
 
 
 def test_every_reference_is_mapped():
