@@ -31,7 +31,8 @@ def pattern_at(patterns: Sequence[jax.Array], index: jax.Array) -> jax.Array:
     bits = 8 * unsigned.itemsize
 
     def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
-        shift = jnp.asarray(bits - 2 - step, unsigned)  # `step` is an int under disable_jit
+        # Without jit the loop counts with Python's numbers.
+        shift = jnp.asarray(bits - 2 - step, unsigned)
         candidate = found | jax.lax.shift_left(jnp.ones((), unsigned), shift)
         reached = sum(jnp.sum(x >= candidate, dtype=jnp.uint32) for x in patterns)
         return jnp.where(reached > index, candidate, found)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,8 @@ import optax
 import pytest
 
 from tests.transforms import cases, made_up
+
+HERE = pathlib.Path(__file__).parents[1] / "golden" / "optimizers"
 
 
 def deviation(
@@ -71,6 +76,13 @@ def test_every_reference_is_mapped():
     assert cases.names(), f"no reference trajectories under {cases.GOLDEN}"
     for name in cases.names():
         cases.transformation(cases.load(name))
+
+
+def test_the_readme_names_the_rules_that_have_a_reference():
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    sentence = text.split("**Equal to the papers.**")[1].split("reproduce trajectories")[0]
+    recorded = {meta["method"] for meta in map(cases.meta, sorted(HERE.glob("*.npz")))}
+    assert set(re.findall(r"`(\w+)`", sentence)) == {cases.METHODS[m][0] for m in recorded}
 
 
 @pytest.mark.parametrize(
