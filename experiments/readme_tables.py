@@ -50,7 +50,8 @@ WHEN = {
     ),
     "exadam": (
         "[Adly 2024](https://arxiv.org/abs/2412.20302)",
-        "steps about twice Adam's; wants warm-up and a smaller rate",
+        "steps about twice Adam's, growing with time; wants warm-up, a smaller rate and a schedule "
+        "that ends at 0",
     ),
     "diffgrad": (
         "[Dubey et al. 2020](https://arxiv.org/abs/1909.11015)",

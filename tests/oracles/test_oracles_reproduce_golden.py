@@ -346,28 +346,25 @@ def test_chooses_the_recorded_subspaces_by_itself(path: Path, method: str) -> No
         assert error <= TOLERANCE, f"{name}, step {t}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("name", ["galore_std_switch", "galore_full_switch"])
-def test_svd_basis_spans_what_galore_recorded(name: str) -> None:
-    path = ROOT / "optimizers" / f"{name}.npz"
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem) for path, method in FILES if method == "galore"]
+)
+def test_svd_basis_spans_what_galore_recorded(path: Path) -> None:
     hyper = read_meta(path)["hyperparameters"]
+    side = SIDES[hyper["proj_type"]]
     with np.load(path) as file:
         data = {key: file[key] for key in file.files}
-    for t in range(1, 31, hyper["update_proj_gap"]):
-        g = to_jax_layout(data["grads/dense"][t - 1])
-        if hyper["proj_type"] == "full":
-            left, right = galore.svd_basis(g, hyper["rank"], "both")
-            pairs = [
-                (left, recorded_choice(data, "projection/dense/right")(t).T),
-                (right, recorded_choice(data, "projection/dense/left")(t)),
-            ]
-        else:
-            basis = galore.svd_basis(g, hyper["rank"])
-            assert isinstance(basis, np.ndarray)
-            pairs = [(basis, recorded_choice(data, "projection/dense")(t).T)]
-        for found, recorded in pairs:  # the same vectors but for their signs
-            signs = np.abs(found.T @ recorded)
-            np.testing.assert_allclose(signs, np.eye(hyper["rank"]), rtol=0, atol=TOLERANCE)
-            assert np.all(found[np.argmax(np.abs(found), axis=0), range(hyper["rank"])] > 0)
+    for name in hyper["projected_parameters"]:
+        grads = [to_jax_layout(g) for g in data[f"grads/{name}"]]
+        recorded = recorded_basis(data, f"projection/{name}", side, grads[0].shape)
+        for t in range(1, 31, hyper["update_proj_gap"]):
+            if not np.any(grads[t - 1]):
+                continue
+            pairs = galore.svd_basis(grads[t - 1], hyper["rank"], side), recorded(t)
+            for found, basis in zip(*(x if isinstance(x, tuple) else (x,) for x in pairs)):
+                signs = np.abs(found.T @ basis)  # the same vectors but for their signs
+                np.testing.assert_allclose(signs, np.eye(hyper["rank"]), rtol=0, atol=TOLERANCE)
+                assert np.all(found[np.argmax(np.abs(found), axis=0), range(hyper["rank"])] > 0)
 
 
 def two_slopes(x: float) -> float:

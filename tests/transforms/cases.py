@@ -56,8 +56,9 @@ def _is_one(path: pathlib.Path) -> bool:
 
 
 def load(name: str) -> Case:
-    with np.load(GOLDEN / "optimizers" / f"{name}.npz") as file:
-        meta = json.loads(str(file["meta"]))
+    path = GOLDEN / "optimizers" / f"{name}.npz"
+    run = meta(path)
+    with np.load(path) as file:
         arrays = {key: file[key] for key in file.files if key != "meta"}
     init = {k.split("/")[1]: _to_jax(v) for k, v in arrays.items() if k.startswith("init/")}
     grads = {k.split("/")[1]: v for k, v in arrays.items() if k.startswith("grads/")}
@@ -69,26 +70,32 @@ def load(name: str) -> Case:
             expected.setdefault(int(step), {})[leaf] = _to_jax(value)
     return Case(
         name=name,
-        method=meta["method"],
-        hyperparams={k: v for k, v in meta["hyperparameters"].items() if k not in _STREAM},
+        method=run["method"],
+        hyperparams={k: v for k, v in run["hyperparameters"].items() if k not in _STREAM},
         init=init,
         grads=[{k: _to_jax(v[t]) for k, v in grads.items()} for t in range(steps)],
         expected=expected,
-        huge=frozenset(meta["hyperparameters"].get("huge_gradient_steps", ())),
+        huge=frozenset(run["hyperparameters"].get("huge_gradient_steps", ())),
         selections=_selections(arrays),
     )
 
 
+def meta(path: pathlib.Path) -> dict[str, Any]:
+    """What a file says of its run."""
+    with np.load(path) as file:
+        return json.loads(str(file["meta"]))
+
+
 def rule_of(case: Case) -> str:
     """The name of our ready-made transformation for the case."""
-    return _METHODS[case.method][0]
+    return METHODS[case.method][0]
 
 
 def transformation(case: Case, namespace: Any = jaxopt_lab) -> optax.GradientTransformation:
     """Builds the case's optimizer from `namespace`, by default this package."""
-    if case.method not in _METHODS:
+    if case.method not in METHODS:
         raise KeyError(f"{case.name}: no rule is mapped to the method {case.method!r}")
-    name, mapping = _METHODS[case.method]
+    name, mapping = METHODS[case.method]
     unknown = set(case.hyperparams) - set(mapping)
     if unknown:
         raise KeyError(f"{case.name}: hyper-parameters {sorted(unknown)} map to no argument")
@@ -176,7 +183,7 @@ _SGDP = _same(
 ) | {"lr": "learning_rate"}
 
 Target = str | Callable[[Any, Case, Any], dict[str, Any]]
-_METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
+METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
     "lion": ("lion", _same("b1", "b2", "weight_decay") | {"lr": "learning_rate"}),
     "adabelief": (
         "adabelief",

@@ -79,9 +79,10 @@ def blocks(hyperparams: Mapping[str, Any], stored: Stored, subspace: Any) -> Any
     """The orders without chance that are ours too; for others, what the reference has activated."""
     names, order = list(hyperparams["projected_parameters"]), hyperparams["block_order"]
     active = round(len(names) * hyperparams["density"])
-    if active in (0, len(names)):
+    if active == 0:
         return subspace.blocks()
-    if order in ("ascending", "descending") and not len(names) % active:
+    # Where all have state, ours never begins anew.
+    if order in ("ascending", "descending") and active < len(names) and len(names) % active == 0:
         return subspace.blocks(order)
     return _recorded_blocks(stored, subspace)
 
