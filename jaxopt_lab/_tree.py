@@ -172,7 +172,7 @@ def update_dtypes(updates: PyTree, like: PyTree | None) -> list[np.dtype]:
     known = [_dtype(leaf) for leaf in jax.tree.leaves(like)]
     # A parameter that is no real floating point is refused elsewhere, by name.
     return [
-        jnp.promote_types(g, d) if jnp.issubdtype(d, jnp.floating) else g
+        compute_dtype(g, d) if g != d and jnp.issubdtype(d, jnp.floating) else g
         for g, d in zip(gradients, known)
     ]
 

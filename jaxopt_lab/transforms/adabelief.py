@@ -158,25 +158,33 @@ def adabelief(
 
     Args:
       learning_rate: step size or schedule.
-      b1: see `scale_by_adabelief`.
-      b2: see `scale_by_adabelief`.
-      eps: see `scale_by_adabelief`.
-      weight_decay: decay rate.
+      b1: decay rate of the momentum, in [0, 1).
+      b2: decay rate of the belief, in [0, 1).
+      eps: added to the belief at every step, where it accumulates, and to its root. The authors
+        advise 1e-16 for transformers and GANs, 1e-8 where SGD beats Adam.
+      weight_decay: decay rate or schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       weight_decouple: multiply the parameters by `1 - learning_rate * weight_decay`; if False, add
         `weight_decay * parameter` to the gradient before the moments (the paper's CIFAR setting).
       fixed_decay: multiply the parameters by `1 - weight_decay`, whatever the learning rate.
-      amsgrad: see `scale_by_adabelief`.
-      rectify: see `scale_by_adabelief`.
-      degenerated_to_sgd: see `scale_by_adabelief`.
+      amsgrad: divide by the running maximum of the belief (not used by the rectified step).
+      rectify: RAdam's rectification. The paper's results were made without it; the authors'
+        package turns it on by default, which `rectify=True` reproduces.
+      degenerated_to_sgd: with `rectify`, step along the momentum until the variance is tractable.
       mu_dtype: dtype of the momentum; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
+      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_adabelief`; also a negative `learning_rate` or `weight_decay`, or
-        `fixed_decay` with a decay that is not decoupled.
+      ValueError: a rate outside [0, 1), `eps` not positive, `mu_dtype` not floating, or gradients
+        that do not match; also a negative `learning_rate` or `weight_decay`, or `fixed_decay` with
+        a decay that is not decoupled.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -64,7 +64,7 @@ def scale_by_adamp(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root of the second moment and to the norms; positive.
-      weight_decay: decoupled decay rate :math:`\lambda`.
+      weight_decay: decoupled decay rate :math:`\lambda`, a number or a schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       delta: threshold of the cosine, times the root of the vector's dimension.
       wd_ratio: factor of the weight decay of projected weights, in [0, 1].
@@ -205,19 +205,19 @@ def adamp(
     dimension_numbers: _matrices.DimensionNumbers = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    """AdamP with decoupled weight decay.
+    r"""AdamP with decoupled weight decay.
 
     Args:
       learning_rate: step size or schedule.
-      b1: see `scale_by_adamp`.
-      b2: see `scale_by_adamp`.
-      eps: see `scale_by_adamp`.
-      weight_decay: decoupled decay, multiplied by the learning rate, and by `wd_ratio` where the
-        weights look scale-invariant.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root of the second moment and to the norms; positive.
+      weight_decay: decoupled decay, a number or a schedule, multiplied by the learning rate, and by
+        `wd_ratio` where the weights look scale-invariant.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      delta: see `scale_by_adamp`.
-      wd_ratio: see `scale_by_adamp`.
-      nesterov: see `scale_by_adamp`.
+      delta: threshold of the cosine, times the root of the vector's dimension.
+      wd_ratio: factor of the weight decay of projected weights, in [0, 1].
+      nesterov: use :math:`\beta_1 m_t + (1 - \beta_1) g_t` in place of :math:`m_t`.
       dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
         outputs; all other axes count matrices, each projected by itself: a tree of
         `optax.contrib.MuonDimensionNumbers` with None for what follows plain Adam, or a function of
@@ -230,10 +230,16 @@ def adamp(
       mu_dtype: dtype of the first moment; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params`.
+      A `GradientTransformation`; its update needs `params`, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_adamp`; also a negative `learning_rate`.
+      ValueError: a hyper-parameter out of range, axes that a parameter does not have, missing
+        `params`, or gradients that do not match; also a negative `learning_rate`.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -143,18 +143,25 @@ def diffgrad(
 
     Args:
       learning_rate: step size or schedule.
-      b1: see `scale_by_diffgrad`.
-      b2: see `scale_by_diffgrad`.
-      eps: see `scale_by_diffgrad`.
-      weight_decay: coupled decay, added to the gradient as `weight_decay * parameter`.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root of the second moment; positive.
+      weight_decay: coupled decay, a number or a schedule, added to the gradient as `weight_decay *
+        parameter`.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       mu_dtype: dtype of the first moment; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
+      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_diffgrad`; also a negative `learning_rate` or `weight_decay`.
+      ValueError: a rate outside [0, 1), `eps` not positive, `mu_dtype` not floating, or gradients
+        that do not match; also a negative `learning_rate` or `weight_decay`.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -242,15 +242,24 @@ def muon(
 
     Args:
       learning_rate: step size or schedule of the matrices.
-      beta: see `scale_by_muon`.
-      eps: see `scale_by_muon`.
-      weight_decay: decoupled decay, multiplied by the learning rate but not by the shape factor.
+      beta: decay rate of the momentum, in [0, 1).
+      eps: added to the Frobenius norm; positive.
+      weight_decay: decoupled decay, a number or a schedule, multiplied by the learning rate but not
+        by the shape factor.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      nesterov: see `scale_by_muon`; Adam is the plain one in any case.
-      ns_coeffs: see `scale_by_muon`.
-      ns_steps: see `scale_by_muon`.
-      ns_dtype: see `scale_by_muon`.
-      consistent_rms: see `scale_by_muon`.
+      nesterov: orthogonalise the look-ahead momentum. Adam is the plain one in any case.
+      ns_coeffs: the coefficients (a, b, c) of the iteration; a sequence with a triple for each
+        iteration; or the name of one: "original" or "standard" (Jordan's, the default), "quintic"
+        or "dion" (five iterations with polynomials of their own, singular values in [0.9, 1.1]),
+        "polar_express" (eight, of which the first few may be taken; converges to 1).
+      ns_steps: number of iterations, at least 1: 5 by default, or the number of triples, of which
+        a smaller number takes the first.
+      ns_dtype: dtype that the iteration keeps its matrices in. By default that of the momentum but
+        at least float32, with exact matrix products; `jax.numpy.bfloat16` is the authors' choice
+        and several times faster on accelerators: products are accumulated in float32, and each
+        expression is rounded once.
+      consistent_rms: root mean square of a full-rank update, 0.2 in Moonlight, which lets AdamW's
+        learning rate and weight decay carry over; by default Jordan's shape factor.
       dimension_numbers: which axes are inputs and outputs of a matrix, all others count matrices:
         a tree of `optax.contrib.MuonDimensionNumbers` with None for what goes to Adam, or a
         function of the parameters that returns one, or a mapping of patterns to them, each a
@@ -268,10 +277,17 @@ def muon(
       mu_dtype: dtype of the momentum and of Adam's first moment; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params` if a weight decay is not 0.
+      A `GradientTransformation`; its update needs `params` if a weight decay is not 0, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_muon`; also a negative learning rate or weight decay.
+      ValueError: a hyper-parameter out of range, an unknown name, more `ns_steps` than triples, a
+        leaf that is no matrix, or gradients that do not match; also a negative learning rate or
+        weight decay.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -61,7 +61,8 @@ def scale_by_sgdp(
 
     Args:
       momentum: :math:`\mu`, in [0, 1).
-      weight_decay: decay rate :math:`\lambda`, applied divided by `1 - momentum`.
+      weight_decay: decay rate :math:`\lambda`, a number or a schedule, applied divided by `1 -
+        momentum`.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       dampening: :math:`\tau`, in [0, 1].
       nesterov: step along the gradient plus `momentum` times the new buffer.
@@ -195,22 +196,24 @@ def sgdp(
     dimension_numbers: _matrices.DimensionNumbers = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    """SGDP with its weight decay.
+    r"""SGDP with its weight decay.
 
     The authors' example is `sgdp(0.1, momentum=0.9, weight_decay=1e-5, nesterov=True)`.
 
     Args:
       learning_rate: step size or schedule.
-      momentum: see `scale_by_sgdp`.
-      weight_decay: decay, multiplied by the learning rate and divided by `1 - momentum`, and
-        scaled by `wd_ratio` where the weights look scale-invariant.
+      momentum: :math:`\mu`, in [0, 1).
+      weight_decay: decay, a number or a schedule, multiplied by the learning rate and divided by `1
+        - momentum`, and scaled by `wd_ratio` where the weights look scale-invariant.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      dampening: see `scale_by_sgdp`.
-      nesterov: see `scale_by_sgdp`.
-      eps: see `scale_by_sgdp`.
-      delta: see `scale_by_sgdp`.
-      wd_ratio: see `scale_by_sgdp`.
-      project_momentum: see `scale_by_sgdp`.
+      dampening: :math:`\tau`, in [0, 1].
+      nesterov: step along the gradient plus `momentum` times the new buffer.
+      eps: added to the norms; positive.
+      delta: threshold of the cosine, times the root of the vector's dimension.
+      wd_ratio: factor of the weight decay of projected weights, in [0, 1].
+      project_momentum: keep the projected direction as the buffer, as the published code does
+        without Nesterov, where both are one array written in place; the paper projects only the
+        applied step. Not with `nesterov`.
       dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
         outputs; all other axes count matrices, each projected by itself: a tree of
         `optax.contrib.MuonDimensionNumbers` with None for what follows plain SGD, or a function of
@@ -223,10 +226,17 @@ def sgdp(
       mu_dtype: dtype of the buffer; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params`.
+      A `GradientTransformation`; its update needs `params`, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_sgdp`; also a negative `learning_rate`.
+      ValueError: a hyper-parameter out of range, `project_momentum` with `nesterov`, axes that a
+        parameter does not have, missing `params`, or gradients that do not match; also a negative
+        `learning_rate`.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

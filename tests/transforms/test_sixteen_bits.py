@@ -65,6 +65,14 @@ def test_narrow_trees_get_narrow_updates_rounded_once(rule):
     assert_equal(step(rule(), NARROW, weights), cast(exact, jnp.bfloat16))
 
 
+@each_optimizer
+def test_no_dtype_is_promoted_implicitly(rule):
+    with jax.numpy_dtype_promotion("strict"):
+        for params in (WIDE, cast(WIDE, jnp.bfloat16), cast(WIDE, jnp.float16)):
+            state = jax.eval_shape(rule().init, params)
+            jax.eval_shape(rule().update, NARROW, state, params)
+
+
 @pytest.mark.parametrize("make", [jaxopt_lab.lion, jaxopt_lab.adabelief, jaxopt_lab.diffgrad])
 def test_without_parameters_the_state_knows_their_dtype(make):
     tx = make(1e-3)
