@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxopt_lab import _hyperparams
 from jaxopt_lab.subspace import _arguments, projections
@@ -51,8 +50,9 @@ class Columns(projections.LeafProjection):
             counts = [math.prod(projections.stacked(leaves[index])) for index in members]
             keys = jax.random.split(jax.random.fold_in(step.key, number), sum(counts))
             draws = jax.vmap(lambda key, size=size, kept=kept: _draw(key, size, kept))(keys)
-            for index, start, count in zip(members, np.cumsum([0, *counts]), counts):
-                found[index] = draws[start : start + count].reshape(old[index].shape)
+            shapes = [old[index].shape for index in members]
+            for index, draw in zip(members, projections.unstack(draws, shapes, step.count)):
+                found[index] = draw
         return found
 
     def _choose(
@@ -69,14 +69,17 @@ class Columns(projections.LeafProjection):
         self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[jax.Array]
     ) -> list[jax.Array]:
         """Returns arrays of the leaves' shapes with `compact` in its place and zeros elsewhere."""
+        return [
+            projections.shared(self, "_put_back", leaf, slots, a)
+            for leaf, slots, a in zip(leaves, self._slots(leaves, selection), compact)
+        ]
+
+    def _put_back(self, leaf: Leaf, slots: jax.Array, compact: jax.Array) -> jax.Array:
         # Reading the compact array through the inverse of the selection fuses with what follows;
         # a scatter would write zeros first.
-        results = []
-        for leaf, slots, a in zip(leaves, _slots(leaves, selection), compact):
-            values = _take(a, jnp.maximum(slots, 0), self._axis)
-            selected = self._along_axis(slots >= 0, values)
-            results.append(projections.from_matrix(jnp.where(selected, values, 0), leaf))
-        return results
+        values = _take(compact, jnp.maximum(slots, 0), self._axis)
+        selected = self._along_axis(slots >= 0, values)
+        return projections.from_matrix(jnp.where(selected, values, 0), leaf)
 
     def remainder(
         self,
@@ -87,12 +90,38 @@ class Columns(projections.LeafProjection):
     ) -> list[jax.Array]:
         """Returns what `project` left out."""
         del compact
-        results = []
-        for leaf, slots, x in zip(leaves, _slots(leaves, selection), xs):
-            matrix = projections.to_matrix(x, leaf)
-            selected = self._along_axis(slots >= 0, matrix)
-            results.append(projections.from_matrix(jnp.where(selected, 0, matrix), leaf))
-        return results
+        return [
+            projections.shared(self, "_without", leaf, slots, x)
+            for leaf, slots, x in zip(leaves, self._slots(leaves, selection), xs)
+        ]
+
+    def _without(self, leaf: Leaf, slots: jax.Array, x: jax.Array) -> jax.Array:
+        matrix = projections.to_matrix(x, leaf)
+        selected = self._along_axis(slots >= 0, matrix)
+        return projections.from_matrix(jnp.where(selected, 0, matrix), leaf)
+
+    def _slots(self, leaves: Sequence[Leaf], selection: list[jax.Array]) -> list[jax.Array]:
+        """Returns, for each leaf and each of its coordinates, the place in the selection, or -1."""
+        found: list[Any] = [None] * len(leaves)
+        for (size, kept), members in _by_size(leaves).items():
+            rows = jnp.concatenate([selection[index].reshape(-1, kept) for index in members])
+            slots = projections.one_by_one(self, "_inverse", leaves[members[0]], rows)
+            shapes = [(*projections.stacked(leaves[index]), size) for index in members]
+            # An index is never negative, as a count.
+            own = projections.unstack(slots, shapes, jnp.maximum(rows[0, 0], 0))
+            for index, x in zip(members, own):
+                found[index] = x
+        return found
+
+    def _inverse(self, leaf: Leaf, indices: jax.Array) -> jax.Array:
+        # A search: XLA for CPUs runs a scatter as a loop over what is selected.
+        order = None if self.choose_indices is None else jnp.argsort(indices).astype(jnp.int32)
+        ascending = indices if order is None else indices[order]
+        coordinates = jnp.arange(leaf.size, dtype=jnp.int32)
+        place = jnp.searchsorted(ascending, coordinates, method="scan_unrolled").astype(jnp.int32)
+        place = jnp.minimum(place, leaf.kept - 1)
+        found = ascending[place] == coordinates
+        return jnp.where(found, place if order is None else order[place], -1)
 
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
@@ -250,21 +279,3 @@ def _take(x: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
     """Takes slices of (..., rows, cols) along `axis` with one index array a matrix."""
     take = lambda x, i: jnp.take(x, i, axis, mode="clip")  # noqa: E731
     return jax.vmap(take)(x, indices) if indices.ndim == 2 else take(x, indices)
-
-
-def _slots(leaves: Sequence[Leaf], selection: list[jax.Array]) -> list[jax.Array]:
-    """Returns, for each leaf and each of its coordinates, the place in the selection, or -1."""
-    found: list[Any] = [None] * len(leaves)
-    for (size, kept), members in _by_size(leaves).items():
-        # One scatter for all leaves of a size.
-        rows = jnp.concatenate([selection[index].reshape(-1, kept) for index in members])
-        places = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32), rows.shape)
-        empty = jnp.full((rows.shape[0], size), -1, jnp.int32)
-        each = jnp.arange(rows.shape[0])[:, None]
-        slots = empty.at[each, rows].set(places, unique_indices=True, mode="drop")
-        start = 0
-        for index in members:
-            stop = start + math.prod(projections.stacked(leaves[index]))
-            found[index] = slots[start:stop].reshape(*projections.stacked(leaves[index]), size)
-            start = stop
-    return found
