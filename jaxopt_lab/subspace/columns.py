@@ -8,6 +8,7 @@ Zmushko et al., "FRUGAL", ICML 2025, arXiv:2411.07837, section 4.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -114,14 +115,9 @@ class Columns(projections.LeafProjection):
         return found
 
     def _inverse(self, leaf: Leaf, indices: jax.Array) -> jax.Array:
-        # A search: XLA for CPUs runs a scatter as a loop over what is selected.
-        order = None if self.choose_indices is None else jnp.argsort(indices).astype(jnp.int32)
-        ascending = indices if order is None else indices[order]
-        coordinates = jnp.arange(leaf.size, dtype=jnp.int32)
-        place = jnp.searchsorted(ascending, coordinates, method="scan_unrolled").astype(jnp.int32)
-        place = jnp.minimum(place, leaf.kept - 1)
-        found = ascending[place] == coordinates
-        return jnp.where(found, place if order is None else order[place], -1)
+        # A scatter would be a loop over what is selected, on a CPU.
+        equal = indices[:, None] == jnp.arange(leaf.size, dtype=jnp.int32)
+        return jnp.max(jnp.where(equal, jnp.arange(leaf.kept, dtype=jnp.int32)[:, None], -1), 0)
 
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
@@ -186,13 +182,30 @@ class Entries(projections.LeafProjection):
     def _first(self, leaf: Leaf) -> jax.Array:
         return jnp.arange(leaf.kept, dtype=jnp.int32)
 
+    def choose(
+        self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
+    ) -> list[jax.Array]:
+        """Draws new indices; leaf number i with the step's key folded with i."""
+        if self.choose_indices is not None:
+            return super().choose(leaves, old, grads, step)
+        found: list[Any] = [None] * len(leaves)
+        for members in _by_size(leaves).values():
+            numbers = jnp.asarray(members, jnp.uint32)
+            keys = jax.vmap(functools.partial(jax.random.fold_in, step.key))(numbers)
+            draws = projections.one_by_one(self, "_drawn", leaves[members[0]], keys)
+            shapes = [old[index].shape for index in members]
+            for index, draw in zip(members, projections.unstack(draws, shapes, step.count)):
+                found[index] = draw
+        return found
+
+    def _drawn(self, leaf: Leaf, key: jax.Array) -> jax.Array:
+        return _draw(key, leaf.size, leaf.kept)
+
     def _choose(
         self, leaf: Leaf, old: jax.Array, grad: jax.Array, count: jax.Array, key: jax.Array
     ) -> jax.Array:
-        if self.choose_indices is not None:
-            found = self.choose_indices(leaf.name, count, grad)
-            return projections.checked_choice(found, old, leaf)
-        return _draw(key, leaf.size, leaf.kept)
+        assert self.choose_indices is not None
+        return projections.checked_choice(self.choose_indices(leaf.name, count, grad), old, leaf)
 
     def _project(self, leaf: Leaf, selection: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.take(x.reshape(-1), selection, unique_indices=True, mode="clip")
@@ -212,7 +225,11 @@ class Entries(projections.LeafProjection):
     ) -> jax.Array:
         """Moves what stays selected to its new place; what is new becomes zero."""
         del leaf, squared
-        return carry_by_index(old, new, moment, -1)
+        # Entries are many: their indices are searched for.
+        order = jnp.argsort(old)
+        ascending = old[order]
+        place = jnp.minimum(jnp.searchsorted(ascending, new), old.shape[0] - 1)
+        return _moved(moment, order[place], ascending[place] == new, -1)
 
 
 def entries(choose: Choose | None = None) -> Entries:
@@ -243,20 +260,23 @@ def entries(choose: Choose | None = None) -> Entries:
 def carry_by_index(old: jax.Array, new: jax.Array, moment: jax.Array, axis: int) -> jax.Array:
     """Moves slices of `moment` from their place in `old` to that in `new`; new ones are zero.
 
+    Every old index is compared with every new one, which for thousands is less than to sort them.
+
     Args:
       old: indices, shape (..., kept).
       new: indices, shape (..., kept).
       moment: has `kept` on `axis`, counted from the end.
       axis: -1 or -2.
     """
-    order = jnp.argsort(old, axis=-1)
-    ascending = jnp.take_along_axis(old, order, -1)
-    search = jnp.searchsorted
-    for _ in range(old.ndim - 1):
-        search = jax.vmap(search)
-    position = jnp.clip(search(ascending, new), 0, old.shape[-1] - 1)
-    found = jnp.take_along_axis(ascending, position, -1) == new
-    values = _take(moment, jnp.take_along_axis(order, position, -1), axis)
+    equal = old[..., :, None] == new[..., None, :]
+    position = jnp.max(
+        jnp.where(equal, jnp.arange(old.shape[-1], dtype=jnp.int32)[:, None], -1), -2
+    )
+    return _moved(moment, position, position >= 0, axis)
+
+
+def _moved(moment: jax.Array, position: jax.Array, found: jax.Array, axis: int) -> jax.Array:
+    values = _take(moment, jnp.maximum(position, 0), axis)
     return jnp.where(found[..., None] if axis == -2 else _before_last(found, moment), values, 0)
 
 
