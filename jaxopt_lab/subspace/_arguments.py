@@ -20,7 +20,7 @@ def check_static(**values: Any) -> None:
     arrays = [name for name, x in values.items() if isinstance(x, (jax.Array, np.ndarray))]
     if arrays:
         raise ValueError(
-            f"{', '.join(arrays)} must be a number of Python's, not an array, because shapes or the "
+            f"{', '.join(arrays)} must be a number of Python's, no array, because shapes or the "
             "program depend on it; with optax.inject_hyperparams list it in static_args"
         )
 

@@ -74,9 +74,11 @@ class Blocks:
                 key = jax.random.fold_in(jax.random.key(step.seed), step.period // len(queue))
                 key = jax.random.fold_in(key, number)
                 place = jax.random.permutation(key, len(queue))[place]
-            for position, block in enumerate(queue):
+            active = (jnp.arange(len(queue)) == place).astype(jnp.int32)
+            each = projections.unstack(active, [()] * len(queue), step.count)
+            for flag, block in zip(each, queue):
                 for leaf in block:
-                    flags[leaf] = (place == position).astype(jnp.int32)
+                    flags[leaf] = flag
         return flags
 
     def project(

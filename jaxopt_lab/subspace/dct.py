@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from jaxopt_lab import _compat
 from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace.columns import carry_by_index
-from jaxopt_lab.subspace.projections import Choose, Density, Leaf
+from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 from jaxopt_lab.subspace.svd import without_noise, without_rounding
 
 _TYPES = (2, 3)
@@ -47,15 +47,44 @@ class DCT(projections.LeafProjection):
         shape = (*projections.stacked(leaf), leaf.kept)
         return jnp.broadcast_to(jnp.arange(leaf.kept, dtype=jnp.int32), shape)
 
+    def choose(
+        self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
+    ) -> list[jax.Array]:
+        """Returns the columns with the largest scores."""
+        if self.choose_indices is not None:
+            return super().choose(leaves, old, grads, step)
+        found: list[Any] = list(old)
+        groups: dict[Any, list[int]] = {}
+        for index, (leaf, g) in enumerate(zip(leaves, grads)):
+            groups.setdefault((leaf.size, leaf.kept, str(jax.typeof(g).dtype)), []).append(index)
+        for (size, kept, _), members in groups.items():
+            scores = [
+                projections.shared(
+                    self, "_scores", leaves[i], jax.lax.stop_gradient(grads[i]), step.count
+                ).reshape(-1, size)
+                for i in members
+            ]
+            _, best = jax.lax.top_k(jnp.concatenate(scores), kept)
+            shapes = [old[i].shape for i in members]
+            for i, new in zip(members, projections.unstack(best, shapes, step.count)):
+                # The scores of a gradient without information are NaN.
+                usable = jnp.isfinite(scores[members.index(i)][:, :1]).reshape(*new.shape[:-1], 1)
+                found[i] = jnp.where(usable, new.astype(old[i].dtype), old[i])
+        return found
+
     def _choose(
         self, leaf: Leaf, old: jax.Array, grad: jax.Array, count: jax.Array, key: jax.Array
     ) -> jax.Array:
-        del key
-        if self.choose_indices is not None:
-            found = self.choose_indices(leaf.name, count, grad)
-            return projections.checked_choice(found, old, leaf)
+        assert self.choose_indices is not None
+        found = self.choose_indices(leaf.name, count, grad)
+        return projections.checked_choice(found, old, leaf)
+
+    def _scores(self, leaf: Leaf, grad: jax.Array, count: jax.Array) -> jax.Array:
+        """Returns the score of each column, NaN for a gradient that is zero or not finite."""
         matrix = projections.to_matrix(grad, leaf)
-        everything = jnp.arange(leaf.size, dtype=jnp.int32)
+        # A count is never negative. A basis of constants a compiler would work out by itself, for
+        # minutes, and keep in the program.
+        everything = jnp.arange(leaf.size, dtype=jnp.int32) + jnp.minimum(count, 0)
         basis = cosine_basis(everything, leaf.size, self.type, matrix.dtype)
         size = _compat.max_magnitude(matrix, (-2, -1), keepdims=True)
         usable = (size > 0) & jnp.isfinite(size)
@@ -63,8 +92,7 @@ class DCT(projections.LeafProjection):
         # A power of a large or tiny gradient must not leave the range of the dtype.
         powers = jnp.abs(products / jnp.where(usable, size, 1)) ** self.norm
         scores = jnp.sum(powers, -1 if _inputs(leaf) else -2)
-        _, indices = jax.lax.top_k(scores, leaf.kept)
-        return jnp.where(usable[..., 0], indices.astype(old.dtype), old).reshape(old.shape)
+        return jnp.where(usable[..., 0], scores, jnp.nan)
 
     def _project(self, leaf: Leaf, selection: jax.Array, x: jax.Array) -> jax.Array:
         matrix = projections.to_matrix(x, leaf)

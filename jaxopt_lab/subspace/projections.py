@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxopt_lab import _compat, _matrices
 
-# Of the matrices that are stacked for one decomposition: 16 MiB in float32.
+# Of the arrays that are stacked: 16 MiB in float32.
 _ENTRIES_TOGETHER = 1 << 22
 
 Density = float | Callable[[int], int]
@@ -298,12 +298,49 @@ def together(leaves: Sequence[Leaf], xs: Sequence[jax.Array]) -> list[list[int]]
     """
     groups: dict[Any, list[list[int]]] = {}
     for index, (leaf, x) in enumerate(zip(leaves, xs)):
-        key = (leaf.matrix, leaf.kept, leaf.dtype, _compat.type_apart_from_leading_axis(x[None]))
-        found = groups.setdefault((*key, leaf.axes), [[]])
+        key = leaf._replace(name="", part=""), str(jax.typeof(x))
+        found = groups.setdefault(key, [[]])
         if (len(found[-1]) + 1) * math.prod(leaf.shape) > _ENTRIES_TOGETHER and found[-1]:
             found.append([])
         found[-1].append(index)
     return [group for found in groups.values() for group in found]
+
+
+def one_by_one(projection: Any, method: str, leaf: Leaf, *stacks: Any) -> Any:
+    """Returns `projection.method(leaf, *slices)` of the slices of stacks, stacked.
+
+    It is a loop and no vectorised program: what uses the result cannot take parts of it in.
+    """
+    function = functools.partial(getattr(projection, method), leaf)
+    if len(jax.tree.leaves(stacks)[0]) == 1:
+        found = function(*jax.tree.map(lambda x: x[0], stacks))
+        return jax.tree.map(lambda x: x[None], found)
+    return jax.lax.map(lambda slices: function(*slices), stacks)
+
+
+def unstack(x: jax.Array, shapes: Sequence[tuple[int, ...]], count: jax.Array) -> list[jax.Array]:
+    """Returns consecutive slices of `x` along its first axis, reshaped.
+
+    They are taken at places that a compiler does not know. Where it does, XLA for CPUs makes a
+    kernel of its own of every slice, and of what is fused with it, for equal kernels are compiled
+    once only: a thousand leaves would take it many seconds.
+
+    Args:
+      x: shape (total, ...).
+      shapes: of the slices, all of whose sizes are multiples of an entry of `x`.
+      count: any number of steps, which is never negative; shape ().
+    """
+    entry = math.prod(x.shape[1:])
+    sizes = [math.prod(shape) // entry for shape in shapes]
+    starts = [jnp.int32(stop - size) for stop, size in zip(np.cumsum(sizes), sizes)]
+    # A loop of one turn, which a compiler cannot know.
+    turns = 1 + jnp.minimum(count, 0)
+    places = [jnp.zeros((), jnp.int32)] * len(sizes)
+    places = _compat.fori_loop(0, turns, lambda turn, places: starts, places)
+    return [
+        jax.lax.dynamic_slice_in_dim(x, place, size).reshape(shape)
+        for place, size, shape in zip(places, sizes, shapes)
+    ]
 
 
 def checked_choice(value: Any, expected: jax.Array, leaf: Leaf) -> jax.Array:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -70,35 +69,41 @@ class SVD(projections.LeafProjection):
     def choose(
         self, leaves: Sequence[Leaf], old: list[Any], grads: list[jax.Array], step: Step
     ) -> list[Any]:
-        """Returns new bases; those of equal matrices, from whatever leaves, in one program."""
+        """Returns new bases; equal matrices, of whatever leaves, are one program's."""
         if self.choose_basis is not None:
             return super().choose(leaves, old, grads, step)
         found: list[Any] = [None] * len(leaves)
         for members in projections.together(leaves, grads):
             leaf = leaves[members[0]]
-            flat = [
-                jax.tree.map(
-                    lambda x, leaf=leaf: x.reshape(-1, *x.shape[-2:]),
-                    (projections.to_matrix(jax.lax.stop_gradient(grads[i]), leaf), old[i]),
+            stacks = [
+                jax.tree.map(lambda x, leaf=leaf: x.reshape(-1, *x.shape[-2:]), both)
+                for both in (
+                    (projections.to_matrix(jax.lax.stop_gradient(grads[i]), leaf), old[i])
+                    for i in members
                 )
-                for i in members
             ]
-            matrices, bases = jax.tree.map(lambda *xs: jnp.concatenate(xs), *flat)
-            keys = None
-            if self.method == "randomized":
-                # The draw of a matrix does not depend on what it is stacked with.
-                numbers = jnp.asarray(members, jnp.uint32)
-                keys = jax.vmap(functools.partial(jax.random.fold_in, step.key))(numbers)
-                if projections.stacked(leaf):
-                    (count,) = projections.stacked(leaf)
-                    keys = jax.vmap(lambda key, n=count: jax.random.split(key, n))(keys).reshape(-1)
-            new = jax.vmap(functools.partial(self._renewed, leaf))(matrices, bases, keys)
-            for place, i in enumerate(members):
-                of = matrices.shape[0] // len(members)
-                found[i] = jax.tree.map(
-                    lambda n, o, at=place * of, of=of: n[at : at + of].reshape(o.shape), new, old[i]
-                )
+            matrices, bases = jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
+            keys = self._keys(leaf, members, step)
+            new = projections.one_by_one(self, "_renewed", leaf, matrices, bases, keys)
+            shapes = [[x.shape for x in self._bases(old[i])] for i in members]
+            ends = [
+                projections.unstack(x, of, step.count)
+                for x, of in zip(self._bases(new), zip(*shapes))
+            ]
+            for i, own in zip(members, zip(*ends)):
+                found[i] = own if self.side == "both" else own[0]
         return found
+
+    def _keys(self, leaf: Leaf, members: list[int], step: Step) -> jax.Array | None:
+        """Returns one key a matrix; it does not depend on what a matrix is stacked with."""
+        if self.method != "randomized":
+            return None
+        numbers = jnp.asarray(members, jnp.uint32)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, step.key))(numbers)
+        if not projections.stacked(leaf):
+            return keys
+        (count,) = projections.stacked(leaf)
+        return jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
 
     def _choose(
         self, leaf: Leaf, old: Any, grad: jax.Array, count: jax.Array, key: jax.Array
@@ -257,16 +262,19 @@ def without_noise(compact: jax.Array, matrix: jax.Array, axes: tuple[int, ...]) 
       axes: which of inputs (0) and outputs (1) are projected.
     """
     eps = float(jnp.finfo(matrix.dtype).eps)
-    along = -2 if axes[0] == 0 else -1
-    columns = _finite(_norm(matrix, along))
-    whole = _finite(_norm(columns, -1 if along == -2 else -2))
+    along, across = (-2, -1) if axes[0] == 0 else (-1, -2)
+    columns = _square_sum(matrix, along)
+    whole = jnp.sum(columns, across, keepdims=True)
     # Backward errors of decompositions grow with the root of the size, in practice.
-    whole = 8 * math.sqrt(max(matrix.shape[-2:])) * eps * whole
+    of_a_direction = (8 * eps) ** 2 * max(matrix.shape[-2:]) * whole
     if len(axes) == 2:
-        return jnp.where(jnp.abs(compact) < whole, 0, compact)
-    of_direction = _norm(compact, -1 if along == -2 else -2)
-    noise = (of_direction < whole) | (jnp.abs(compact) < _OF_A_PRODUCT * eps * columns)
-    return jnp.where(noise, 0, compact)
+        noise = jnp.square(compact) < of_a_direction
+    else:
+        noise = (_square_sum(compact, across) < of_a_direction) | (
+            jnp.square(compact) < (_OF_A_PRODUCT * eps) ** 2 * columns
+        )
+    # Of what is not finite nothing is known.
+    return jnp.where(noise & jnp.isfinite(whole), 0, compact)
 
 
 def without_rounding(rest: jax.Array, x: jax.Array, leaf: Leaf, along: list[int]) -> jax.Array:
@@ -276,19 +284,15 @@ def without_rounding(rest: jax.Array, x: jax.Array, leaf: Leaf, along: list[int]
     become a full step. It grows with the norm over the axes `along` and, as the basis is rounded
     too, with the condition of the selected part.
     """
-    norm = _finite(_norm(projections.to_matrix(x, leaf), along))
+    norm = _hyperparams.sqrt(_square_sum(projections.to_matrix(x, leaf), along))
     threshold = _OF_A_PRODUCT * float(jnp.finfo(x.dtype).eps) * norm
     rest = projections.to_matrix(rest, leaf)
-    return projections.from_matrix(jnp.where(jnp.abs(rest) < threshold, 0, rest), leaf)
+    noise = (jnp.abs(rest) < threshold) & jnp.isfinite(norm)
+    return projections.from_matrix(jnp.where(noise, 0, rest), leaf)
 
 
-def _norm(x: jax.Array, axis: int | Sequence[int]) -> jax.Array:
-    return _hyperparams.sqrt(jnp.sum(jnp.square(x), axis, keepdims=True))
-
-
-def _finite(norm: jax.Array) -> jax.Array:
-    """Returns 0, below which nothing is, for a norm that is not finite: then nothing is known."""
-    return jnp.where(jnp.isfinite(norm), norm, 0)
+def _square_sum(x: jax.Array, axis: int | Sequence[int]) -> jax.Array:
+    return jnp.sum(jnp.square(x), axis, keepdims=True)
 
 
 _product = functools.partial(jnp.matmul, precision="highest")
