@@ -198,8 +198,9 @@ class Net:
 
 
 def test_a_tree_that_can_be_called_is_a_tree():
-    params, mask = Net(jnp.ones((4, 3)), jnp.ones(3)), Net(True, False)
-    numbers, never = Net(Dims(0, 1), None), Net(None, None)
+    params: Any = Net(jnp.ones((4, 3)), jnp.ones(3))
+    mask: Any = Net(True, False)
+    numbers, never = Net(Dims((0,), 1), None), Net(None, None)
     jaxopt_lab.lion(1e-3, weight_decay=0.1, mask=mask).init(params)
     assert kinds(jaxopt_lab.muon(0.1, dimension_numbers=numbers, mask=mask), params) == {
         "kernel": "muon",
@@ -266,7 +267,7 @@ def test_nothing_is_allocated_by_treatments():
 def test_a_matrix_rule_within_frugal_sees_each_part_as_a_matrix():
     """The selected rows of a stack are stacks: Muon takes each layer's by itself."""
     params = {"query": {"kernel": jnp.ones((3, 8, 8)), "bias": jnp.ones((3, 8))}}
-    tx = jaxopt_lab.frugal(
+    tx: Any = jaxopt_lab.frugal(
         jaxopt_lab.muon(1.0), optax.set_to_zero(), subspace.columns(), density=0.5
     )
     rng = np.random.default_rng(0)

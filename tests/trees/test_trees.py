@@ -89,5 +89,5 @@ def test_optax_muon_takes_what_muon_takes():
     params = jax.tree.map(lambda x: jnp.ones(x.shape), models.shapes("linen_transformer_scanned"))
     numbers = jaxopt_lab.muon_dimension_numbers
     tx = optax.contrib.muon(0.02, muon_weight_dimension_numbers=numbers)
-    state = tx.init(params)
+    state: Any = tx.init(params)
     assert state.inner_states["muon"].inner_state[0].mu["head"]["kernel"] == optax.MaskedNode()
