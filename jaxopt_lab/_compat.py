@@ -83,12 +83,12 @@ def vary_over(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
 
 def cond(pred: Any, true_fun: Callable, false_fun: Callable, *operands: Any) -> Any:
     """Is `jax.lax.cond` whose branches vary alike."""
-    return lax.cond(pred, *_alike([true_fun, false_fun], operands), *operands)
+    return lax.cond(pred, *_alike([true_fun, false_fun], operands, pred), *operands)
 
 
 def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
     """Is `jax.lax.switch` whose branches vary alike."""
-    return lax.switch(index, _alike(branches, operands), *operands)
+    return lax.switch(index, _alike(branches, operands, index), *operands)
 
 
 def platform_dependent(*operands: Any, default: Callable, **platforms: Callable) -> Any:
@@ -109,7 +109,12 @@ def fori_loop(lower: Any, upper: Any, body_fun: Callable, init_val: Any) -> Any:
 
 def while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
     """Is `jax.lax.while_loop` whose carry varies alike before and after a turn."""
-    init_val, mark = _carried(body_fun, init_val)
+
+    def turn(val: Any) -> Any:
+        axes = varying_axes(cond_fun(val))
+        return jax.tree.map(lambda x: vary_over(x, axes), body_fun(val))
+
+    init_val, mark = _carried(turn, init_val)
     return lax.while_loop(cond_fun, lambda val: mark(body_fun(val)), init_val)
 
 
@@ -156,11 +161,14 @@ def _marked(tree: Any, axes: Sequence[frozenset[Any]]) -> Any:
     return structure.unflatten(map(vary_over, leaves, axes))
 
 
-def _alike(branches: Sequence[Callable], operands: Sequence[Any]) -> list[Callable]:
+def _alike(
+    branches: Sequence[Callable], operands: Sequence[Any], chosen_by: Any = 0
+) -> list[Callable]:
     if not _knows_what_varies():
         return list(branches)
     columns = zip(*(_varying(branch, operands) for branch in branches))
-    axes = [frozenset().union(*column) for column in columns]
+    # What is chosen by a value that varies, varies; jax itself does not say so.
+    axes = [varying_axes(chosen_by).union(*column) for column in columns]
 
     def wrapped(branch: Callable) -> Callable:
         @functools.wraps(branch)

@@ -49,8 +49,8 @@ def meet(mesh: Mesh | None, function: str) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise RuntimeError(
             f"{function} has to be called by all of the processes {processes} that hold replicas, "
-            f"as often and in the same order; process {jax.process_index()} waited {WAIT:g} "
-            "seconds for the others"
+            f"as often and in the same order; process {jax.process_index()} waited for the others, "
+            f"{WAIT:g} seconds at most ({str(error).splitlines()[0][:200]})"
         ) from error
 
 
