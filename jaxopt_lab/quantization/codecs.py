@@ -379,7 +379,7 @@ def int8(block_size: int = 256, code: Code = "dynamic", signed: bool | None = No
     Args:
       block_size: entries a block, from 1 on; the last block of a row may have fewer.
       code: "dynamic" for `dynamic_code`, which covers 7 decades: AdamW's movement over ten steps is
-        off by 6% in rms where the gradients of a block span three decades. "linear" for levels at
+        off by 7% in rms where the gradients of a block span three decades. "linear" for levels at
         equal distance, within :math:`|s| / 254` of the entry (signed) or :math:`s / 510` (entries
         below that go up to :math:`s / 255`): off by 60% there, and on a CPU a third faster.
       signed: whether the levels reach from -1 to 1 or from 0 to 1, which has twice the resolution.
