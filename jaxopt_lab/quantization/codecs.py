@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Bfloat16:
         """
         if not self.stochastic:
             return x.astype(jnp.bfloat16)
-        return stochastic_round(x, key) if seeds is None else round_seeded(x, seeds)
+        return round_seeded(x, seeds) if seeds is not None else stochastic_round(x, cast(Any, key))
 
     def decode(self, encoded: jax.Array, dtype: Any) -> jax.Array:
         """Returns `encoded` in another dtype."""

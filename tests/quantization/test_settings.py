@@ -64,16 +64,16 @@ def test_a_step_is_the_same_under_every_setting(usual, setting, codec):
 def test_fused_step_in_x64(codec, implementation, dtype):
     with jax.enable_x64(True):
         params = {"w": PARAMS["w"].astype(dtype)}
-        tx = quantization.quantize_state(optax.adamw(1e-2), CODECS[codec], min_size=8)
+        tx: Any = quantization.quantize_state(optax.adamw(1e-2), CODECS[codec], min_size=8)
         state = tx.init(params)
-        step = quantization.fused_step(
+        step: Any = quantization.fused_step(
             optax.adamw(1e-2), CODECS[codec], min_size=8, implementation=implementation
         )
         found, after = step(params, state, params)
         assert found["w"].dtype == dtype
         assert jax.tree.structure(after) == jax.tree.structure(state)
         updates, _ = tx.update(params, state, params)
-        expected = optax.apply_updates(params, updates)
+        expected: Any = optax.apply_updates(params, updates)
         # An update is as exact as the float32 scales.
         np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
 
@@ -140,6 +140,7 @@ def test_codecs_of_a_user_that_compare_by_identity():
     moments = jax.tree.leaves(state.inner_state)
     assert sum(x.dtype == jnp.float16 for x in moments) == 4
     exact: Any = INNER.init(PARAMS)
+    expected: Any = None
     for _ in range(2):
         expected, exact = INNER.update(GRADS, exact, PARAMS)
     # Two roundings to 11 bits under a root and a quotient.
