@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import lax
 from jaxopt_lab import _compat
 from jaxopt_lab.quantization.codecs import Tiling
 
+Implementation = Literal["loop", "kernel", "interpreted kernel", "whole"]
 IMPLEMENTATIONS = ("loop", "kernel", "interpreted kernel", "whole")
 
 # With 256 entries each, a quarter of a megabyte of an int8 Adam step's operands. From twice of it
@@ -47,7 +48,7 @@ def run(
     step: Step,
     scalars: Sequence[jax.Array],
     arrays: Sequence[jax.Array],
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> list[jax.Array]:
     """Applies a step to all blocks.
 

@@ -28,7 +28,7 @@ def fused_step(
     *,
     min_size: int = 4096,
     seed: int = 0,
-    implementation: str | None = None,
+    implementation: _block_passes.Implementation | None = None,
 ) -> Callable[..., tuple[optax.Params, QuantizedState]]:
     """Makes a function that does a step of `quantize_state(inner, codec)` and applies it.
 
@@ -42,21 +42,27 @@ def fused_step(
     Arrays must not be split over devices, unless the step is called under `shard_map`.
 
     Args:
-      inner: any optax transformation.
-      codec: see `quantize_state`.
-      min_size: see `quantize_state`.
-      seed: see `quantize_state`.
+      inner: any optax transformation that keeps no encoded state itself.
+      codec: `int8()`, `bfloat16()`, another `Codec`, or a function `(path, leaf) -> codec or None`
+        of the leaves of the inner state with at least `min_size` elements, where a path is such as
+        `0/mu/kernel`, a leaf a `jax.ShapeDtypeStruct`, and None keeps the leaf exact. It must be
+        the one that the state was made with.
+      min_size: smallest number of elements of an encoded leaf; that of the state.
+      seed: of stochastic rounding, which `bfloat16()` does; an integer.
       implementation: None for the best of the platform, or for all platforms "loop", "kernel",
         "interpreted kernel" (for tests) or "whole".
 
     Returns:
-      A jitted `step(grads, state, params, **extra_args) -> (params, state)`. The state is made by
-      `quantize_state(inner, codec, ...).init`. Donate state and parameters in the `jax.jit` around
-      it, or they are copied.
+      A jitted `step(grads, state, params, **extra_args) -> (params, state)`, of gradients and
+      parameters of the same shapes. The state is made by `quantize_state(inner, codec, ...).init`
+      or by `encode_state`. Donate state and parameters in the `jax.jit` around it, or they are
+      copied.
 
     Raises:
-      ValueError: `min_size` below 1, or an unknown `implementation`.
-      TypeError: see `quantize_state`; at the step, another state.
+      ValueError: `min_size` below 1, or an unknown `implementation`; at the step, a gradient of
+        another shape than its parameter, or a state made with another codec or `min_size`.
+      TypeError: `inner` is no transformation (or a factory that was not called), `codec` neither a
+        codec nor a function, `min_size` or `seed` no integer; at the step, another state.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -112,7 +118,9 @@ def fused_step(
 
 
 def _in_parts(
-    group: _elementwise.Group, before: list[Any], implementation: str | None
+    group: _elementwise.Group,
+    before: list[Any],
+    implementation: _block_passes.Implementation | None,
 ) -> dict[int, Any]:
     """Computes the results that belong to a group, or none of them.
 

@@ -109,12 +109,15 @@ def apply_updates_stochastic(
     """Adds the updates; bfloat16 parameters are summed in float32 and rounded stochastically.
 
     The step of a bfloat16 parameter then equals its update in the mean. Parameters of other dtypes
-    are treated as by `optax.apply_updates`. The updates should be float32: in bfloat16 they have
-    been rounded already.
+    are treated as by `optax.apply_updates`.
+
+    Give the optimizer float32 gradients, `jax.tree.map(lambda g: g.astype("float32"), grads)`: a
+    rule may return updates in the dtype of the gradients, and an update of 16 bits has been rounded
+    to nearest before anything here can help.
 
     Args:
-      params: the parameters.
-      updates: a tree like `params`.
+      params: the parameters, floating arrays of any shapes.
+      updates: a tree like `params` with the same shapes, in float32.
       key: one random key, typed or an old-style array of uint32, a new one for each step. Each
         leaf rounds with its own, folded in by the leaf's index.
 
@@ -185,8 +188,9 @@ def apply_updates_compensated(
     parameter a step, where plain bfloat16 loses up to :math:`2^{-9}`.
 
     Args:
-      params: the parameters.
-      updates: a tree like `params`; best in float32.
+      params: the parameters, floating arrays of any shapes.
+      updates: a tree like `params` with the same shapes, in float32: a 16-bit update has been
+        rounded before this begins to carry what rounding takes.
       compensation: :math:`c_{t-1}`, first from `init_compensation`.
 
     Returns:

@@ -264,8 +264,9 @@ def test_under_shard_map():
 
 
 def test_bad_input():
+    fast: Any = "fast"
     with pytest.raises(ValueError, match=r"implementation must be one of .*, got 'fast'"):
-        quantization.fused_step(optax.adam(1.0), quantization.int8(), implementation="fast")
+        quantization.fused_step(optax.adam(1.0), quantization.int8(), implementation=fast)
     with pytest.raises(TypeError, match="codec must be a codec"):
         quantization.fused_step(optax.adam(1.0), 8)  # pyright: ignore
     with pytest.raises(ValueError, match="min_size"):
@@ -277,7 +278,7 @@ def test_bad_input():
 
 def adam_step():
     """The int8 Adam step of two matrices, for a GPU's compiler."""
-    inner, codec = optax.adamw(1e-3), quantization.int8()
+    inner, codec = optax.adamw(1e-3), quantization.int8(code="linear")
     params = {"a": jnp.zeros((512, 1024)), "b": jnp.zeros((3, 7, 256))}
     params = jax.eval_shape(lambda: params)
     state = jax.eval_shape(quantization.quantize_state(inner, codec).init, params)

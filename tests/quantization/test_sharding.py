@@ -170,6 +170,19 @@ def test_explicit_axes(name):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.parametrize("specs", [ROWS, COLUMNS], ids=["rows", "columns"])
+def test_compact_states_with_explicit_axes(specs):
+    """A step takes moments that are split where the parameter is not, and leaves them so."""
+    params, tx = weights(specs, AxisType.Explicit), jaxopt_lab.frugal_adamw(1e-3)
+    with jax.set_mesh(params["bias"].sharding.mesh):
+        state = init_sharded(tx, params)
+        _, after = jax.jit(tx.update)(params, state, params)
+    for name in ("kernel", "square"):
+        moment = state[0].selected[0].mu[name]
+        assert not moment.sharding.is_fully_replicated
+        assert after[0].selected[0].mu[name].sharding.is_equivalent_to(moment.sharding, 2)
+
+
 @pytest.mark.parametrize("name", ["schedule_free", "injected", "multi_steps", "partition"])
 def test_values_and_structure_are_those_of_init(name):
     params, tx = weights(COLUMNS), OPTIMIZERS[name]()
