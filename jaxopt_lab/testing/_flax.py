@@ -229,7 +229,7 @@ def nnx_treatments(subject: Subject) -> None:
 def nnx_init_sharded(subject: Subject) -> None:
     """`init_sharded` and `state_shardings` take the weights of an NNX model, sharded or not."""
     library = _public()
-    places = [None]
+    places: list[NamedSharding | None] = [None]
     if jax.device_count() >= DEVICES:
         auto = (jax.sharding.AxisType.Auto,)
         mesh = jax.make_mesh((DEVICES,), ("x",), auto, devices=jax.devices()[:DEVICES])

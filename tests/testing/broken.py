@@ -285,7 +285,7 @@ def hidden_count(learning_rate: Any) -> optax.GradientTransformation:
     """Counts its steps in an array without a name."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rate = learning_rate(state) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(state) if callable(learning_rate) else learning_rate
         return jax.tree.map(lambda g: -rate * g, updates), state + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
