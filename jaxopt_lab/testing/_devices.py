@@ -72,32 +72,47 @@ def shard_map_unchecked(subject: Subject) -> None:
     _shard_map(subject, check_vma=False)
 
 
-@check("devices")
-def shard_map_varying(subject: Subject) -> None:
-    """Steps inside `shard_map` on each device's own gradients equal the runs of each alone."""
-    mesh = _mesh()
+def _stacked(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * DEVICES), tree)
+
+
+def _at(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _each_device_alone(subject: Subject, own_state: bool) -> None:
     params = _params()
-    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * DEVICES), params)
-    histories = [normal_like(many, seed) for seed in (10, 20, 30)]
+    histories = [normal_like(_stacked(params), seed) for seed in (10, 20, 30)]
     step = training_step(subject.transform)
 
     def local(params: Any, state: Any, histories: Any) -> Any:
-        # At first the gradients alone vary over the axis, then whatever follows from them does.
+        if own_state:
+            params, state = _at((params, state), 0)
         for gradient in histories:
-            mine = jax.tree.map(lambda leaf: leaf[0], gradient)
-            params, state, _ = step(params, state, mine)
+            params, state, _ = step(params, state, _at(gradient, 0))
         return jax.tree.map(lambda leaf: leaf[None], params)
 
-    mapped = jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=(P(), P(), P("x")), out_specs=P("x"), check_vma=True
-        )
+    start = params, subject.transform.init(params)
+    place = P("x") if own_state else P()
+    mapped = jax.shard_map(
+        local, mesh=_mesh(), in_specs=(place, place, P("x")), out_specs=P("x"), check_vma=True
     )
-    found = mapped(params, subject.transform.init(params), histories)
+    found = jax.jit(mapped)(*(_stacked(start) if own_state else start), histories)
     for index in range(DEVICES):
-        own = [jax.tree.map(lambda leaf: leaf[index], stacked) for stacked in histories]  # noqa: B023
-        mine = jax.tree.map(lambda leaf: leaf[index], found)  # noqa: B023
-        expect_close(mine, subject.run(params, *own).params, f"params of device {index}")
+        alone = subject.run(params, *[_at(gradient, index) for gradient in histories]).params
+        expect_close(_at(found, index), alone, f"params of device {index}")
+
+
+@check("devices")
+def shard_map_varying_gradients(subject: Subject) -> None:
+    """In `shard_map` on each device's own gradients, weights and state from one: as if alone."""
+    _each_device_alone(subject, own_state=False)
+
+
+@check("devices")
+def shard_map_varying_state(subject: Subject) -> None:
+    """In `shard_map` on weights, state and gradients of each device, as replicas have: as alone."""
+    _each_device_alone(subject, own_state=True)
 
 
 @check("devices")

@@ -432,7 +432,7 @@ BROKEN: dict[str, Callable[..., Any]] = {
         "explicit_axes nnx_optimizer",
         counts_traces,
     ),
-    "shard_map_varying": _loop_from_a_constant,
+    **_each("shard_map_varying_gradients shard_map_varying_state", _loop_from_a_constant),
     "disable_jit": _loop_over_a_number,
     "x64": lambda: leafwise(lambda g: g + jnp.zeros(())),
     "debug_nans": lambda: leafwise(lambda g: jnp.where(g > 0, jnp.sqrt(g), g)),

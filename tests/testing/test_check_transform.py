@@ -134,8 +134,13 @@ def test_the_report_marks_the_library_s_own_promises() -> None:
 def test_adam_of_optax_keeps_what_wrappers_rely_on() -> None:
     names = [
         *("descends", "nan_propagates", "extra_arguments_ready_made", "callable_trees"),
-        *("empty_leaves", "shard_map_varying", "disable_jit", "x64", "debug_nans"),
-        *("flax_serialization", "nnx_optimizer", "nnx_optimizer_restored"),
+        *("empty_leaves", "shard_map_varying_gradients", "disable_jit", "x64", "debug_nans"),
+        *(
+            "shard_map_varying_state",
+            "flax_serialization",
+            "nnx_optimizer",
+            "nnx_optimizer_restored",
+        ),
         *("linen_train_state", "linen_partitioned"),
     ]
     report = check_transform(optax.adamw, 1e-3, checks=names, level="must", raise_on_failure=False)
