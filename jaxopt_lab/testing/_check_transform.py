@@ -41,6 +41,9 @@ _REFUSALS = (ValueError, TypeError, NotImplementedError)
 def contract_checks() -> tuple[Check, ...]:
     """Every check of the contract, in the order of the report.
 
+    Returns:
+      A `Check` for each promise, with its `name`, `group`, `promise` and `level`.
+
     Example:
       >>> from jaxopt_lab.testing import contract_checks
       >>> [check.name for check in contract_checks() if check.group == "trees"][:2]
@@ -104,6 +107,14 @@ def check_transform(
       True
       >>> [result.status for result in report.results]
       ['passed', 'passed']
+
+      What several checks find is one entry of `causes`, under the line that the report prints:
+
+      >>> report = check_transform(
+      ...     optax.set_to_zero, checks=["debug_nans", "nan_propagates"], raise_on_failure=False
+      ... )
+      >>> {line: [result.name for result in found] for line, found in report.causes.items()}
+      {'no update moves a weight': ['nan_propagates']}
     """
     declared = dict(exceptions or {})
     contract = contract_checks()

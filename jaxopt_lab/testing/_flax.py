@@ -17,13 +17,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab.testing._registry import NotApplicableError, check
-from jaxopt_lab.testing._subject import DEVICES, Subject, training_step
+from jaxopt_lab.testing._subject import DEVICES, Subject, require_devices, training_step
 from jaxopt_lab.testing._values import (
     expect,
     expect_close,
     expect_equal,
     expect_same_types,
     kernel_and_bias,
+    normal,
     normal_like,
 )
 
@@ -159,21 +160,23 @@ def linen_train_state(subject: Subject) -> None:
     expect_same_types(state.opt_state, expected.state, "state")
 
 
+def _box(tree: dict[str, Any]) -> dict[str, Any]:
+    """Kernel and bias as Linen's partitioned modules hold them, both split over the axis `x`."""
+    partitioned = _flax("core.meta").Partitioned
+    names = {"kernel": ("x", None), "bias": ("x",)}
+    return {key: partitioned(value, names=names[key]) for key, value in tree.items()}
+
+
 @check("flax")
 def linen_partitioned(subject: Subject) -> None:
-    """Weights in `nn.Partitioned` boxes: the same updates, and boxes whose names fit the state."""
+    """Weights in `nn.Partitioned` boxes: the same updates, and boxes with as many names as axes."""
     meta = _flax("core.meta")
-    names = {"kernel": ("rows", "columns"), "bias": ("columns",)}
-
-    def box(tree: dict[str, jax.Array]) -> Any:
-        return {key: meta.Partitioned(value, names=names[key]) for key, value in tree.items()}
-
     gradients = _gradients()
-    params = box(kernel_and_bias())
+    params = _box(kernel_and_bias())
     state = subject.transform.init(params)
     step = jax.jit(training_step(subject.transform))
     for gradient in gradients:
-        params, state, _ = step(params, state, box(gradient))
+        params, state, _ = step(params, state, _box(gradient))
     expected = subject.run(kernel_and_bias(), *gradients).params
     expect_close(meta.unbox(params), expected, "params")
 
@@ -185,6 +188,20 @@ def linen_partitioned(subject: Subject) -> None:
                 f"state{jax.tree_util.keystr(path)} of shape {np.shape(leaf)} is in the box of "
                 f"axes {node.names}, from which Flax takes its sharding",
             )
+
+
+@check("flax", level="library", traced=False)
+def linen_partitioned_sharded(subject: Subject) -> None:
+    """The state of weights in boxes is made by the shardings that `nn.get_sharding` finds."""
+    linen = _flax("linen")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((DEVICES,), ("x",), auto, devices=require_devices())
+    params = _box({"kernel": normal((8, 4)), "bias": normal((4,), seed=1)})
+    params = jax.device_put(params, linen.get_sharding(params, mesh))
+    abstract = jax.eval_shape(subject.transform.init, params)
+    found = linen.get_sharding(abstract, mesh)
+    state = jax.jit(subject.transform.init, out_shardings=found)(params)
+    expect_same_types(state, subject.transform.init(params), "state")
 
 
 @check("flax", level="library")

@@ -439,7 +439,7 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "debug_infs": lambda: leafwise(lambda g: jnp.where(g == 0, g, 1 / g)),
     **_each("flax_serialization linen_train_state", _opaque_state),
     "nnx_optimizer_restored": _key_in_state,
-    "linen_partitioned": _sums_over_the_first_axis,
+    **_each("linen_partitioned linen_partitioned_sharded", _sums_over_the_first_axis),
     "nnx_current_learning_rate": functools.partial(hidden_count, 0.1),
     "nnx_state_bytes": _size_by_the_tree,
     "nnx_treatments": _treats_dictionaries_alone,
