@@ -46,8 +46,8 @@ def contract_checks() -> tuple[Check, ...]:
 
     Example:
       >>> from jaxopt_lab.testing import contract_checks
-      >>> [check.name for check in contract_checks() if check.group == "trees"][:2]
-      ['dict_tree', 'list_tree']
+      >>> [check.name for check in contract_checks() if check.group == "flax"][:2]
+      ['flax_serialization', 'nnx_optimizer']
     """
     return tuple(sorted(CHECKS.values(), key=lambda check: GROUPS.index(check.group)))
 

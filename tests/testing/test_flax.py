@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import optax
 import pytest
 
@@ -28,14 +29,16 @@ def _quantized_rule(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTran
 
 def _frugal(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     split = jaxopt_lab.frugal(
-        optax.scale_by_adam(), optax.scale_by_sign(), subspace.svd(), 0.5, 2, error_feedback=True
+        optax.scale_by_adam(), None, subspace.svd(), 0.5, 2, error_feedback=True
     )
     return optax.chain(split, optax.scale_by_learning_rate(learning_rate))
 
 
 def _two_groups(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     groups = {"matrix": jaxopt_lab.lion(learning_rate), "vector": optax.adam(learning_rate)}
-    return optax.partition(groups, {"kernel": "matrix", "bias": "vector"})
+    # A function: Flax hands over trees of its own.
+    label = lambda leaf: "matrix" if leaf.ndim > 1 else "vector"  # noqa: E731
+    return optax.partition(groups, lambda params: jax.tree.map(label, params))
 
 
 def _recorded(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
