@@ -96,7 +96,7 @@ class Subject:
 
     @functools.cached_property
     def obstacle(self) -> Obstacle | None:
-        """Why a step that works eagerly cannot be compiled, if so."""
+        """Why a step cannot be traced, though it works eagerly, or cannot be compiled; if so."""
         params = kernel_and_bias()
         gradient = normal_like(params)
         try:
@@ -106,19 +106,21 @@ class Subject:
         try:
             traced = self.step.trace(params, state, gradient)
         except Exception as error:
-            return Obstacle("the update cannot be traced", error) if self._runs_eagerly() else None
+            eager = self._eager_error()
+            return None if eager else Obstacle("the update cannot be traced", error)
         try:
             traced.lower()
         except Exception as error:
-            return Obstacle("the update cannot be compiled", error)
+            # An eager step compiles one operation at a time, and so knows the line.
+            return Obstacle("the update cannot be compiled", self._eager_error() or error)
         return None
 
-    def _runs_eagerly(self) -> bool:
+    def _eager_error(self) -> Exception | None:
         try:
             self.run(kernel_and_bias(), jit=False)
-        except Exception:
-            return False
-        return True
+        except Exception as error:
+            return error
+        return None
 
     def run(self, params: Any, *gradients: Any, jit: bool = True) -> Run:
         """Inits eagerly and takes one step per gradient (two with normal ones if none is given)."""

@@ -285,10 +285,11 @@ def hidden_count(learning_rate: Any) -> optax.GradientTransformation:
     """Counts its steps in an array without a name."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        rate: Any = learning_rate(state) if callable(learning_rate) else learning_rate
-        return jax.tree.map(lambda g: -rate * g, updates), state + 1
+        (count,) = state
+        rate: Any = learning_rate(count) if callable(learning_rate) else learning_rate
+        return jax.tree.map(lambda g: -rate * g, updates), (count + 1,)
 
-    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+    return optax.GradientTransformation(lambda params: (jnp.zeros((), jnp.int32),), update)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["momentum"], meta_fields=[])
@@ -341,7 +342,9 @@ def _type_by_the_tracer() -> optax.GradientTransformation:
 def _treats_dictionaries_alone() -> optax.GradientTransformation:
     return jaxopt_lab.frugal_adamw(
         0.1,
-        always_full=lambda params: jax.tree.map(lambda _: isinstance(params, dict), params),
+        always_full=lambda params: jax.tree.map(
+            lambda leaf: isinstance(params, dict) or leaf.ndim < 2, params
+        ),
     )
 
 
@@ -429,7 +432,7 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "init_under_eval_shape": _init_by(np.zeros_like),
     **_each(
         "shard_map shard_map_unchecked pmap sharded_rows sharded_columns sharded_replicated "
-        "explicit_axes nnx_optimizer",
+        "explicit_axes nnx_optimizer nnx_optimizer_restored",
         counts_traces,
     ),
     **_each("shard_map_varying_gradients shard_map_varying_state", _loop_from_a_constant),
@@ -438,7 +441,6 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "debug_nans": lambda: leafwise(lambda g: jnp.where(g > 0, jnp.sqrt(g), g)),
     "debug_infs": lambda: leafwise(lambda g: jnp.where(g == 0, g, 1 / g)),
     **_each("flax_serialization linen_train_state", _opaque_state),
-    "nnx_optimizer_restored": _key_in_state,
     **_each("linen_partitioned linen_partitioned_sharded", _sums_over_the_first_axis),
     "nnx_current_learning_rate": functools.partial(hidden_count, 0.1),
     "nnx_state_bytes": _size_by_the_tree,

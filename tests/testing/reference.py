@@ -39,6 +39,8 @@ def _zeros(leaf: Any) -> jax.Array:
 
 def _selected(mask: Any, params: Any) -> list[bool]:
     """One boolean a leaf; a tree whose leaves are no functions is a tree, callable or not."""
+    if mask is None:
+        return [True] * len(jax.tree.leaves(params))
     is_function = callable(mask) and all(map(callable, jax.tree.leaves(mask)))
     tree = mask(params) if is_function else mask
     selected: list[bool] = []
@@ -47,7 +49,7 @@ def _selected(mask: Any, params: Any) -> list[bool]:
 
 
 def momentum(
-    learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 0.0, mask: Any = True
+    learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 0.0, mask: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum that keeps the whole contract: the reference of these tests."""
 
@@ -78,7 +80,8 @@ def momentum(
             return b * m + (1 - b) * jnp.asarray(g, m.dtype)
 
         def scale(m: jax.Array, p: Any, selected: bool) -> jax.Array:
-            step = m + jnp.asarray(weight_decay, m.dtype) * jnp.asarray(p, m.dtype) * selected
+            decay = jnp.asarray(weight_decay, m.dtype) * jnp.asarray(p, m.dtype)
+            step = m + decay if selected else m
             # In the dtype of the weights: gradients may be narrower.
             return (-jnp.asarray(rate, m.dtype) * step).astype(jnp.result_type(p))
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import pallas
 
 from jaxopt_lab.testing import ContractError, _subject, check_transform, contract_checks
 from jaxopt_lab.testing._registry import NotApplicableError
@@ -77,6 +78,28 @@ def test_checks_that_need_a_traced_step_fail_without_one(monkeypatch: pytest.Mon
     untraceable = {result.name for result in report.results if "cannot be traced" in result.detail}
     applied = {result.name for result in report.results if result.status != "not run"}
     assert untraceable == {check.name for check in contract_checks() if check.traced} & applied
+
+
+def test_an_update_that_cannot_be_compiled_is_one_line_with_its_place() -> None:
+    def kernel_for_a_gpu(learning_rate: float) -> optax.GradientTransformation:
+        def copy(x: Any, y: Any) -> None:
+            y[...] = x[...]
+
+        def rule(g: jax.Array) -> jax.Array:
+            call = pallas.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(g.shape, g.dtype))
+            return call(g)  # no CPU can run it
+
+        return leafwise(rule)
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("the backend may compile the kernel")
+    report = check_transform(kernel_for_a_gpu, 0.1, raise_on_failure=False)
+    line, results = next(iter(report.causes.items()))
+    place = _line_of(kernel_for_a_gpu, "can run it")
+    assert line.startswith(f"the update cannot be compiled: {place}: ValueError: ")
+    assert {check.name for check in contract_checks() if check.traced} <= {
+        result.name for result in results
+    }
 
 
 def test_a_line_that_always_raises_is_one_cause() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import optax
@@ -35,7 +35,10 @@ def _frugal(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformati
 
 
 def _two_groups(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    groups = {"matrix": jaxopt_lab.lion(learning_rate), "vector": optax.adam(learning_rate)}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "matrix": jaxopt_lab.lion(learning_rate),
+        "vector": optax.adam(learning_rate),
+    }
     # A function: Flax hands over trees of its own.
     label = lambda leaf: "matrix" if leaf.ndim > 1 else "vector"  # noqa: E731
     return optax.partition(groups, lambda params: jax.tree.map(label, params))
