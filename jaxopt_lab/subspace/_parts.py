@@ -301,7 +301,10 @@ def _form(state: Any) -> list[Any]:
 
 
 def restarted(fresh: Any, state: Any, refresh: jax.Array | None) -> Any:
-    """Returns `fresh` if it is time, else `state`."""
-    if refresh is None:
-        return fresh
-    return jax.tree.map(lambda f, s: jnp.where(refresh, f, s), fresh, state)
+    """Returns `fresh` if it is time, else `state`, whose dtypes stay."""
+
+    def one(f: jax.Array, s: jax.Array) -> jax.Array:
+        f = f if f.dtype == s.dtype else f.astype(s.dtype)
+        return f if refresh is None else jnp.where(refresh, f, s)
+
+    return jax.tree.map(one, fresh, state)

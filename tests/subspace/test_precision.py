@@ -142,7 +142,8 @@ def test_gradients_of_each_device(tx):
         return found
 
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), (2, *x.shape)), params)
-    mesh = jax.make_mesh((2,), ("replica",), devices=jax.devices()[:2])
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("replica",), axis_types=auto, devices=jax.devices()[:2])
     spec = PartitionSpec("replica")
     alone = lambda g: jax.tree.map(lambda x: x[None], run(jax.tree.map(lambda x: x[0], g)))  # noqa: E731
     devices = jax.jit(jax.shard_map(alone, mesh=mesh, in_specs=spec, out_specs=spec))(grads)
