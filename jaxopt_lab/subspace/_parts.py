@@ -306,8 +306,11 @@ def _form(state: Any) -> list[Any]:
 
 
 def restarted(fresh: Any, state: Any, refresh: jax.Array | None) -> Any:
-    """Returns `fresh` if it is time, else `state`."""
-    if refresh is None:
-        return fresh
-    like = _compat.reshard_like  # mesh axes that are part of a type must agree
-    return jax.tree.map(lambda f, s: jnp.where(refresh, like(f, s), s), fresh, state)
+    """Returns `fresh` if it is time, else `state`, whose dtypes and places stay."""
+
+    def one(f: jax.Array, s: jax.Array) -> jax.Array:
+        f = f if f.dtype == s.dtype else f.astype(s.dtype)
+        # Mesh axes that are part of a type must agree.
+        return f if refresh is None else jnp.where(refresh, _compat.reshard_like(f, s), s)
+
+    return jax.tree.map(one, fresh, state)

@@ -40,7 +40,7 @@ def badam(
     group: Group = "layer",
     always_full: AlwaysFull = (),
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """AdamW on one layer at a time, each for `update_gap` steps; the others do not move.
 
     The state begins anew, with its counter, when the block changes; so does the state of what is
@@ -74,7 +74,7 @@ def badam(
       seed: integer, of the random order.
 
     Returns:
-      A `GradientTransformationExtraArgs`; its update needs `params` if `weight_decay` is not 0.
+      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
       Updates have the wider of the gradient's dtype and the parameter's.
 
     Raises:

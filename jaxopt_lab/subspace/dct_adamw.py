@@ -8,6 +8,8 @@ Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Lan
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -41,7 +43,7 @@ def dct_adamw(
     always_full: AlwaysFull = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
     stagger: int = 1,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """AdamW on a few columns of a fixed cosine basis, chosen anew every `update_gap` steps.
 
     Differences from the authors' code, all deliberate: a basis for each size, not one for all; the
@@ -91,6 +93,8 @@ def dct_adamw(
     _hyperparams.check_positive_integer(rank=rank)
     _hyperparams.check_flag(rotate=rotate, error_feedback=error_feedback)
     _hyperparams.check_positive_integer(update_gap=update_gap)
+    least: Any = max if _hyperparams.is_number(update_gap) else jnp.maximum
+    first_gap = least(update_gap - 1, 1)
     split = frugal(
         _adam.scale_by_adam(b1, b2, eps),
         None if error_feedback else optax.set_to_zero(),
@@ -101,7 +105,7 @@ def dct_adamw(
         error_feedback=error_feedback,
         always_full=always_full,
         dimension_numbers=dimension_numbers,
-        first_gap=(max if _hyperparams.is_number(update_gap) else jnp.maximum)(update_gap - 1, 1),
+        first_gap=first_gap,
         stagger=stagger,
     )
     return _hyperparams.ready_made(split, learning_rate, weight_decay, mask, method="dct_adamw")

@@ -42,7 +42,7 @@ def frugal_adamw(
     dimension_numbers: _matrices.DimensionNumbers = None,
     stagger: int = 1,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """AdamW with state for a fraction of each hidden matrix; the rest moves by its sign.
 
     The defaults are those of the authors' pre-training; for fine-tuning they scale the remainder

@@ -46,7 +46,7 @@ def galore_adamw(
     dimension_numbers: _matrices.DimensionNumbers = None,
     stagger: int = 1,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     r"""AdamW on the projection of each hidden matrix's gradient; the remainder is dropped.
 
     .. math::
@@ -129,7 +129,7 @@ def _step_and_decay(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        count = None
+        count: Any = None
         if callable(learning_rate) or callable(weight_decay):
             count = _tree.check_state(state, optax.ScaleByScheduleState).count
             state = optax.ScaleByScheduleState(count=_hyperparams.increment(count))

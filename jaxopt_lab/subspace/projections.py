@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxopt_lab import _compat, _matrices
 
@@ -280,7 +281,7 @@ def stacked(leaf: Leaf) -> tuple[int, ...]:
 
 def shared(projection: Any, method: str, leaf: Leaf, *arrays: Any) -> Any:
     """Returns `projection.method(leaf, *arrays)`, traced once for leaves that differ in name."""
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays)):
         return getattr(projection, method)(leaf, *arrays)
     return _function(projection, method, leaf._replace(name=""))(*arrays)
 
