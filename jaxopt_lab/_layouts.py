@@ -27,6 +27,12 @@ class Layouts:
     def __init__(self, parts: Sequence[Parts], shapes: Sequence[Shape]):
         self.parts, self.shapes = parts, shapes
         self.index = {p: i for i, p in enumerate(parts)}
+        self.under: dict[Parts, list[int]] = collections.defaultdict(list)
+        self.children: dict[Parts, set[str]] = collections.defaultdict(set)
+        for i, p in enumerate(parts):
+            for depth in range(len(p)):
+                self.under[p[:depth]].append(i)
+                self.children[p[:depth]].add(p[depth])
         self.vectors = [
             _names.is_vector(p) or (_names.may_be_bias(p) and (len(s) < 2 or self._has_mate(p)))
             for p, s in zip(parts, shapes)
@@ -43,9 +49,9 @@ class Layouts:
             return None, "vector, one for each layer of a stack"
         found = None
         if stack is not None or len(rest) == 2:
-            found = self._by_bias(i, sizes, stack or ()) or self._by_name(i, sizes)
+            found = self._by_bias(i, sizes, stack or ()) or self._by_name(i, stack or ())
         elif self._says_enough(i, sizes):
-            found = self._by_name(i, sizes)
+            found = self._by_name(i, ())
         if found is None:
             return None, f"{len(shape)} axes whose roles are unknown"
         back = MatrixAxes(*(tuple(rest[a] for a in group) for group in found))
@@ -55,11 +61,13 @@ class Layouts:
     def _says_enough(self, i: int, sizes: Shape) -> bool:
         """Whether names and shape tell a leaf from a stack of others, without neighbours."""
         parts = self.parts[i]
-        if _names.is_einsum(parts) or _names.is_convolution(parts):
+        if _names.is_einsum(parts):
+            return True
+        if _names.is_convolution(parts) and len(sizes) == 3:
             return True
         if is_window(sizes, parts):
             window = sizes[2:] if self.is_transposed(i) else sizes[:-2]
-            return len(set(window)) == 1 and window[0] in (3, 5, 7)
+            return len(window) == 2 and window[0] == window[1] and window[0] in (1, 3, 5, 7)
         if len(sizes) != 3:
             return False
         if _names.expert(parts) is not None:
@@ -68,6 +76,29 @@ class Layouts:
             # (layers, width, width) or (width, heads, head size), which is hardly square.
             return sizes[1] != sizes[2] and sizes[0] != sizes[1]
         return False
+
+    def _are_heads(self, i: int, stack: Axes) -> bool:
+        """Whether kernels of attention with three axes have heads, and not layers, in one of them.
+
+        (width, heads, head size) and (heads, head size, width) agree in the width and the head
+        size; stacks of (layers, width, width) do not.
+        """
+        queries, keys, outs = [], [], []
+        place = self.module(i)[:-1]
+        for j in self.under[place]:
+            sizes, parts = without(self.shapes[j], stack), self.parts[j]
+            if self.vectors[j] or len(sizes) != 3 or self.module(j)[:-1] != place:
+                continue
+            if _names.is_out(parts):
+                outs.append(sizes)
+            elif "q" in _names.words(_names.own(parts))[0]:
+                queries.append(sizes)
+            elif not {"v", "value", "wv"} & set(_names.words(_names.own(parts))):
+                keys.append(sizes)
+        widths = {q[0] for q in queries} | {out[2] for out in outs}
+        head_sizes = {q[2] for q in queries} | {key[2] for key in keys if queries}
+        square = all(q[1] == q[2] for q in queries + keys) and not outs
+        return len(head_sizes) < 2 and (len(widths) < 2 or not queries) and not square
 
     def _by_bias(self, i: int, sizes: Shape, stack: Axes) -> MatrixAxes | None:
         if i not in self.biases:
@@ -94,12 +125,16 @@ class Layouts:
             return (0,) if fits_first else last if fits_last else None
         return last if fits_last else (0,) if fits_first and len(outputs) == 1 else None
 
-    def _by_name(self, i: int, sizes: Shape) -> MatrixAxes | None:
-        """Returns the axes of what is no stack, or whose layers are counted elsewhere."""
-        parts, rank = self.parts[i], len(sizes)
+    def _by_name(self, i: int, stack: Axes) -> MatrixAxes | None:
+        """Returns the axes of what is left of a kernel without those of its stack."""
+        parts, sizes = self.parts[i], without(self.shapes[i], stack)
+        rank = len(sizes)
         if rank == 2:
             return matrix((0,) if self.is_transposed(i) else (1,), 2)
         if _names.is_convolution(parts):
+            window = sizes[2:] if self.is_transposed(i) else sizes[:-2]
+            if rank > 4 and len({size for size in window if size > 1}) > 1:
+                return None  # of (4, 3, 3) the 4 may count layers
             return matrix((0,) if self.is_transposed(i) else (rank - 1,), rank)
         own = _names.own(parts)
         if own == "gating_einsum" and rank == 3:
@@ -111,13 +146,15 @@ class Layouts:
         if _names.is_einsum(parts) and rank == 4 and sizes[0] in (2, 3):
             return MatrixAxes((0,), (2,), (1, 3))
         if rank == 3 and _names.is_out(parts) and not _names.expert(parts):
-            return None if _names.is_mlp(parts) else MatrixAxes((), (0, 1), (2,))
+            agree = _names.is_einsum(parts) or self._are_heads(i, stack)
+            heads = not _names.is_mlp(parts) and agree
+            return MatrixAxes((), (0, 1), (2,)) if heads else None
         if rank == 3 and _names.is_einsum(parts):
             return MatrixAxes((), (1,), (0, 2))
         if rank == 3 and _names.expert(parts):
             return MatrixAxes((0,), *((2,), (1,)) if self.is_transposed(i) else ((1,), (2,)))
         if rank == 3 and _names.is_query(parts) and _names.words(own)[0] != "qkv":
-            return MatrixAxes((), (0,), (1, 2))
+            return MatrixAxes((), (0,), (1, 2)) if self._are_heads(i, stack) else None
         if rank == 4 and _names.words(own)[0] in ("qkv", "kv"):
             if sizes[1] in (2, 3):
                 return MatrixAxes((1,), (0,), (2, 3))

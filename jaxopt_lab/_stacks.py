@@ -8,7 +8,7 @@ MaxText scans. The nearest subtree that has any of them decides.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxopt_lab import _names
@@ -29,17 +29,9 @@ class Stacks(Layouts):
 
     def __init__(self, parts: Sequence[Parts], shapes: Sequence[Shape]):
         super().__init__(parts, shapes)
-        self.under: dict[Parts, list[int]] = collections.defaultdict(list)
-        self.children: dict[Parts, set[str]] = collections.defaultdict(set)
-        for i, p in enumerate(parts):
-            for depth in range(len(p)):
-                self.under[p[:depth]].append(i)
-                self.children[p[:depth]].add(p[depth])
         self._scopes: dict[tuple[Parts, Parts | None], list[tuple[int, Shape]]] = {}
-        self.evidence: dict[Parts, list[_Evidence]] = collections.defaultdict(list)
-        for found in self._evidence() or self._evidence_of_kernels():
-            for depth in range(len(parts[found.index])):
-                self.evidence[parts[found.index][:depth]].append(found)
+        self.evidence = self._by_prefix(self._evidence())
+        self.of_kernels = self._by_prefix(self._evidence_of_kernels())
 
     def stack(self, i: int) -> Axes | None:
         """Returns the axes that count the layers of a stack, None if nothing says so."""
@@ -109,12 +101,21 @@ class Stacks(Layouts):
             return usable[0]
         return () if found[()] == found[axes] or len(self.shapes[i]) == 2 else None
 
+    def _by_prefix(self, evidence: Iterable[_Evidence]) -> dict[Parts, list[_Evidence]]:
+        found: dict[Parts, list[_Evidence]] = collections.defaultdict(list)
+        for one in evidence:
+            for depth in range(len(self.parts[one.index])):
+                found[self.parts[one.index][:depth]].append(one)
+        return found
+
     def _visible(self, prefix: Parts, parts: Parts) -> list[_Evidence]:
-        return [
+        """Returns what vectors below `prefix` say, or where there are none, what kernels say."""
+        found = [
             e
             for e in self.evidence.get(prefix, ())
             if e.scope is None or parts[: len(e.scope)] == e.scope
         ]
+        return found or self.of_kernels.get(prefix, [])
 
     def _scope(self, prefix: Parts, parts: Parts) -> list[tuple[int, Shape]]:
         """Returns where the layers are counted, with the sizes, in the subtree around `prefix`."""
@@ -176,7 +177,7 @@ class Stacks(Layouts):
         return found
 
     def _evidence_of_kernels(self) -> Iterator[_Evidence]:
-        """Where there is no vector: layers that are dense ones by their names."""
+        """Layers that are dense ones by their names, with one axis of inputs and one of outputs."""
         for i, parts in enumerate(self.parts):
             plain = _names.is_mlp(parts) and not self.vectors[i] and _names.expert(parts) is None
             if plain and len(self.shapes[i]) in (2, 3):

@@ -123,6 +123,21 @@ def test_two_readings_of_one_shape_are_none():
         jaxopt_lab.muon(0.02).init(params)
 
 
+def test_stacks_without_norms_are_stacks_or_unknown():
+    """Layers of a scan that have no vectors are not read as heads of attention."""
+    mlp = {"layers/mlp/up": (3, 8, 20), "layers/mlp/down": (3, 20, 8)}
+    attention = {f"layers/attn/{name}": (3, 8, 8) for name in "qo"}
+    attention |= {f"layers/attn/{name}": (3, 8, 4) for name in "kv"}
+    for more, kind in ((mlp, "muon"), ({}, "adam")):
+        tree = {**attention, **more, "final_norm/scale": (8,)}
+        found = muon_of(tree)
+        assert {found[path] for path in {**attention, **more}} == {kind}
+    assert muon_of({"blocks/conv/kernel": (4, 3, 3, 8, 8), "norm/scale": (8,)}) == {
+        "blocks/conv/kernel": "adam",
+        "norm/scale": "adam",
+    }
+
+
 def test_of_an_unknown_kernel_is_told_once_with_the_remedy():
     params = {"mixer": {"kernel": jnp.ones((2, 3, 4, 5))}, "other": jnp.ones((2, 3, 4))}
     tx = jaxopt_lab.adamp(1e-3)

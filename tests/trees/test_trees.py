@@ -57,8 +57,6 @@ def test_every_leaf_of_a_model_is_treated_as_what_it_is(name):
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_all_linear_is_the_hidden_matrices(name):
-    if name == "haiku":
-        pytest.skip("adapters name leaves by paths without slashes in a key")
     params = jax.tree.map(lambda x: jnp.zeros(x.shape), tree(name))
     config = adapters.LoraConfig(target_modules="all-linear", r=1)
     base, _ = adapters.init_adapters(params, config, jax.random.key(0))
