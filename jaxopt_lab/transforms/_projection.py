@@ -191,4 +191,4 @@ def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
             jax.lax.optimization_barrier(jnp.sum(blocks, longest + 1)), axes, keepdims=True
         )
 
-    return jax.lax.platform_dependent(x, cpu=at_once, default=in_two_stages)
+    return _compat.platform_dependent(x, cpu=at_once, default=in_two_stages)
