@@ -102,7 +102,7 @@ def dct_adamw(
     _hyperparams.check_flag(rotate=rotate, error_feedback=error_feedback)
     _hyperparams.check_positive_integer(update_gap=update_gap)
     gap: Any = update_gap
-    first_gap = (max if isinstance(gap, int) else jnp.maximum)(gap - 1, 1)
+    first_gap: Any = (max if isinstance(gap, int) else jnp.maximum)(gap - 1, 1)
     split = frugal(
         _adam.scale_by_adam(b1, b2, eps),
         None if error_feedback else optax.set_to_zero(),
