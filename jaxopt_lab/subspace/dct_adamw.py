@@ -59,22 +59,30 @@ def dct_adamw(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root of the second moment; positive.
-      weight_decay: decoupled decay, multiplied by the learning rate.
+      weight_decay: decoupled decay, multiplied by the learning rate; a number or a schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      projection: by default `dct()`.
+      projection: what is selected, by default `dct()`.
       rotate: moments follow their columns when the selection changes, and begin at zero for new
         columns; otherwise they stay in their slots, as in the authors' default.
       error_feedback: what is not selected is added to the next gradient, instead of being dropped;
         4 bytes a parameter in float32.
-      always_full: see `frugal`; by default everything but hidden matrices.
-      dimension_numbers: see `frugal`.
-      stagger: see `frugal`; with `update_gap` above 1.
+      always_full: what is never split: regular expressions, each of which must be found in the path
+        of at least one parameter, a tree of booleans, or a function of the parameters that returns
+        one; by default everything but hidden matrices.
+      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers` with None for what is no
+        matrix, or a function of the parameters that returns one: which axes are inputs and outputs
+        of a kernel. All other axes count matrices, each of which has its own selection.
+      stagger: number of groups of leaves that are refreshed at different steps, at most
+        `update_gap`, so that no step but the first pays for all.
 
     Returns:
       A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: see `frugal`; also `rank` below 1, a negative learning rate or weight decay.
+      ValueError: a number out of range; at init, a projection that cannot serve a leaf or a pattern
+        that matches nothing; at update, gradients or a state that do not match.
+      TypeError: an argument of a wrong kind; parameters or gradients that are not real floating
+        point.
 
     Examples:
       >>> import jax.numpy as jnp, jaxopt_lab
@@ -93,8 +101,8 @@ def dct_adamw(
     _hyperparams.check_positive_integer(rank=rank)
     _hyperparams.check_flag(rotate=rotate, error_feedback=error_feedback)
     _hyperparams.check_positive_integer(update_gap=update_gap)
-    least: Any = max if _hyperparams.is_number(update_gap) else jnp.maximum
-    first_gap = least(update_gap - 1, 1)
+    gap: Any = update_gap
+    first_gap: Any = (max if isinstance(gap, int) else jnp.maximum)(gap - 1, 1)
     split = frugal(
         _adam.scale_by_adam(b1, b2, eps),
         None if error_feedback else optax.set_to_zero(),

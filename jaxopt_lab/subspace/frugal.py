@@ -79,9 +79,12 @@ def frugal(
     `full` sees compact arrays only, so its state shrinks with `density`. The selection is renewed
     every `update_gap` steps, within a `jax.lax.cond`. Where the density keeps all of a leaf,
     `full` sees the leaf itself, nothing is ever reset, and `free` has no part; where it keeps
-    none, the whole gradient goes to `free`. With "reset" a refresh puts the state and the counters
-    of the selected part back to those of `full.init`. `treatments(tx, params)` says how
-    each parameter is treated.
+    none, the whole gradient goes to `free`; a density above 0 keeps something of every leaf. With
+    "reset" a refresh puts the state and the counters of the selected part back to those of
+    `full.init`. `treatments(tx, params)` says how each parameter is treated. Updates have the wider
+    of the gradient's dtype and the parameter's, in which `full` and `free` work. A state that was
+    made with other arguments, as far as its shapes or the meaning of its arrays depend on them, is
+    refused.
 
     Args:
       full: transformation of the selected part, and of what is always kept full; by default Adam
@@ -124,7 +127,7 @@ def frugal(
     Returns:
       A `GradientTransformationExtraArgs`; its update needs `params` if that of `full` or `free`
       does. Under `optax.inject_hyperparams` list what shapes and Python numbers depend on
-      in `static_args`: `density`, `update_gap`, `stagger` and `seed`, or `rank`.
+      in `static_args`: `density`, `stagger` and `error_feedback`, or `rank`.
 
     Raises:
       ValueError: an argument out of range; at init, a projection that cannot serve a leaf, a

@@ -66,21 +66,31 @@ def galore_adamw(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root of the second moment before the bias correction; positive.
-      weight_decay: decoupled decay of the new weights.
+      weight_decay: decoupled decay of the new weights; a number or a schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       projection: by default `svd()`; `svd(method="gram")` and `svd(method="randomized")` take
         less time.
-      on_refresh: see `frugal`; the authors' is "keep".
-      always_full: see `frugal`; by default everything but hidden matrices.
-      dimension_numbers: see `frugal`.
-      stagger: see `frugal`.
-      seed: see `frugal`; only a randomised decomposition draws.
+      on_refresh: what happens to the moments at a refresh: "reset" begins anew, "keep" leaves them
+        in their slots, "project" expresses them in the new selection, "reset_all" also begins anew
+        with what is always full. The authors' is "keep".
+      always_full: what is never split: regular expressions, each of which must be found in the path
+        of at least one parameter, a tree of booleans, or a function of the parameters that returns
+        one; by default everything but hidden matrices.
+      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers` with None for what is no
+        matrix, or a function of the parameters that returns one: which axes are inputs and outputs
+        of a kernel. All other axes count matrices, each of which has its own selection.
+      stagger: number of groups of leaves that are refreshed at different steps, at most
+        `update_gap`, so that no step but the first pays for all.
+      seed: integer; only a randomised decomposition draws.
 
     Returns:
       A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: see `frugal`; also `rank` below 1, a negative learning rate or weight decay.
+      ValueError: a number out of range; at init, a projection that cannot serve a leaf or a pattern
+        that matches nothing; at update, gradients or a state that do not match.
+      TypeError: an argument of a wrong kind; parameters or gradients that are not real floating
+        point.
 
     Examples:
       >>> import jax.numpy as jnp, jaxopt_lab
