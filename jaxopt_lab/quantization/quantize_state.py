@@ -41,6 +41,9 @@ def quantize_state(
     the boxes of `flax.linen` with names of mesh axes carry it like the plain state. `encode_state`
     moves the state of a running optimizer there, `decode_state` moves it back.
 
+    Inside a `shard_map` over an axis that splits a weight `min_size` is compared with the size of
+    the shard: call it outside, under `jit` with sharded arrays.
+
     Args:
       inner: any optax transformation that keeps no encoded state itself.
       codec: `int8()`, `bfloat16()`, another `Codec`, or a function `(path, leaf) -> codec or None`

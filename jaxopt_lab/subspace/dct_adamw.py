@@ -52,6 +52,10 @@ def dct_adamw(
     `jaxopt_lab.quantize_state` to keep it in 8 bits); kernels with more than two axes are kept
     full unless `dimension_numbers` makes them matrices.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       learning_rate: step size or schedule.
       rank: number of columns, at most the smaller side.

@@ -86,6 +86,10 @@ def frugal(
     made with other arguments, as far as its shapes or the meaning of its arrays depend on them, is
     refused.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       full: transformation of the selected part, and of what is always kept full; by default Adam
         with decay rates 0.9 and 0.999. It is given the gradients and parameters of the selected

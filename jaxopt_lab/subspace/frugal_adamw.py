@@ -49,6 +49,10 @@ def frugal_adamw(
     by `free_scale=0.1`. A step of the remainder has the size of the learning rate whatever the
     gradient's, so that clipping gradients does not bound it.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       learning_rate: step size or schedule.
       density: the fraction of each hidden matrix that has state, in [0, 1], at least one column

@@ -58,6 +58,10 @@ def galore_adamw(
     Moments survive a change of basis. `optax.contrib.galore` differs: it projects the larger side,
     adds epsilon after the bias correction, decays the old weights, and scales by 1.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       learning_rate: step size or schedule; that of hidden matrices is `scale` times it.
       rank: number of directions, at most the size of the projected side.

@@ -60,6 +60,10 @@ def scale_by_adamp(
     weights removed, and :math:`\rho_t` is `wd_ratio`; if there is none, :math:`\Pi(p) = p` and
     :math:`\rho_t = 1`. The decay is part of the rule because :math:`\rho_t` is decided here.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
@@ -206,6 +210,10 @@ def adamp(
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
     r"""AdamP with decoupled weight decay.
+
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
 
     Args:
       learning_rate: step size or schedule.

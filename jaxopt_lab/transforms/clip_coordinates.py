@@ -34,6 +34,9 @@ def clip_coordinates(
     Chained before `scale_by_adam`, the clipped gradient enters both moments. Derivatives take the
     threshold for a constant.
 
+    Inside a `shard_map` over an axis that splits a weight only the shards' coordinates are counted:
+    call it outside, under `jit` with sharded arrays, where all are.
+
     Args:
       fraction: :math:`k`, in [0, 1]; 0 clips nothing, 1 clips everything to zero.
       scale: :math:`c`, non-negative.

@@ -103,6 +103,10 @@ def scale_by_muon(
     `optax.contrib.muon` differs: it corrects the bias of momentum and gradient apart, which changes
     their mix in the first steps.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       beta: decay rate of the momentum, in [0, 1).
       eps: added to the Frobenius norm; positive.
@@ -239,6 +243,10 @@ def muon(
 
     Jordan's setting is `muon(0.02, adam_learning_rate=3e-4)`; Moonlight's, with AdamW's learning
     rate and decay for all, `muon(1e-3, weight_decay=0.1, consistent_rms=0.2, adam_eps=1e-8)`.
+
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
 
     Args:
       learning_rate: step size or schedule of the matrices.

@@ -59,6 +59,10 @@ def scale_by_sgdp(
     with the projection :math:`\Pi` and the factor :math:`\rho_t` of `scale_by_adamp`. The first
     step is dampened too, unlike in PyTorch's SGD.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       momentum: :math:`\mu`, in [0, 1).
       weight_decay: decay rate :math:`\lambda`, a number or a schedule, applied divided by `1 -
@@ -199,6 +203,10 @@ def sgdp(
     r"""SGDP with its weight decay.
 
     The authors' example is `sgdp(0.1, momentum=0.9, weight_decay=1e-5, nesterov=True)`.
+
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
 
     Args:
       learning_rate: step size or schedule.
