@@ -6,6 +6,8 @@ products and projectors are compared.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,8 +109,13 @@ def test_mean_gradient(case):
     np.testing.assert_allclose(found, case["mean_grad64"], 0, 1e-12 * np.abs(found).max())
 
 
-AUTHORS = {"stable": "stable", "gd": "gd", "unit": "unit", "weightS": "weight_svd"}
-PEFT = {"stable": "stable", "gd_scale": "gd", "unit": "unit", "weight_svd": "weight_svd"}
+AUTHORS: dict[str, Any] = {"stable": "stable", "gd": "gd", "unit": "unit", "weightS": "weight_svd"}
+PEFT: dict[str, Any] = {
+    "stable": "stable",
+    "gd_scale": "gd",
+    "unit": "unit",
+    "weight_svd": "weight_svd",
+}
 
 
 @cases("lora_ga")

@@ -14,6 +14,7 @@ import jaxopt_lab
 from jaxopt_lab import subspace
 
 PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
+WRONG: Any = subspace  # what a type checker would tell
 CUBE = {"cube": jnp.ones((3, 3, 2, 2))}
 # The reductions are over the first axis.
 TWO = optax.contrib.MuonDimensionNumbers(0, 1)
@@ -57,14 +58,14 @@ def test_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: subspace.columns("rows"), "axis must be .*got 'rows'"),
-        (lambda: subspace.svd("left"), "side must be one of .*got 'left'"),
-        (lambda: subspace.svd(method="qr"), "method must be one of .*got 'qr'"),
+        (lambda: WRONG.columns("rows"), "axis must be .*got 'rows'"),
+        (lambda: WRONG.svd("left"), "side must be one of .*got 'left'"),
+        (lambda: WRONG.svd(method="qr"), "method must be one of .*got 'qr'"),
         (lambda: subspace.svd(oversampling=-1), "oversampling must be non-negative"),
         (lambda: subspace.svd(power_iterations=-1), "power_iterations must be non-negative"),
-        (lambda: subspace.dct(1), "type must be one of .*got 1"),
-        (lambda: subspace.dct(norm=3), "norm must be one of .*got 3"),
-        (lambda: subspace.blocks("mirror"), "order must be one of .*got 'mirror'"),
+        (lambda: WRONG.dct(1), "type must be one of .*got 1"),
+        (lambda: WRONG.dct(norm=3), "norm must be one of .*got 3"),
+        (lambda: WRONG.blocks("mirror"), "order must be one of .*got 'mirror'"),
         (lambda: jaxopt_lab.galore_adamw(0.1, 0), "rank must be a positive integer, got 0"),
         (lambda: jaxopt_lab.dct_adamw(0.1, 0), "rank must be a positive integer, got 0"),
         (lambda: jaxopt_lab.badam(0.1, 0), "update_gap must be a positive integer, got 0"),

@@ -40,7 +40,7 @@ def test_narrow_gradients_of_wide_weights_keep_decay_and_small_rates(name, rate)
 
 
 def test_frugal_itself_gives_the_wider_dtype():
-    tx = subspace.frugal(density=0.5)
+    tx: Any = subspace.frugal(density=0.5)
     for params, grads, dtype in (
         (WEIGHTS, NARROW, jnp.float32),
         (NARROW, WEIGHTS, jnp.float32),
@@ -115,7 +115,7 @@ def test_sam_keeps_the_dtypes_of_a_state_it_blends():
 )
 def test_leaves_without_elements(shape, projection):
     params = {"empty": jnp.ones(shape), "w": jnp.ones((4, 4))}
-    tx = subspace.frugal(projection=projection)
+    tx: Any = subspace.frugal(projection=projection)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["empty"].shape == shape
 

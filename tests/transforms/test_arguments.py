@@ -32,6 +32,8 @@ BARE = [
     jaxopt_lab.scale_by_muon,
     jaxopt_lab.clip_coordinates,
 ]
+WRONG: Any = "1e-3"
+BETAS: Any = (0.9, 0.999)
 PARAMS = {"w": jnp.ones((2, 2)), "temperature": jnp.float32(1.0)}
 SCHEDULED = ("learning_rate", "weight_decay")
 
@@ -88,7 +90,7 @@ def test_flags_are_true_or_false(make, name):
 def test_the_order_of_arguments_of_torch_is_told():
     for make in (jaxopt_lab.adamp, jaxopt_lab.lion, jaxopt_lab.adabelief):
         with pytest.raises(TypeError, match=r"b1 must be a number, .* b1 and b2"):
-            make(1e-3, (0.9, 0.999))
+            make(1e-3, BETAS)
 
 
 @pytest.mark.parametrize("make", READY_MADE)
@@ -136,4 +138,4 @@ def test_text_and_numbers_in_a_mask_are_refused(make):
 @pytest.mark.parametrize("name", ["mu_dtype", "ns_dtype"])
 def test_dtypes_are_dtypes(name):
     with pytest.raises(ValueError, match=f"{name} must be"):
-        jaxopt_lab.muon(0.1, **{name: "1e-3"})
+        jaxopt_lab.muon(0.1, **{name: WRONG})

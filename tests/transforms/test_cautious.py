@@ -32,7 +32,8 @@ def chain(rule: Any) -> optax.GradientTransformation:
 
 def masked(u: Any, g: Any) -> Any:
     """The mask alone, on a direction that is given."""
-    given = optax.GradientTransformation(lambda _: (), lambda updates, state, params=None: (u, ()))
+    make: Any = optax.GradientTransformation
+    given = make(lambda _: (), lambda updates, state, params=None: (u, ()))
     return jaxopt_lab.cautious(given).update(g, ())[0]
 
 
@@ -46,7 +47,7 @@ def masked(u: Any, g: Any) -> Any:
 def test_float64_equals_the_oracle(rule, program):
     with jax.enable_x64(True):
         tx = chain(rule())
-        params = {name: jnp.asarray(param) for name, (param, _) in STREAMS.items()}
+        params: Any = {name: jnp.asarray(param) for name, (param, _) in STREAMS.items()}
         state, update = tx.init(params), jax.jit(tx.update)
         right = {
             name: program(*stream, learning_rate=RATE, weight_decay=DECAY)

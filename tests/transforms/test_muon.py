@@ -11,13 +11,14 @@ import optax
 import pytest
 
 import jaxopt_lab
+from jaxopt_lab.transforms.muon import PRESETS
 
 SHAPES = [(6, 5), (5, 6), (24, 16), (64, 256), (256, 64)]
 
 
 def movement(shape: tuple[int, int], **options: Any) -> jax.Array:
     """How far ten steps of drawn gradients move three matrices."""
-    shape = (3, *shape)
+    shapes = (3, *shape)
     numbers = optax.contrib.MuonDimensionNumbers(1, 2)
     tx: Any = jaxopt_lab.scale_by_muon(dimension_numbers=numbers, **options)
 
@@ -25,10 +26,10 @@ def movement(shape: tuple[int, int], **options: Any) -> jax.Array:
     def run(keys: jax.Array) -> jax.Array:
         def step(carry: Any, key: jax.Array) -> Any:
             w, state = carry
-            updates, state = tx.update(jax.random.normal(key, shape), state)
+            updates, state = tx.update(jax.random.normal(key, shapes), state)
             return (w + updates, state), None
 
-        w = jnp.zeros(shape)
+        w = jnp.zeros(shapes)
         return jax.lax.scan(step, (w, tx.init(w)), keys)[0][0]
 
     return run(jax.random.split(jax.random.key(0), 10))
@@ -67,9 +68,7 @@ def test_names_of_optax_are_the_same_coefficients():
     for ours, theirs in (("original", "standard"), ("quintic", "dion")):
         found, expected = (singular_values(ns_coeffs=name) for name in (ours, theirs))
         np.testing.assert_array_equal(found, expected)
-    with_optax = optax.contrib.scale_by_muon(
-        ns_coeffs=jaxopt_lab.transforms.muon.PRESETS["quintic"], nesterov=False
-    )
+    with_optax = optax.contrib.scale_by_muon(ns_coeffs=PRESETS["quintic"], nesterov=False)
     grads = jax.random.normal(jax.random.key(0), (4, 6))
     theirs, _ = with_optax.update(grads, with_optax.init(grads))
     tx: Any = jaxopt_lab.scale_by_muon(ns_coeffs="quintic", nesterov=False, eps=1e-8)
@@ -86,7 +85,7 @@ def test_equal_triples_for_each_step_are_one_triple():
 
 
 def test_fewer_steps_take_the_first_triples():
-    table = jaxopt_lab.transforms.muon.PRESETS["polar_express"]
+    table = PRESETS["polar_express"]
     found = movement((6, 5), ns_coeffs="polar_express", ns_steps=2)
     np.testing.assert_array_equal(found, movement((6, 5), ns_coeffs=table[:2]))
 

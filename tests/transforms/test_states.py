@@ -50,7 +50,8 @@ def test_ready_made_rules_take_and_ignore_extra_arguments(rule):
 @each_optimizer
 def test_one_tree_of_the_state_for_all_numbers(rule):
     def injected() -> Any:
-        return optax.inject_hyperparams(rule.make)(**rule.arguments).init(PARAMS).inner_state
+        tx: Any = optax.inject_hyperparams(rule.make)(**rule.arguments)
+        return tx.init(PARAMS).inner_state
 
     trees = {
         jax.tree.structure(state)
@@ -85,7 +86,7 @@ def test_a_schedule_of_the_decay_is_followed(rule):
     params, states = PARAMS, [rule(**dict.fromkeys(names, 0.1)).init(PARAMS)]
     for t in range(3):
         # The rule at the decay of this step, with the state of the steps before.
-        tx = rule(**dict.fromkeys(names, float(DECAY(t))))
+        tx = rule(**dict.fromkeys(names, float(np.asarray(DECAY(t)))))
         updates, state = tx.update(GRADS, states[-1], params)
         states.append(state)
         params = optax.apply_updates(params, updates)
