@@ -84,7 +84,12 @@ class Stacks(Layouts):
                 return ()
             if len(fits) > 1:
                 return None
-            return self._choice(i, fits[0]) if flat else self._if_possible(i, fits[0])
+            # What one other module is a stack of may be its own affair.
+            told_by = {self.parts[e.index][: depth + 1] for e in visible}
+            elsewhere = len(told_by) == 1 and self.parts[i][: depth + 1] not in told_by
+            if flat or elsewhere:
+                return self._choice(i, fits[0])
+            return self._if_possible(i, fits[0])
         return () if only_others else None
 
     def _if_possible(self, i: int, axes: Axes) -> Axes:

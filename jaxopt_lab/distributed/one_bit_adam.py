@@ -228,7 +228,9 @@ def scale_by_one_bit_adam(
                 return m_hat / (_hyperparams.sqrt(v_hat) + eps), m, v
             return m / (_hyperparams.sqrt(v) + eps), m, v
 
-        updates, mu, nu = _tree.map_leaves(rule, updates, mu, nu)
+        # The moments are in float32, whatever the parameters are in.
+        like = updates if params is None else params
+        updates, mu, nu = _tree.map_leaves(rule, updates, mu, nu, like=like)
         return updates, ScaleByOneBitAdamState(count, mu, nu, worker_error, server_error)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -325,13 +327,19 @@ def _unpack(bits: jax.Array, scales: jax.Array) -> jax.Array:
     return jnp.where(positive, scales[:, None], -scales[:, None])
 
 
+def _entries(mask: _tree.Mask, params: Any) -> list[Any]:
+    """Returns, for each leaf, a boolean or an array of them, one an entry."""
+    if mask is None:
+        return [True] * len(jax.tree.leaves(params))
+    given = mask(params) if _tree.is_function(mask) else mask
+    return _tree.broadcast_prefix(given, params, "momentum_mask")
+
+
 def _masked(nu: Any, mask: _tree.Mask, params: Any) -> Any:
     """Returns `nu` with zeros where the mask, made for `params`, has False."""
     leaves, structure = jax.tree.flatten(nu)
     found = []
-    for (name, _), leaf, keep in zip(
-        _tree.leaves_with_names(nu), leaves, _tree.mask_leaves(mask, params)
-    ):
+    for (name, _), leaf, keep in zip(_tree.leaves_with_names(nu), leaves, _entries(mask, params)):
         if not jnp.issubdtype(jnp.result_type(keep), jnp.bool_):
             raise TypeError(
                 f"momentum_mask of '{name}' must be boolean, got {jnp.result_type(keep)}"
