@@ -171,9 +171,8 @@ class Replicas:
             replicas, a `mutable` that changes its shapes, a `weight` with local updates, or an
             exchange in a branch that replicas choose each for itself, such as
             `optax.apply_if_finite` around one.
-          TypeError: `tx` is no transformation.
+          TypeError: `loss` or `weight` is no function, or `tx` no transformation.
         """
-        _hyperparams.check_transformation(tx=tx)
         one = _step.make(loss, tx, self.axis_name, has_aux=has_aux, weight=weight)
 
         def step(state: Any, batch: Any) -> tuple[Any, Any]:

@@ -101,6 +101,27 @@ def test_an_exchange_in_a_branch_that_replicas_choose_for_themselves_is_refused(
     refused(by_value, "counter 'mini_step', which all replicas share")
 
 
+@pytest.mark.parametrize(
+    "search", [optax.scale_by_zoom_linesearch(5), optax.scale_by_backtracking_linesearch(5)]
+)
+def test_a_line_search_behind_an_exchange_is_refused_by_name(search):
+    replicas, tx = simulated_replicas(N), sync(optax.chain(optax.sgd(0.1), search))
+    state = replicas.init(tx, jnp.ones(4))
+    with pytest.raises(ValueError, match=r"a line search of optax .* inside diloco"):
+        replicas.train_step(loss, tx)(state, DATA)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int4", "uint8", "float8_e4m3fn", "bfloat16", "complex64"]
+)
+def test_leaves_of_every_dtype_are_compared(dtype):
+    replicas = simulated_replicas(2)
+    values = jnp.array([[0, 1], [0, 1]]).astype(dtype)
+    replicas.check_equal(values)
+    with pytest.raises(ValueError, match="differs between replica 0 and replica 1"):
+        replicas.check_equal(values.at[1, 1].set(values[0, 0]))
+
+
 @each_kind
 def test_local_rules_may_decide_for_themselves(kind):
     replicas = KINDS[kind]()
@@ -365,3 +386,7 @@ def test_bad_arguments():
         replicas.init(optax.adam, jnp.ones(3))  # pyright: ignore
     with pytest.raises(TypeError, match="tx must be an optax"):
         replicas.train_step(loss, optax.adam)  # pyright: ignore
+    with pytest.raises(TypeError, match="loss must be a function, got GradientTransformation"):
+        replicas.train_step(optax.adam(0.1), loss)  # pyright: ignore
+    with pytest.raises(TypeError, match="weight must be a function, got float"):
+        replicas.train_step(loss, sync(optax.adam(0.1)), weight=0.5)  # pyright: ignore
