@@ -51,7 +51,8 @@ def make(
                 found = loss(params, batch)
                 value, aux = found if has_aux else (found, None)
                 return value, (None, aux)
-            value, rest = loss(params, mutable, batch)
+            # New containers: NNX lets only those be changed that were made in this trace.
+            value, rest = loss(params, jax.tree.map(lambda x: x, mutable), batch)
             return value, rest if has_aux else (rest, None)
 
         (own_value, (new_mutable, aux)), grads = jax.value_and_grad(of, has_aux=True)(params)

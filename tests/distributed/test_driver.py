@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxopt_lab import distributed
 from jaxopt_lab.distributed import device_replicas, simulated_replicas, sync_gradients
@@ -232,6 +233,22 @@ def test_local_rules_are_given_their_own_loss(kind):
     np.testing.assert_allclose(found[:, 2], own[:, 0], rtol=1e-5)
 
 
+def test_batch_statistics_of_an_nnx_module_are_handed_on():
+    graph, params, rest = nnx.split(
+        nnx.BatchNorm(4, momentum=0.5, rngs=nnx.Rngs(0)), nnx.Param, ...
+    )
+
+    def with_statistics(params, rest, batch):
+        norm = nnx.merge(graph, params, rest)
+        return jnp.mean(norm(batch) ** 3), nnx.split(norm, nnx.Param, ...)[2]
+
+    replicas, tx = simulated_replicas(N), sync(optax.sgd(0.1))
+    state, step = replicas.init(tx, params, rest), replicas.train_step(with_statistics, tx)
+    for _ in range(2):
+        state, _ = step(state, DATA)
+    np.testing.assert_allclose(state.mutable["mean"][...], 0.75 * DATA.mean(axis=1), rtol=1e-5)
+
+
 def test_means_that_nobody_asks_for_are_not_sent():
     replicas = device_replicas(devices=jax.devices()[:N])
     tx = sync(optax.sgd(0.1))
@@ -346,6 +363,17 @@ def test_a_replica_without_tokens_takes_no_part():
     np.testing.assert_array_equal(mapped(gradients, jnp.array([3, 0])), [2.0, 2.0])
     np.testing.assert_array_equal(mapped(gradients, jnp.array([0, 0])), [0.0, 0.0])
     assert np.all(np.isnan(mapped(gradients, jnp.array([3, 1]))))
+
+
+def test_a_weight_that_is_not_finite_is_not_swallowed():
+    tx = sync_gradients(AXIS)
+
+    def mean(g, weight):
+        return tx.update(g, optax.EmptyState(), weight=weight)[0]
+
+    for bad in (np.nan, np.inf):
+        found = jax.vmap(mean, axis_name=AXIS)(jnp.ones(2), jnp.array([bad, 1.0]))
+        assert np.all(np.isnan(found))
 
 
 def test_weights_that_cannot_be_used_are_refused():
