@@ -439,7 +439,7 @@ def device_replicas(axis_name: str = "replica", devices: Sequence[Any] | None = 
     """Returns one replica for each device.
 
     Args:
-      axis_name: the mapped axis, or a tuple of several, which count as one.
+      axis_name: the name of the one axis of replicas, the `axis_name` of the transformations.
       devices: by default all devices of all processes. Only the processes of these devices hold
         replicas, and only they call the functions of a `Replicas`.
 
@@ -447,6 +447,7 @@ def device_replicas(axis_name: str = "replica", devices: Sequence[Any] | None = 
       A `Replicas`.
 
     Raises:
+      ValueError: no device, or one twice.
       TypeError: `axis_name` is no text; a mesh of one axis has one name.
 
     Examples:
@@ -457,6 +458,8 @@ def device_replicas(axis_name: str = "replica", devices: Sequence[Any] | None = 
     """
     _check_axis(axis_name)
     found = np.asarray(jax.devices() if devices is None else list(devices))
+    if not found.size or len(set(found.flat)) < found.size:
+        raise ValueError(f"devices must be different devices, at least one, got {devices}")
     return Replicas(axis_name, Mesh(found, (axis_name,), axis_types=(AxisType.Auto,)), found.size)
 
 
@@ -465,7 +468,7 @@ def simulated_replicas(count: int, axis_name: str = "replica") -> Replicas:
 
     Args:
       count: number of replicas.
-      axis_name: the mapped axis, or a tuple of several, which count as one.
+      axis_name: the name of the one axis of replicas, the `axis_name` of the transformations.
 
     Returns:
       A `Replicas`.

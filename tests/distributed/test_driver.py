@@ -409,6 +409,9 @@ def test_bad_arguments():
         device_replicas(("a", "b"))  # pyright: ignore
     with pytest.raises(TypeError, match="axis_name must be text"):
         simulated_replicas(2, None)  # pyright: ignore
+    for devices in ([], [jax.devices()[0]] * 2):
+        with pytest.raises(ValueError, match="devices must be different devices, at least one"):
+            device_replicas(devices=devices)
     replicas = simulated_replicas(2)
     with pytest.raises(TypeError, match="tx must be an optax"):
         replicas.init(optax.adam, jnp.ones(3))  # pyright: ignore
