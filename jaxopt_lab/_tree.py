@@ -102,9 +102,12 @@ def check_state(state: Any, expected: type[StateT]) -> StateT:
       TypeError: `state` is no instance of `expected`.
     """
     if not isinstance(state, expected):
+        wanted, found = expected.__name__, type(state).__name__
+        if wanted == found:  # optax has states of the same name
+            wanted, found = (f"{x.__module__}.{x.__name__}" for x in (expected, type(state)))
         raise TypeError(
-            f"expected a state of type {expected.__name__}, got {type(state).__name__}: "
-            "was it made by another transformation's init?"
+            f"expected a state of type {wanted}, got {found}: was it made by another "
+            "transformation's init?"
         )
     return state
 

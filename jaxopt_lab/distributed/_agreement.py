@@ -30,6 +30,10 @@ _REMEDIES = {
     "jaxopt_lab.distributed.apply_if_finite around it instead",
     "optax.ConditionallyTransformState": "optax.conditionally_transform stands around it: let its "
     "should_transform_fn depend on the step alone",
+    "optax.ScaleByZoomLinesearchState": "a line search of optax exchanges in each of its turns: "
+    "use it inside diloco or another of the local updates, or a learning rate without a search",
+    "optax.ScaleByBacktrackingLinesearchState": "a line search of optax exchanges in each of its "
+    "turns: use it inside diloco or another of the local updates, or a learning rate without one",
     "optax.ConditionallyMaskState": "optax.conditionally_mask stands around it: let its "
     "should_transform_fn depend on the step alone",
 }

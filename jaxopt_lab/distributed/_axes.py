@@ -122,7 +122,8 @@ def require_own(updates: Any, axis_name: AxisName, method: str) -> None:
                 f"{method}: the gradient of '{name}' is the same on all replicas of axis "
                 f"{', '.join(map(repr, summed))}, because jax.grad summed it; differentiate with "
                 f"respect to jaxopt_lab.distributed.vary(params, {axis_name!r}), so that each "
-                "replica has its own gradient to send"
+                "replica has its own gradient to send, and make the state of optax.MultiSteps from "
+                "these parameters, too"
             )
 
 

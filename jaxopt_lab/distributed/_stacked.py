@@ -132,8 +132,11 @@ def mean(x: jax.Array) -> jax.Array:
 def differing(x: jax.Array) -> jax.Array:
     """Returns, for each replica, whether it has other bits than the first."""
     x = jax.random.key_data(x) if is_key(x) else x
-    bits = lax.bitcast_convert_type(x, jnp.uint8) if x.dtype != bool else x
-    return jnp.any(bits != bits[:1], axis=tuple(range(1, bits.ndim)))
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}"))
+    return jnp.any(x != x[:1], axis=tuple(range(1, x.ndim)))
 
 
 def _is_none(x: Any) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.distributed import _agreement, _axes, _stacked, sync
 from jaxopt_lab.distributed.local_updates import LocalUpdatesState
 
@@ -34,7 +34,14 @@ def make(
       has_aux: whether `loss` returns something beside the loss.
       weight: a function of the batch, or None.
       is_local: whether replicas step on their own, whatever the state says.
+
+    Raises:
+      TypeError: `loss` or `weight` is no function, `tx` no transformation.
     """
+    for name, fn in {"loss": loss, "weight": weight}.items():
+        if not callable(fn) and not (name == "weight" and fn is None):
+            raise TypeError(f"{name} must be a function, got {type(fn).__name__}")
+    _hyperparams.check_transformation(tx=tx)
     update = optax.with_extra_args_support(tx).update
 
     def step(params: Any, opt_state: Any, mutable: Any, batch: Any) -> tuple[Any, Any, Any, Any]:
@@ -44,7 +51,8 @@ def make(
                 found = loss(params, batch)
                 value, aux = found if has_aux else (found, None)
                 return value, (None, aux)
-            value, rest = loss(params, mutable, batch)
+            # New containers: NNX lets only those be changed that were made in this trace.
+            value, rest = loss(params, jax.tree.map(lambda x: x, mutable), batch)
             return value, rest if has_aux else (rest, None)
 
         (own_value, (new_mutable, aux)), grads = jax.value_and_grad(of, has_aux=True)(params)

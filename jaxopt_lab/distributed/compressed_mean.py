@@ -17,7 +17,7 @@ import optax
 
 from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
-from jaxopt_lab.distributed.compressors import Compressor
+from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
 
 class CompressedMeanState(NamedTuple):
@@ -61,8 +61,8 @@ def compressed_mean(
     Raises:
       ValueError: an axis that is not bound; gradients that `jax.grad` has already summed (see
         `vary`).
-      TypeError: a seed that is no integer; parameters or gradients that are not real floating
-        point.
+      TypeError: `compressor` no `Compressor`, a seed that is no integer; parameters or gradients
+        that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -73,6 +73,7 @@ def compressed_mean(
       >>> jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="replica")(grads)[0]
       Array([ 2., -1.], dtype=float32)
     """
+    check_compressor(compressor)
     _hyperparams.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
 
@@ -135,8 +136,8 @@ def error_feedback(
       ValueError: `error_decay` outside (0, 1]; at init, a compressor whose errors would grow or an
         axis that is not bound; at update, gradients that do not match or that `jax.grad` has
         already summed (see `vary`).
-      TypeError: a seed that is no integer; parameters or gradients that are not real floating
-        point.
+      TypeError: `compressor` no `Compressor`, a seed that is no integer; parameters or gradients
+        that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -155,6 +156,7 @@ def error_feedback(
       Seide et al., `1-Bit Stochastic Gradient Descent
       <https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html>`_, Interspeech 2014.
     """
+    check_compressor(compressor)
     _hyperparams.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
     if _hyperparams.is_number(error_decay) and not 0.0 < error_decay <= 1.0:

@@ -18,7 +18,7 @@ import optax
 
 from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
-from jaxopt_lab.distributed.compressors import Compressor
+from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
 
 class EControlState(NamedTuple):
@@ -65,8 +65,8 @@ def econtrol(
       ValueError: `feedback` outside [0, 1]; at init, a compressor whose errors would grow or, with
         no `feedback` given, without a contraction constant, or an axis that is not bound; at
         update, gradients that do not match or that `jax.grad` has already summed (see `vary`).
-      TypeError: a seed that is no integer; parameters or gradients that are not real floating
-        point.
+      TypeError: `compressor` no `Compressor`, a seed that is no integer; parameters or gradients
+        that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -84,6 +84,7 @@ def econtrol(
     References:
       Gao, Islamov, Stich, `EControl <https://arxiv.org/abs/2311.05645>`_, ICLR 2024.
     """
+    check_compressor(compressor)
     _hyperparams.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
     if feedback is not None:

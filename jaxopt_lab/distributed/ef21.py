@@ -23,7 +23,7 @@ from jax import lax
 
 from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
-from jaxopt_lab.distributed.compressors import Compressor
+from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
 _INITS = ("zero", "gradient")
 
@@ -81,8 +81,8 @@ def ef21(
         init, a number of weights that is not the number of replicas, a compressor whose errors
         would grow or an axis that is not bound; at update, gradients that do not match or that
         `jax.grad` has already summed (see `vary`).
-      TypeError: a seed that is no integer; parameters or gradients that are not real floating
-        point.
+      TypeError: `compressor` no `Compressor`, a seed that is no integer; parameters or gradients
+        that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -103,6 +103,7 @@ def ef21(
       `Momentum Provably Improves Error Feedback! <https://arxiv.org/abs/2305.15155>`_,
       NeurIPS 2023.
     """
+    check_compressor(compressor)
     _hyperparams.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
     _hyperparams.check_choice(_INITS, init=init)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _hyperparams, _tree
-from jaxopt_lab.distributed import _axes, _flat
+from jaxopt_lab.distributed import _axes, _flat, sync
 
 
 class HierarchicalMeanState(NamedTuple):
@@ -43,7 +43,8 @@ def hierarchical_mean(
       fast_axis: the mapped axis inside a host; the mesh has another axis for the slow level.
 
     Returns:
-      A `GradientTransformationExtraArgs`; call `init` under the mapped axes.
+      A `GradientTransformationExtraArgs`; call `init` under the mapped axes. Its update takes the
+      extra argument `weight` as `sync_gradients` does, and hands the sum of a host's on to `slow`.
 
     Raises:
       ValueError: an axis that is not bound; gradients that `jax.grad` has already summed (see
@@ -73,15 +74,24 @@ def hierarchical_mean(
         return HierarchicalMeanState(slow.init(part_of(params)))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        weight: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, HierarchicalMeanState]:
         state = _tree.check_state(state, HierarchicalMeanState)
         for name, leaf in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, leaf)
         _axes.require_own(updates, fast_axis, "hierarchical_mean")
         replicas = _axes.size(fast_axis)
-        vector = _flat.padded(_flat.ravel(updates), replicas)
-        part = _axes.psum_scatter(vector, fast_axis) / replicas
+        if weight is None:
+            own, divisor = updates, replicas
+        else:  # the host's, of the host's weight
+            own, divisor = sync.weighted(updates, weight, fast_axis), 1
+            extra_args["weight"] = _axes.psum(jnp.asarray(weight, jnp.float32), fast_axis)
+        part = _axes.psum_scatter(_flat.padded(_flat.ravel(own), replicas), fast_axis) / divisor
         part_params = None if params is None else part_of(params)
         mean, slow_state = slow.update(part, state.slow, part_params, **extra_args)
         whole = jnp.reshape(_axes.all_gather(jnp.asarray(mean), fast_axis), -1)

@@ -171,9 +171,8 @@ class Replicas:
             replicas, a `mutable` that changes its shapes, a `weight` with local updates, or an
             exchange in a branch that replicas choose each for itself, such as
             `optax.apply_if_finite` around one.
-          TypeError: `tx` is no transformation.
+          TypeError: `loss` or `weight` is no function, or `tx` no transformation.
         """
-        _hyperparams.check_transformation(tx=tx)
         one = _step.make(loss, tx, self.axis_name, has_aux=has_aux, weight=weight)
 
         def step(state: Any, batch: Any) -> tuple[Any, Any]:
@@ -440,7 +439,7 @@ def device_replicas(axis_name: str = "replica", devices: Sequence[Any] | None = 
     """Returns one replica for each device.
 
     Args:
-      axis_name: the mapped axis, or a tuple of several, which count as one.
+      axis_name: the name of the one axis of replicas, the `axis_name` of the transformations.
       devices: by default all devices of all processes. Only the processes of these devices hold
         replicas, and only they call the functions of a `Replicas`.
 
@@ -448,6 +447,7 @@ def device_replicas(axis_name: str = "replica", devices: Sequence[Any] | None = 
       A `Replicas`.
 
     Raises:
+      ValueError: no device, or one twice.
       TypeError: `axis_name` is no text; a mesh of one axis has one name.
 
     Examples:
@@ -458,6 +458,8 @@ def device_replicas(axis_name: str = "replica", devices: Sequence[Any] | None = 
     """
     _check_axis(axis_name)
     found = np.asarray(jax.devices() if devices is None else list(devices))
+    if not found.size or len(set(found.flat)) < found.size:
+        raise ValueError(f"devices must be different devices, at least one, got {devices}")
     return Replicas(axis_name, Mesh(found, (axis_name,), axis_types=(AxisType.Auto,)), found.size)
 
 
@@ -466,7 +468,7 @@ def simulated_replicas(count: int, axis_name: str = "replica") -> Replicas:
 
     Args:
       count: number of replicas.
-      axis_name: the mapped axis, or a tuple of several, which count as one.
+      axis_name: the name of the one axis of replicas, the `axis_name` of the transformations.
 
     Returns:
       A `Replicas`.

@@ -115,10 +115,10 @@ def weighted(tree: Any, weight: Any, axis_name: _axes.AxisName) -> Any:
     _hyperparams.check_scalar(weight=weight)
     own = jnp.asarray(weight, jnp.float32)
     total = _axes.psum(own, axis_name)
-    share = jnp.where(total > 0, own / jnp.where(total > 0, total, 1), 0)
+    share = own / jnp.where(own == 0, 1, total)
 
     def scaled(x: jax.Array) -> jax.Array:
         wide = x.astype(_tree.compute_dtype(x.dtype))
-        return jnp.where(own > 0, wide * share.astype(wide.dtype), 0).astype(x.dtype)
+        return jnp.where(own == 0, 0, wide * share.astype(wide.dtype)).astype(x.dtype)
 
     return jax.tree.map(scaled, tree)

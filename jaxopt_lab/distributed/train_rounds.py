@@ -83,8 +83,8 @@ def train_rounds(
     Raises:
       ValueError: `sync_every` below 1, an unknown memory kind or one that the devices lack, or an
         exchange of another axis than the replicas'; at step, a state or batches of another shape.
-      TypeError: `inner` is no transformation; `exchange` is no `Exchange`; at step, a state of
-        another transformation.
+      TypeError: `loss` is no function, `inner` no transformation or `exchange` no `Exchange`; at
+        step, a state of another transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

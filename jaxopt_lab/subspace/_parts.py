@@ -54,7 +54,7 @@ class Parts:
         """
         own = [t.leaf for t in self.treatments] if params is None else params
         return [
-            jnp.asarray(g).astype(_wider(jnp.result_type(g), jnp.dtype(x.dtype)))
+            jnp.asarray(g).astype(_wider(jnp.result_type(g), jnp.result_type(x)))
             for g, x in zip(grads, own)
         ]
 

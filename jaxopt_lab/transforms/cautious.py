@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _hyperparams, _treatments, _tree
 
 # The least share of agreeing coordinates that the rest is scaled up by.
 _LEAST_MEAN = 1e-3
@@ -55,7 +55,8 @@ def cautious(
     Raises:
       TypeError: `inner` is no transformation, such as a factory that was not called, or gradients
         that are not real floating point.
-      ValueError: what `inner` raises.
+      ValueError: at init, an `inner` whose updates go down, as those of `optax.adam(1e-3)`, where
+        one parameter shows it; and what `inner` raises.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -87,4 +88,33 @@ def cautious(
         masked, _ = _tree.map_leaves(rule, direction, updates)
         return masked, state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    def init_fn(params: optax.Params) -> optax.OptState:
+        with _treatments.silent():
+            _check_direction(inner)
+        return inner.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_direction(inner: optax.GradientTransformationExtraArgs) -> None:
+    """Refuses an optimizer, whose updates go down: the mask would keep what goes up.
+
+    One parameter is tried. A rule that cannot have it, such as one of matrices or of one tree
+    alone, is not looked at.
+    """
+    with jax.ensure_compile_time_eval():
+        param = jnp.zeros(())
+        try:
+            up, down = (
+                jnp.asarray(inner.update(jnp.asarray(g), inner.init(param), param)[0])
+                for g in (1.0, -1.0)
+            )
+            goes_down = bool((up < 0) & (down > 0))
+        except Exception:
+            return
+    if goes_down:
+        raise ValueError(
+            "cautious masks a direction along the gradient, but the updates of inner go against it,"
+            " as those of a whole optimizer do: give it the bare rule, such as scale_by_lion() in "
+            "place of lion(...), and put optax.scale_by_learning_rate(...) behind it"
+        )

@@ -239,6 +239,22 @@ def test_bad_arguments(make, error, message):
 
 
 @pytest.mark.parametrize(
+    "method",
+    [
+        distributed.compressed_mean,
+        distributed.error_feedback,
+        distributed.ef21,
+        distributed.econtrol,
+    ],
+)
+def test_what_is_no_compressor_is_refused_by_name(method):
+    with pytest.raises(TypeError, match=r"compressor must be .* got 'replica'"):
+        method("replica", TOP)
+    with pytest.raises(TypeError, match=r"got top_k: call it first, as in top_k\(...\)"):
+        method(distributed.top_k, AXIS)
+
+
+@pytest.mark.parametrize(
     ("tx", "message"),
     [
         (distributed.ef21(TOP, AXIS, weights=[1, 2, 3]), "each of the 2 replicas, got 3"),

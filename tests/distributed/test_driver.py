@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxopt_lab import distributed
 from jaxopt_lab.distributed import device_replicas, simulated_replicas, sync_gradients
@@ -99,6 +100,27 @@ def test_an_exchange_in_a_branch_that_replicas_choose_for_themselves_is_refused(
         optax.sgd(0.1), 2, should_skip_update_fn=skip
     ).gradient_transformation()
     refused(by_value, "counter 'mini_step', which all replicas share")
+
+
+@pytest.mark.parametrize(
+    "search", [optax.scale_by_zoom_linesearch(5), optax.scale_by_backtracking_linesearch(5)]
+)
+def test_a_line_search_behind_an_exchange_is_refused_by_name(search):
+    replicas, tx = simulated_replicas(N), sync(optax.chain(optax.sgd(0.1), search))
+    state = replicas.init(tx, jnp.ones(4))
+    with pytest.raises(ValueError, match=r"a line search of optax .* inside diloco"):
+        replicas.train_step(loss, tx)(state, DATA)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int4", "uint8", "float8_e4m3fn", "bfloat16", "complex64"]
+)
+def test_leaves_of_every_dtype_are_compared(dtype):
+    replicas = simulated_replicas(2)
+    values = jnp.array([[0, 1], [0, 1]]).astype(dtype)
+    replicas.check_equal(values)
+    with pytest.raises(ValueError, match="differs between replica 0 and replica 1"):
+        replicas.check_equal(values.at[1, 1].set(values[0, 0]))
 
 
 @each_kind
@@ -209,6 +231,22 @@ def test_local_rules_are_given_their_own_loss(kind):
     np.testing.assert_allclose(found[:, 1], losses, rtol=1e-6)
     own = jax.vmap(jax.grad(loss), (None, 0))(jnp.ones(4), DATA)
     np.testing.assert_allclose(found[:, 2], own[:, 0], rtol=1e-5)
+
+
+def test_batch_statistics_of_an_nnx_module_are_handed_on():
+    graph, params, rest = nnx.split(
+        nnx.BatchNorm(4, momentum=0.5, rngs=nnx.Rngs(0)), nnx.Param, ...
+    )
+
+    def with_statistics(params, rest, batch):
+        norm = nnx.merge(graph, params, rest)
+        return jnp.mean(norm(batch) ** 3), nnx.split(norm, nnx.Param, ...)[2]
+
+    replicas, tx = simulated_replicas(N), sync(optax.sgd(0.1))
+    state, step = replicas.init(tx, params, rest), replicas.train_step(with_statistics, tx)
+    for _ in range(2):
+        state, _ = step(state, DATA)
+    np.testing.assert_allclose(state.mutable["mean"][...], 0.75 * DATA.mean(axis=1), rtol=1e-5)
 
 
 def test_means_that_nobody_asks_for_are_not_sent():
@@ -327,6 +365,17 @@ def test_a_replica_without_tokens_takes_no_part():
     assert np.all(np.isnan(mapped(gradients, jnp.array([3, 1]))))
 
 
+def test_a_weight_that_is_not_finite_is_not_swallowed():
+    tx = sync_gradients(AXIS)
+
+    def mean(g, weight):
+        return tx.update(g, optax.EmptyState(), weight=weight)[0]
+
+    for bad in (np.nan, np.inf):
+        found = jax.vmap(mean, axis_name=AXIS)(jnp.ones(2), jnp.array([bad, 1.0]))
+        assert np.all(np.isnan(found))
+
+
 def test_weights_that_cannot_be_used_are_refused():
     tx = sync_gradients(AXIS, "sum")
     with pytest.raises(ValueError, match='weight is that of a mean, but op is "sum"'):
@@ -360,8 +409,15 @@ def test_bad_arguments():
         device_replicas(("a", "b"))  # pyright: ignore
     with pytest.raises(TypeError, match="axis_name must be text"):
         simulated_replicas(2, None)  # pyright: ignore
+    for devices in ([], [jax.devices()[0]] * 2):
+        with pytest.raises(ValueError, match="devices must be different devices, at least one"):
+            device_replicas(devices=devices)
     replicas = simulated_replicas(2)
     with pytest.raises(TypeError, match="tx must be an optax"):
         replicas.init(optax.adam, jnp.ones(3))  # pyright: ignore
     with pytest.raises(TypeError, match="tx must be an optax"):
         replicas.train_step(loss, optax.adam)  # pyright: ignore
+    with pytest.raises(TypeError, match="loss must be a function, got GradientTransformation"):
+        replicas.train_step(optax.adam(0.1), loss)  # pyright: ignore
+    with pytest.raises(TypeError, match="weight must be a function, got float"):
+        replicas.train_step(loss, sync(optax.adam(0.1)), weight=0.5)  # pyright: ignore

@@ -111,3 +111,29 @@ def test_narrow_gradients_of_wide_weights_have_wide_updates():
 def test_a_factory_that_was_not_called_is_refused():
     with pytest.raises(TypeError, match=r"inner must be .*call it first, as in scale_by_lion\("):
         jaxopt_lab.cautious(jaxopt_lab.scale_by_lion)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.sgd(0.1),
+        optax.adamw(1e-3),
+        jaxopt_lab.lion(1e-4),
+        jaxopt_lab.muon(0.02),
+        optax.inject_hyperparams(optax.adam)(learning_rate=1e-3),
+    ],
+)
+def test_a_whole_optimizer_is_refused(inner):
+    tx = jaxopt_lab.cautious(inner)
+    params = {"kernel": jnp.ones((2, 3))}
+    for init in (tx.init, jax.jit(tx.init), lambda p: jax.eval_shape(tx.init, p)):
+        with pytest.raises(ValueError, match="give it the bare rule"):
+            init(params)
+
+
+@pytest.mark.parametrize(
+    "rule", [jaxopt_lab.scale_by_muon(), optax.add_noise(9.0, 0.5, 0), optax.identity()]
+)
+def test_a_rule_that_goes_along_the_gradient_is_not_refused(rule):
+    tx, params = jaxopt_lab.cautious(rule), {"kernel": jnp.ones((2, 3))}
+    assert jax.tree.structure(jax.jit(tx.init)(params)) == jax.tree.structure(rule.init(params))
