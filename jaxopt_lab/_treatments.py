@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -161,7 +162,9 @@ def report_choices(rule: str, choices: Sequence[_matrices.Choice], matrix: str, 
 def tell_of_unknown(rule: str, choices: Sequence[_matrices.Choice], other: str) -> None:
     """Warns once of kernels that are treated as `other` because their axes are unknown."""
     unknown = [
-        c.name for c in choices if c.role and c.role.kind == "unknown" and c.role.has_kernel_name
+        c.name
+        for c in choices
+        if c.role and c.role.kind == "unknown" and c.role.has_kernel_name and math.prod(c.shape)
     ]
     key = (rule, *unknown)
     if not unknown or _collected.get() is not None or key in _told:

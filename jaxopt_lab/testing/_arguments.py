@@ -75,8 +75,10 @@ def _tree_valued(name: str) -> _Module | None:
     """A tree for an argument that takes one, or a function that makes one."""
     if name.endswith("dimension_numbers"):
         return _Module(optax.contrib.MuonDimensionNumbers(0, 1), None)
-    if "mask" in name or name == "always_full":
+    if "mask" in name:
         return _Module(True, False)
+    if name == "always_full":
+        return _Module(False, True)  # some projections can split nothing but a matrix
     return None
 
 
