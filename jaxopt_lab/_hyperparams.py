@@ -199,7 +199,7 @@ def check_seed(seed: Any) -> None:
     Raises:
       TypeError: the message has its type.
     """
-    if not isinstance(seed, (int, np.integer)):
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
 
 

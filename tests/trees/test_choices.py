@@ -214,6 +214,12 @@ def test_patterns_decide_for_what_they_match(make, treated):
         jaxopt_lab.treatments(make(dimension_numbers={"(": None}), params)
 
 
+def test_a_tuple_of_numbers_is_a_tree_for_parameters_in_a_tuple():
+    params = (jnp.ones((4, 8)), jnp.ones((8, 8)))
+    tx = jaxopt_lab.muon(0.1, dimension_numbers=(Dims(1, 0), None))
+    assert kinds(tx, params) == {"0": "muon", "1": "adam"}
+
+
 def test_patterns_know_nothing_of_boxes():
     params = nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Param)
     frugal = jaxopt_lab.frugal_adamw(1e-3, 0.5, always_full=["bias$"])
