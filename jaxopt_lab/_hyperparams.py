@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
@@ -199,7 +199,7 @@ def check_seed(seed: Any) -> None:
     Raises:
       TypeError: the message has its type.
     """
-    if not isinstance(seed, (int, np.integer)):
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
 
 
@@ -404,6 +404,23 @@ def in_full_precision(inner: optax.GradientTransformation) -> optax.GradientTran
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
+def check_links(state: Any, links: Sequence[str], method: str) -> None:
+    """Refuses what is not a tuple with a state for each of `links`, as that of a chain is.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    if isinstance(state, tuple) and len(state) == len(links):
+        return
+    found = type(state).__name__
+    found += f" of length {len(state)}" if isinstance(state, tuple) else ""
+    *first, last = (f"the {link}'s" for link in links)
+    raise TypeError(
+        f"{method} expected a state of type tuple, of {', '.join(first)} and {last} State, "
+        f"got {found}: was it made by another transformation's init?"
+    )
+
+
 def ready_made(
     rule: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -444,13 +461,7 @@ def ready_made(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, tuple[optax.OptState, ...]]:
-        if not isinstance(state, tuple) or len(state) != len(links):
-            found = type(state).__name__
-            found += f" of length {len(state)}" if isinstance(state, tuple) else ""
-            raise TypeError(
-                f"{method} expected a state of type tuple, of the rule's, the decay's and the "
-                f"rate's State, got {found}: was it made by another transformation's init?"
-            )
+        check_links(state, ("rule", "decay", "rate"), method)
         new = list(state)
         for index in order:
             extra = extra_args if index == 0 else {}

@@ -34,7 +34,9 @@ class Layouts:
                 self.under[p[:depth]].append(i)
                 self.children[p[:depth]].add(p[depth])
         self.vectors = [
-            _names.is_vector(p) or (_names.may_be_bias(p) and (len(s) < 2 or self._has_mate(p)))
+            _names.is_vector(p)
+            or (_names.may_be_bias(p) and (len(s) < 2 or self._has_mate(p)))
+            or self._ends_a_pair(p)
             for p, s in zip(parts, shapes)
         ]
         self.biases = self._biases()
@@ -168,6 +170,12 @@ class Layouts:
         parts = self.parts[i]
         return bool(parts) and (_names.words(parts[-1])[0] == "weight") != (i in self.transposed)
 
+    def is_thin(self, i: int, stack: Axes = ()) -> bool:
+        """Whether a leaf that is not called a kernel has one axis, but for those of length 1."""
+        sizes = without(self.shapes[i], stack)
+        long = sum(size != 1 for size in sizes)
+        return len(sizes) > 2 and long < 2 and not _names.is_plain(self.parts[i])
+
     def _transposed(self) -> frozenset[int]:
         """Returns the kernels whose order is the other one than their name says.
 
@@ -198,7 +206,18 @@ class Layouts:
         return parts[:-1] if _names.is_plain(parts) or self.vectors[i] else parts
 
     def _has_mate(self, parts: Parts) -> bool:
-        return any((*parts[:-1], mate) in self.index for mate in _names.mates(parts[-1]))
+        return any(self._is_leaf(parts, mate) for mate in _names.mates(parts[-1]))
+
+    def _ends_a_pair(self, parts: Parts) -> bool:
+        """Whether a leaf is the bias of a pair (kernel, bias) without names, stacked or not."""
+        if parts[-1:] != ("1",) or self.children[parts[:-1]] != {"0", "1"}:
+            return False
+        kernel = self.shapes[self.index[*parts[:-1], "0"]] if self._is_leaf(parts, "0") else ()
+        bias = self.shapes[self.index[parts]]
+        return any(without(kernel, (axis,)) == bias for axis in range(len(kernel) - 1))
+
+    def _is_leaf(self, parts: Parts, mate: str) -> bool:
+        return (*parts[:-1], mate) in self.index
 
     def _biases(self) -> dict[int, int]:
         """Returns the bias of each kernel that has one; a "kernel" of its shape is a scale."""

@@ -214,7 +214,17 @@ def _are_patterns(given: Mapping[Any, Any]) -> bool:
 
 
 def _is_specification(x: Any) -> bool:
-    return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+    """Whether this is meant for one leaf; plain tuples of axes too, so as to be refused by name."""
+    return x is None or _is_given(x) or _are_axes(x)
+
+
+def _is_given(x: Any) -> bool:
+    return isinstance(x, optax.contrib.MuonDimensionNumbers)
+
+
+def _are_axes(x: Any) -> bool:
+    leaves = jax.tree.leaves(x, is_leaf=_is_given) if isinstance(x, (tuple, list)) else []
+    return any(isinstance(leaf, (int, np.integer)) for leaf in leaves)
 
 
 def _shown(axes: MatrixAxes, shape: tuple[int, ...]) -> str:

@@ -26,7 +26,7 @@ _VECTOR = _set(
 # The biases of raw dictionaries: b, b1, b_in, b_ih, bq, bo.
 _RAW_BIAS = re.compile(r"b\d*|b_(\d+|(?!proj|emb)[a-z]{1,5})|b[qkvo]|b(ih|hh)|g")
 _NORM = _set("ln bn gn rms layernorm batchnorm groupnorm rmsnorm")
-_EMBED = _set("emb embs wte wpe vocab vocabulary")
+_EMBED = _set("emb embs wte wpe vocab vocabulary codebook codebooks table")
 # An embedding followed by one of these is a layer that is applied to it.
 _APPLIED = _set("proj projection dense linear mlp mapping fc out conv norm")
 _LAYER = _set(
@@ -108,6 +108,8 @@ def mates(leaf: str) -> tuple[str, ...]:
     """Returns what the kernel beside a bias may be called."""
     if leaf.startswith("bias"):
         return "kernel" + leaf[4:], "weight" + leaf[4:], "w" + leaf[4:]
+    if leaf == "1":  # of a pair without names
+        return ("0",)
     return ("w" + leaf[1:], "weight", "kernel") if leaf.startswith("b") else ()
 
 
@@ -175,7 +177,8 @@ def is_head(parts: Parts, siblings: Iterable[str] = (), stacked: bool = False) -
 def in_layer(parts: Parts) -> bool:
     """Whether a layer is inside of a block of layers, and so a hidden one."""
     above = [part for part in _modules(parts) if not part.isdigit()][:-1]
-    return any(_any(part, _LAYER) for part in above)
+    # The `final_layer` of a model is not one of its layers.
+    return any(_any(part, _LAYER) and part.lower() not in _WEAK_HEAD for part in above)
 
 
 def expert(parts: Parts) -> Parts | None:

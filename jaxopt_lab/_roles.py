@@ -114,6 +114,8 @@ class _Tree(Stacks):
         window = _names.is_plain(parts) and len(shape) - len(stack or ()) > 3
         if _names.is_table(parts) or _names.is_input(parts, window):
             return self._end_of_a_model(i, stack)
+        if self.is_thin(i, stack or ()):
+            return Role("vector", None, "one axis longer than 1")
         axes, reason = self.axes(i, stack)
         named = _names.is_kernel(parts)
         if axes is None:

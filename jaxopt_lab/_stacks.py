@@ -185,5 +185,5 @@ class Stacks(Layouts):
         """Layers that are dense ones by their names, with one axis of inputs and one of outputs."""
         for i, parts in enumerate(self.parts):
             plain = _names.is_mlp(parts) and not self.vectors[i] and _names.expert(parts) is None
-            if plain and len(self.shapes[i]) in (2, 3):
+            if plain and len(self.shapes[i]) in (2, 3) and not self.is_thin(i):
                 yield _Evidence(i, len(self.shapes[i]) - 2, None)

@@ -311,18 +311,24 @@ def mask_leaves(mask: Mask, params: PyTree) -> list[bool]:
     """
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
-    return _booleans(broadcast_prefix(mask(params) if is_function(mask) else mask, params, "mask"))
+    return flags(mask, params, "mask")
 
 
-def _booleans(found: list[Any]) -> list[bool]:
-    """Refuses what is no boolean: every text is true, `"no decay"` too."""
+def flags(tree: Mask, params: PyTree, what: str) -> list[bool]:
+    """Returns for each leaf of `params` the boolean that stands above it in `tree`.
+
+    Raises:
+      ValueError: see `broadcast_prefix`.
+      TypeError: no boolean, for every text is true, `"no decay"` too.
+    """
+    found = broadcast_prefix(tree(params) if is_function(tree) else tree, params, what)
     for value in found:
         is_array = isinstance(value, (np.ndarray, jax.Array)) and not _is_traced(value)
         if not isinstance(value, (bool, np.bool_)) and not (
             is_array and value.dtype == np.bool_ and value.shape == ()
         ):
             raise TypeError(
-                f"mask must have leaves that are True or False, got {value!r} "
+                f"{what} must have leaves that are True or False, got {value!r} "
                 f"({type(value).__name__})"
             )
     return [bool(value) for value in found]

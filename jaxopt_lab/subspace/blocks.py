@@ -230,7 +230,12 @@ def _members(leaves: Sequence[Leaf], group: Group) -> list[list[int]]:
     if group == "layer":
         names = layers_of(names, [leaf.shape for leaf in leaves])
     elif group is not None:
-        names = [group(name) for name in names]
+        given, names = names, [group(name) for name in names]
+        for name, block in zip(given, names):
+            if not isinstance(block, str):
+                raise TypeError(
+                    f"group must return the name of a block, a text, got {block!r} for '{name}'"
+                )
     found: dict[str, list[int]] = {}
     for index, _ in enumerate(leaves):
         found.setdefault(names[index], []).append(index)

@@ -123,7 +123,17 @@ def galore_adamw(
         seed=seed,
     )
     last = _step_and_decay(learning_rate, weight_decay, mask)
-    return _hyperparams.in_full_precision(optax.chain(split, last))
+    chain = optax.chain(split, last)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        _hyperparams.check_links(state, ("splitting", "step"), "galore_adamw")
+        return chain.update(updates, state, params, **extra_args)
+
+    return _hyperparams.in_full_precision(
+        optax.GradientTransformationExtraArgs(chain.init, update_fn)
+    )
 
 
 def _step_and_decay(

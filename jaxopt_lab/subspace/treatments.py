@@ -245,11 +245,7 @@ def _always_full(
         return _by_patterns([always_full], names)
     if isinstance(always_full, (list, tuple)) and all(isinstance(p, str) for p in always_full):
         return _by_patterns(always_full, names)
-    flags = _tree.broadcast_prefix(
-        always_full(params) if _tree.is_function(always_full) else always_full,
-        params,
-        "always_full",
-    )
+    flags = _tree.flags(always_full, params, "always_full")
     return ["by request" if flag else None for flag in flags]
 
 
@@ -262,10 +258,14 @@ def _by_default(choice: _matrices.Choice) -> str | None:
 def _by_patterns(patterns: Patterns, names: Sequence[str]) -> list[str | None]:
     reasons: list[str | None] = [None] * len(names)
     for pattern in patterns:
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"always_full: {pattern!r} is no pattern: {error}") from None
         matched = [
             index
             for index, name in enumerate(names)
-            if any(re.search(pattern, spelled) for spelled in _matrices.spellings(name))
+            if any(map(regex.search, _matrices.spellings(name)))
         ]
         # A tree without leaves is what optax.tree.map_params asks with.
         if names and not matched:

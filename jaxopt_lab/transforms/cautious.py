@@ -46,7 +46,8 @@ def cautious(
       )
 
     Args:
-      inner: a bare rule (`scale_by_...`), whose updates point along the gradient and not down it.
+      inner: a bare rule (`scale_by_...`), whose updates point along the gradient and not down it;
+        of a ready-made optimizer, which descends, the mask would leave next to nothing.
 
     Returns:
       A `GradientTransformationExtraArgs` with the state of `inner`; its update needs `params` if

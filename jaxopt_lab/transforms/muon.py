@@ -366,6 +366,11 @@ def muon(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         state = _tree.check_state(state, optax.transforms.PartitionState)
+        if set(state.inner_states) != {"muon", "adam"}:
+            raise ValueError(
+                "the state was made by another transformation: it has parts for "
+                f"{', '.join(map(str, state.inner_states))}, expected muon and adam"
+            )
         # Each leaf has its first moment in one of the two; the other holds a MaskedNode.
         moments = [state.inner_states[label].inner_state[0].mu for label in ("muon", "adam")]
         is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
@@ -373,6 +378,20 @@ def muon(
             lambda m, a: a if is_masked(m) else m, *moments, is_leaf=is_masked
         )
         _tree.check_updates(updates, all_moments)
+        theirs = jax.tree.leaves(
+            jax.tree.map(
+                lambda m, a: m if is_masked(m) and is_masked(a) else is_masked(m),
+                *moments,
+                is_leaf=is_masked,
+            )
+        )
+        for choice, is_adams in zip(decided(updates), theirs):
+            if is_adams != (choice.axes is None):
+                rule = "Adam" if is_adams else "Muon"
+                raise ValueError(
+                    f"the state was made by another transformation: '{choice.name}' is left to "
+                    f"{rule} there: were dimension_numbers changed?"
+                )
         return for_tree(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -127,6 +127,26 @@ def test_projections_and_ready_made_rules(make, message):
             ValueError,
             r"dimension_numbers of 'layer/bias' name the axes \(1,\)",
         ),
+        (
+            {"dimension_numbers": {"layer": {"kernel": (0, 1), "bias": None}}},
+            PARAMS,
+            ValueError,
+            r"of 'layer/kernel' must be optax.contrib.MuonDimensionNumbers or None, got \(0, 1\)",
+        ),
+        (
+            {"always_full": {"layer": {"kernel": "no", "bias": "yes"}}},
+            PARAMS,
+            TypeError,
+            "always_full must have leaves that are True or False, got 'yes'",
+        ),
+        ({"always_full": 3}, PARAMS, TypeError, "always_full must have leaves .*got 3"),
+        ({"always_full": ["(bias"]}, PARAMS, ValueError, r"always_full: '\(bias' is no pattern"),
+        (
+            {"projection": subspace.blocks(group=len), "always_full": ()},
+            PARAMS,
+            TypeError,
+            "group must return the name of a block, a text, got 10 for 'layer/bias'",
+        ),
         ({"free": optax.trace(0.9)}, PARAMS, ValueError, "free must have no state"),
         (
             {"density": lambda size: size + 1},

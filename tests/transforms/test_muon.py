@@ -117,3 +117,19 @@ def test_many_equal_matrices_are_iterated_in_several_batches_and_not_mixed():
     for index in (0, 31, 32, 69):
         alone, _ = tx.update(grads[index], tx.init(grads[index]))
         np.testing.assert_allclose(together[index], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_made_with_other_dimension_numbers_is_refused():
+    params = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+    numbers = optax.contrib.MuonDimensionNumbers(0, 1)
+    plain = jaxopt_lab.muon(0.1)
+    other = jaxopt_lab.muon(0.1, dimension_numbers={"up": None, "down": numbers})
+    for made, used, rule in ((plain, other, "Muon"), (other, plain, "Adam")):
+        with pytest.raises(ValueError, match=f"another transformation: 'up' is left to {rule} the"):
+            used.update(params, made.init(params), params)
+    for rule in (plain, other):  # also where a wrapper hides a part of the tree
+        masked = optax.masked(rule, {"up": True, "down": True, "bias": False})
+        masked.update(params, masked.init(params), params)
+    parts = optax.partition({"a": optax.adam(0.1)}, dict.fromkeys(params, "a"))
+    with pytest.raises(ValueError, match="it has parts for a, expected muon and adam"):
+        plain.update(params, parts.init(params), params)

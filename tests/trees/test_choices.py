@@ -66,6 +66,10 @@ def muon_of(tree: dict[str, tuple[int, ...]]) -> dict[str, str]:
         "score/weight",
         "output_projection/kernel",
         "output/w",
+        "final_layer/linear/kernel",
+        "output_layer/dense/kernel",
+        "quantizer/codebook",
+        "vocab_table",
         "embed_out/weight",
         "unembed",
         "fc/weight",
@@ -99,6 +103,7 @@ def test_ends_of_models_are_left_to_adam(path):
         "cls/predictions/transform/dense/kernel",
         "decoder/layers_0/head_mixer/kernel",
         "mlp/out/kernel",
+        "layer_0/linear/kernel",
         "blocks/0/fc/kernel",
         "fc1/kernel",
         "encoder/value_proj/kernel",
@@ -114,6 +119,24 @@ def test_hidden_layers_are_not_lost_by_a_loose_word(path):
 def test_vectors_are_no_matrices_however_stacked(leaf, shape):
     tree = {f"block/dense/{leaf}": shape, "block/dense/kernel": (2, 5, 8), "block/dense/w": (8, 8)}
     assert muon_of(tree)[f"block/dense/{leaf}"] == "adam"
+
+
+@pytest.mark.parametrize("stack", [(), (5,), (2, 5)], ids=str)
+@pytest.mark.parametrize(("kernel", "bias"), [((8, 16), (16,)), ((8, 4, 3), (4, 3))], ids=str)
+def test_the_second_of_a_pair_without_names_is_a_bias(stack, kernel, bias):
+    """Parameters as lists of (weights, biases), alone and as an ensemble that vmap has made."""
+    shapes = {"0/0": (*stack, *kernel), "0/1": (*stack, *bias)}
+    shapes |= {"1/0": (*stack, 16, 4), "1/1": (*stack, 4)}
+    expected = {path: "adam" if path.endswith("/1") else "muon" for path in shapes}
+    assert muon_of(shapes) == expected
+    # Two matrices in a list are no such pair.
+    assert muon_of({"0/0": (8, 16), "0/1": (16, 8)}) == {"0/0": "muon", "0/1": "muon"}
+
+
+def test_one_long_axis_makes_no_matrix():
+    shapes = {"att/time_mix_k": (1, 1, 64), "att/key/weight": (64, 64), "gate": (1, 64, 1)}
+    found = muon_of(shapes)
+    assert found == {"att/time_mix_k": "adam", "att/key/weight": "muon", "gate": "adam"}
 
 
 def test_two_readings_of_one_shape_are_none():
@@ -189,6 +212,12 @@ def test_patterns_decide_for_what_they_match(make, treated):
         jaxopt_lab.treatments(wrong, params)
     with pytest.raises(ValueError, match=r"'\(' is no pattern"):
         jaxopt_lab.treatments(make(dimension_numbers={"(": None}), params)
+
+
+def test_a_tuple_of_numbers_is_a_tree_for_parameters_in_a_tuple():
+    params = (jnp.ones((4, 8)), jnp.ones((8, 8)))
+    tx = jaxopt_lab.muon(0.1, dimension_numbers=(Dims(1, 0), None))
+    assert kinds(tx, params) == {"0": "muon", "1": "adam"}
 
 
 def test_patterns_know_nothing_of_boxes():
