@@ -87,6 +87,8 @@ def all_runs() -> tuple[Run, ...]:
         hyperparams = {"learning_rate": 0.1, **hyperparams}
         program = functools.partial(oracle.trajectory, **hyperparams)
         oracle = leaf_by_leaf(program)
+        if rule in ("adamp", "sgdp"):
+            hyperparams["dimension_numbers"] = _last_axis_is_output
         runs.append(Run(rule, label, hyperparams, oracle, streams or _regimes(), 5e-6))
 
     add("lion", "default", lion)
@@ -122,6 +124,17 @@ def all_runs() -> tuple[Run, ...]:
         add("sgdp", f"{label}_orthogonal", sgdp, _orthogonal(sgdp, settings), **settings)
     runs += _muon_runs()
     return tuple(runs)
+
+
+def _last_axis_is_output(params: Any) -> Any:
+    """The axes that the programs take, of leaves whose names say nothing of theirs."""
+
+    def numbers(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if x.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), -1)
+
+    return jax.tree.map(numbers, params)
 
 
 def _regimes() -> dict[str, tuple[np.ndarray, list[np.ndarray]]]:

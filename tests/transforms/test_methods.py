@@ -142,7 +142,7 @@ def test_muon_leaves_embeddings_the_head_and_vectors_to_adam():
     params = {
         "embed": {"embedding": jnp.ones((9, 4))},
         "block": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "conv": jnp.ones((3, 3, 4, 5))},
-        "attention": {"query": jnp.ones((4, 2, 2))},
+        "attention": {"query": jnp.ones((6, 2, 3))},
         "lm_head": {"kernel": jnp.ones((4, 9))},
     }
     numbers = jaxopt_lab.muon_dimension_numbers(params)
