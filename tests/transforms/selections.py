@@ -95,6 +95,9 @@ def _recorded_blocks(stored: Stored, subspace: Any) -> Any:
         def _size(self, leaf: Any, density: Any) -> tuple[int, int]:
             return 1, 2
 
+        def _describe(self, leaf: Any) -> str:
+            return "all or nothing, as recorded"
+
         def _first(self, leaf: Any) -> jax.Array:
             return jnp.zeros((), bool)
 
