@@ -371,28 +371,25 @@ def mask_of(weight_decay: optax.ScalarOrSchedule, mask: _tree.Mask) -> _tree.Mas
     return nothing
 
 
-def in_full_precision(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def in_full_precision(
+    inner: optax.GradientTransformation, *, lifts_gradients: bool = True
+) -> optax.GradientTransformation:
     """Runs `inner` on gradients of at least float32 and rounds its updates once, at the end.
 
     Between the links of a chain nothing is rounded, so that a decay of 1e-4 beside a sign of 1 and
     a learning rate of 1e-6 keep their digits. The updates have the wider of the gradient's dtype
     and the parameter's: float32 weights lose nothing to bfloat16 gradients, and a tree that is
     bfloat16 throughout has bfloat16 updates. Without parameters, what the first state holds as
-    `mu` knows their dtypes. Extra arguments are handed to whoever takes them.
+    `mu` knows their dtypes. Extra arguments are handed to whoever takes them. Without
+    `lifts_gradients` the first link of `inner` is given the gradients as they are.
     """
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        def lift(g: Any) -> Any:
-            dtype = getattr(g, "dtype", None)
-            # What is no real floating point is refused by the rule, by name.
-            if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-                return g
-            return jnp.asarray(g).astype(_tree.compute_dtype(dtype))
-
-        new, new_state = inner.update(jax.tree.map(lift, updates), state, params, **extra_args)
+        seen = jax.tree.map(_lifted, updates) if lifts_gradients else updates
+        new, new_state = inner.update(seen, state, params, **extra_args)
         like = params
         if like is None:
             first = state[0] if isinstance(state, tuple) and state else None
@@ -402,6 +399,14 @@ def in_full_precision(inner: optax.GradientTransformation) -> optax.GradientTran
         return jax.tree.map(lambda u: u.astype(next(wanted)), new), new_state
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _lifted(g: Any) -> Any:
+    dtype = getattr(g, "dtype", None)
+    # What is no real floating point is refused by the rule, by name.
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return g
+    return jnp.asarray(g).astype(_tree.compute_dtype(dtype))
 
 
 def check_links(state: Any, links: Sequence[str], method: str) -> None:
@@ -430,6 +435,7 @@ def ready_made(
     method: str,
     decays: Literal["direction", "gradient", "weights"] = "direction",
     prefix: str = "",
+    lifts_gradients: bool = True,
 ) -> optax.GradientTransformation:
     """A rule, weight decay and the learning rate, with nothing rounded in between.
 
@@ -445,6 +451,8 @@ def ready_made(
         (decoupled); the gradient, before the rule (coupled); or, whatever the learning rate, the
         weights themselves.
       prefix: of the arguments' names in messages.
+      lifts_gradients: whether the rule is given gradients in at least float32; else only its
+        direction is lifted, for a rule beside whose memory a copy of the gradients is too much.
     """
     # After the learning rate the updates descend already, so the decay is subtracted.
     sign = -1.0 if decays == "weights" else 1.0
@@ -466,9 +474,12 @@ def ready_made(
         for index in order:
             extra = extra_args if index == 0 else {}
             updates, new[index] = links[index].update(updates, state[index], params, **extra)
+            updates = jax.tree.map(_lifted, updates)
         return updates, tuple(new)
 
-    return in_full_precision(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+    return in_full_precision(
+        optax.GradientTransformationExtraArgs(init_fn, update_fn), lifts_gradients=lifts_gradients
+    )
 
 
 def _check_width(name: str, value: Any) -> None:

@@ -307,7 +307,9 @@ def one_bit_adam(
         bias_correction=bias_correction,
         momentum_mask=momentum_mask,
     )
-    chain = _hyperparams.ready_made(rule, learning_rate, weight_decay, mask, method="one_bit_adam")
+    chain = _hyperparams.ready_made(
+        rule, learning_rate, weight_decay, mask, method="one_bit_adam", lifts_gradients=False
+    )
     return optax.with_extra_args_support(chain)
 
 
