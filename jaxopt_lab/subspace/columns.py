@@ -116,7 +116,7 @@ class Columns(projections.LeafProjection):
 
     def _inverse(self, leaf: Leaf, indices: jax.Array) -> jax.Array:
         # A scatter would be a loop over what is selected, on a CPU.
-        equal = indices[:, None] == jnp.arange(leaf.size, dtype=jnp.int32)
+        equal = indices[:, None] == jnp.arange(leaf.size, dtype=jnp.int32)[None]
         return jnp.max(jnp.where(equal, jnp.arange(leaf.kept, dtype=jnp.int32)[:, None], -1), 0)
 
     def carry(

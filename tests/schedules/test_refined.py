@@ -112,7 +112,12 @@ def test_norms_are_wide(kind):
 
 @pytest.mark.slow
 def test_contract():
-    testing.check_transform(schedules.record_norms, kind="l2", length=2)
+    # Gradients go through as they are.
+    exceptions = dict.fromkeys(
+        ("bfloat16_gradients_float32_weights", "float16_gradients_float32_weights"),
+        "gradients go through in their own dtype",
+    )
+    testing.check_transform(schedules.record_norms, exceptions=exceptions, kind="l2", length=2)
 
 
 def test_flat_norms_give_linear_decay():

@@ -44,7 +44,12 @@ RULES = [
     Rule(jaxopt_lab.dct_adamw, {**_DECAY, "rank": 2, "update_gap": 2}),
     Rule(jaxopt_lab.diffgrad, _DECAY),
     Rule(jaxopt_lab.exadam, _DECAY),
-    Rule(jaxopt_lab.frugal_adamw, {**_DECAY, "density": 0.25, "update_gap": 2}),
+    Rule(
+        jaxopt_lab.frugal_adamw,
+        {**_DECAY, "density": 0.25, "update_gap": 2},
+        # Two rows of eight are kept, which Flax would split over four devices.
+        not_promised={"linen_partitioned_sharded": "should evenly divide the shape"},
+    ),
     Rule(
         jaxopt_lab.frugal_adamw,
         {
