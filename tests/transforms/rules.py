@@ -61,7 +61,10 @@ RULES = [
             "stagger": 2,
         },
         "randomized",
-        {"float32_gradient_1e+19": "a projection sums over a side before it squares"},
+        {
+            "float32_gradient_1e+19": "a projection sums over a side before it squares",
+            "linen_partitioned_sharded": "should evenly divide the shape",
+        },
     ),
     Rule(jaxopt_lab.galore_adamw, {**_DECAY, "rank": 2, "update_gap": 2}),
     Rule(jaxopt_lab.lion, _DECAY),
