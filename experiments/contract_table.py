@@ -135,7 +135,12 @@ def _load_or_start(path: Path, package: str) -> dict[str, Any]:
         "versions": _versions(),
         "date": datetime.date.today().isoformat(),
         "checks": [
-            {"name": check.name, "group": check.group, "promise": check.promise}
+            {
+                "name": check.name,
+                "group": check.group,
+                "promise": check.promise,
+                "level": check.level,
+            }
             for check in contract_checks()
         ],
         "optimizers": {},
@@ -165,7 +170,9 @@ def markdown(table: dict[str, Any]) -> str:
         f"{table['package']}` with {versions}, on CPU with four pretended devices.",
         "",
         "A check that does not apply (no state, no learning rate) counts as neither kept nor "
-        "broken. The messages are in the JSON file beside this one.",
+        "broken. The level is `must` for what optax keeps by and large and wrappers rely on, "
+        "`library` for the further promises of jaxopt_lab. The messages are in the JSON file "
+        "beside this one.",
     ]
     group = None
     for check in table["checks"]:
@@ -173,8 +180,8 @@ def markdown(table: dict[str, Any]) -> str:
             group = check["group"]
             lines += ["", f"## {group.capitalize()}", ""]
             lines += [
-                "| check | promise | kept | broken | broken by |",
-                "| --- | --- | --: | --: | --- |",
+                "| check | promise | level | kept | broken | broken by |",
+                "| --- | --- | --- | --: | --: | --- |",
             ]
         by = collections.defaultdict(list)
         for name, entry in optimizers.items():
@@ -183,18 +190,21 @@ def markdown(table: dict[str, Any]) -> str:
         who = "all" if failed and not by["passed"] else ", ".join(failed)
         promise = check["promise"].replace("|", "\\|")
         lines.append(
-            f"| `{check['name']}` | {promise} | {len(by['passed'])} | {len(failed)} | {who} |"
+            f"| `{check['name']}` | {promise} | {check['level']} | {len(by['passed'])} "
+            f"| {len(failed)} | {who} |"
         )
     lines += ["", "## Per optimizer", ""]
     lines += [
-        "| optimizer | kept | broken | not run | seconds |",
-        "| --- | --: | --: | --: | --: |",
+        "| optimizer | kept | broken | of these must | not run | seconds |",
+        "| --- | --: | --: | --: | --: | --: |",
     ]
+    must = {check["name"] for check in table["checks"] if check["level"] == "must"}
     for name, entry in optimizers.items():
         count = collections.Counter(result["status"] for result in entry["results"].values())
+        failed = {key for key, result in entry["results"].items() if result["status"] == "failed"}
         lines.append(
-            f"| `{name}` | {count['passed']} | {count['failed']} | {count['not run']} "
-            f"| {entry['seconds']:.0f} |"
+            f"| `{name}` | {count['passed']} | {len(failed)} | {len(failed & must)} "
+            f"| {count['not run']} | {entry['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

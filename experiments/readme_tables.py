@@ -50,7 +50,8 @@ WHEN = {
     ),
     "exadam": (
         "[Adly 2024](https://arxiv.org/abs/2412.20302)",
-        "steps about twice Adam's; wants warm-up and a smaller rate",
+        "steps about twice Adam's, growing with time; wants warm-up, a smaller rate and a schedule "
+        "that ends at 0",
     ),
     "diffgrad": (
         "[Dubey et al. 2020](https://arxiv.org/abs/1909.11015)",
@@ -81,6 +82,10 @@ WHEN = {
         "[Pan and Li 2023](https://arxiv.org/abs/2306.00204)",
         "before SGD on transformers: takes the few largest coordinates back",
     ),
+    "cautious": (
+        "[Liang et al. 2024](https://arxiv.org/abs/2411.16085)",
+        "around a bare rule: no step where momentum and gradient disagree in sign",
+    ),
 }
 
 
@@ -96,7 +101,8 @@ def methods() -> str:
         "| --- | --- | --: | --- |",
     ]
     for name, (paper, when) in WHEN.items():
-        tx = getattr(jaxopt_lab, name)(0.1)
+        # A wrapper has the state of what it wraps.
+        tx = getattr(jaxopt_lab, name)(optax.identity() if name == "cautious" else 0.1)
         lines.append(f"| `{name}` | {paper} | {state_bytes_per_parameter(tx):.0f} | {when} |")
     return "\n".join(lines)
 

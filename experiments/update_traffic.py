@@ -102,11 +102,11 @@ def bfloat16_adamw() -> Any:
 
 
 def int8_linear_adamw() -> Any:
-    return _case(_quantized_adamw, codec=quantization.int8())
+    return _case(_quantized_adamw, codec=quantization.int8(code="linear"))
 
 
 def int8_dynamic_adamw() -> Any:
-    return _case(_quantized_adamw, codec=quantization.int8(code="dynamic"))
+    return _case(_quantized_adamw, codec=quantization.int8())
 
 
 def _quantized_adamw(learning_rate: float, codec: quantization.Codec) -> Any:
@@ -114,11 +114,11 @@ def _quantized_adamw(learning_rate: float, codec: quantization.Codec) -> Any:
 
 
 def fused_int8_linear_adamw() -> Any:
-    return _fused_case(quantization.int8())
+    return _fused_case(quantization.int8(code="linear"))
 
 
 def fused_int8_dynamic_adamw() -> Any:
-    return _fused_case(quantization.int8(code="dynamic"))
+    return _fused_case(quantization.int8())
 
 
 def _fused_case(codec: quantization.Codec) -> Any:

@@ -6,8 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxopt_lab._adam import AdamState
+from jaxopt_lab._treatments import LeafTreatment, Treatments, treatments
 from jaxopt_lab.transforms.adabelief import ScaleByAdaBeliefState, adabelief, scale_by_adabelief
 from jaxopt_lab.transforms.adamp import ScaleByAdampState, adamp, scale_by_adamp
+from jaxopt_lab.transforms.cautious import cautious
 from jaxopt_lab.transforms.clip_coordinates import clip_coordinates
 from jaxopt_lab.transforms.diffgrad import ScaleByDiffgradState, diffgrad, scale_by_diffgrad
 from jaxopt_lab.transforms.exadam import ScaleByExadamState, exadam, scale_by_exadam
@@ -21,82 +23,74 @@ from jaxopt_lab.transforms.muon import (
 from jaxopt_lab.transforms.sgdp import ScaleBySgdpState, scale_by_sgdp, sgdp
 
 if TYPE_CHECKING:
+    # From the file, not the folder: where both have one name, mypy takes the file for the function.
     from jaxopt_lab import adapters, diagnostics, distributed, quantization, schedules, subspace
-    from jaxopt_lab.adapters import (
-        LoraConfig,
-        MissConfig,
+    from jaxopt_lab.adapters.adapt import (
         apply_adapters,
-        breadcrumbs_merge,
-        corda,
-        estimate_covariances,
-        estimate_gradients,
-        factored,
         init_adapters,
-        ist,
-        lora_ga,
-        lora_plus,
         merge_adapters,
-        olora,
-        perp_labels,
-        pissa,
-        read_peft_folder,
-        task_arithmetic,
-        ties_merge,
         unmerge_adapters,
-        write_peft_folder,
     )
-    from jaxopt_lab.diagnostics import state_bytes, training_memory
-    from jaxopt_lab.distributed import (
-        co2,
-        compressed_mean,
-        diloco,
-        econtrol,
-        ef21,
-        error_feedback,
-        gossip,
-        hierarchical_mean,
-        local_updates,
-        noloco,
-        one_bit_adam,
-        powersgd,
-        scale_by_one_bit_adam,
-        sync_gradients,
-        wire_bytes,
-    )
-    from jaxopt_lab.quantization import (
+    from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
+    from jaxopt_lab.adapters.corda import corda
+    from jaxopt_lab.adapters.covariances import estimate_covariances
+    from jaxopt_lab.adapters.factored import factored
+    from jaxopt_lab.adapters.gradients import estimate_gradients
+    from jaxopt_lab.adapters.ist import ist
+    from jaxopt_lab.adapters.lora import LoraConfig
+    from jaxopt_lab.adapters.lora_ga import lora_ga
+    from jaxopt_lab.adapters.lora_plus import lora_plus
+    from jaxopt_lab.adapters.miss import MissConfig
+    from jaxopt_lab.adapters.olora import olora
+    from jaxopt_lab.adapters.peft_folder import read_peft_folder, write_peft_folder
+    from jaxopt_lab.adapters.perp import perp_labels
+    from jaxopt_lab.adapters.pissa import pissa
+    from jaxopt_lab.adapters.task_arithmetic import task_arithmetic
+    from jaxopt_lab.adapters.ties import ties_merge
+    from jaxopt_lab.diagnostics.memory import state_bytes, training_memory
+    from jaxopt_lab.distributed.co2 import co2
+    from jaxopt_lab.distributed.compressed_mean import compressed_mean, error_feedback
+    from jaxopt_lab.distributed.diloco import diloco
+    from jaxopt_lab.distributed.econtrol import econtrol
+    from jaxopt_lab.distributed.ef21 import ef21
+    from jaxopt_lab.distributed.gossip import gossip
+    from jaxopt_lab.distributed.hierarchy import hierarchical_mean
+    from jaxopt_lab.distributed.local_updates import local_updates
+    from jaxopt_lab.distributed.noloco import noloco
+    from jaxopt_lab.distributed.one_bit_adam import one_bit_adam, scale_by_one_bit_adam
+    from jaxopt_lab.distributed.powersgd import powersgd
+    from jaxopt_lab.distributed.sync import sync_gradients
+    from jaxopt_lab.distributed.wire import wire_bytes
+    from jaxopt_lab.quantization.quantize_state import quantize_state
+    from jaxopt_lab.quantization.rounding import (
         apply_updates_compensated,
         apply_updates_stochastic,
         init_compensation,
-        init_sharded,
-        quantize_state,
-        state_shardings,
     )
-    from jaxopt_lab.schedules import (
+    from jaxopt_lab.quantization.sharding import init_sharded, state_shardings
+    from jaxopt_lab.schedules.batch_size import scale_learning_rate
+    from jaxopt_lab.schedules.hypergradient import hypergradient
+    from jaxopt_lab.schedules.refined import record_norms, refined_schedule
+    from jaxopt_lab.schedules.rewarmed import rewarmed_schedule
+    from jaxopt_lab.schedules.tables import current_learning_rate
+    from jaxopt_lab.schedules.uba import uba_schedule
+    from jaxopt_lab.schedules.warmup_stable_decay import (
         branch_decay,
-        current_learning_rate,
-        hypergradient,
         inverse_sqrt_schedule,
-        record_norms,
-        refined_schedule,
-        rewarmed_schedule,
-        scale_learning_rate,
-        uba_schedule,
         wsd_schedule,
     )
-    from jaxopt_lab.subspace import (
-        FrugalState,
-        badam,
-        dct_adamw,
-        frugal,
-        frugal_adamw,
-        galore_adamw,
-    )
+    from jaxopt_lab.subspace.badam import badam
+    from jaxopt_lab.subspace.dct_adamw import dct_adamw
+    from jaxopt_lab.subspace.frugal import FrugalState, frugal
+    from jaxopt_lab.subspace.frugal_adamw import frugal_adamw
+    from jaxopt_lab.subspace.galore_adamw import galore_adamw
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdamState",
     "FrugalState",
+    "LeafTreatment",
     "LoraConfig",
     "MissConfig",
     "ScaleByAdaBeliefState",
@@ -106,6 +100,7 @@ __all__ = [
     "ScaleByLionState",
     "ScaleByMuonState",
     "ScaleBySgdpState",
+    "Treatments",
     "adabelief",
     "adamp",
     "adapters",
@@ -115,6 +110,7 @@ __all__ = [
     "badam",
     "branch_decay",
     "breadcrumbs_merge",
+    "cautious",
     "clip_coordinates",
     "co2",
     "compressed_mean",
@@ -180,6 +176,7 @@ __all__ = [
     "task_arithmetic",
     "ties_merge",
     "training_memory",
+    "treatments",
     "uba_schedule",
     "unmerge_adapters",
     "wire_bytes",
@@ -200,7 +197,32 @@ if not TYPE_CHECKING:  # a type checker would take every name for granted
                 if name in folder.__all__:
                     globals()[name] = getattr(folder, name)
                     return globals()[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
+
+
+def _hint(name: str) -> str:
+    """Where a name is that is not here, or what it may be a slip for."""
+    if name.startswith("_"):  # tools ask for many of them
+        return ""
+    import difflib
+
+    import optax
+
+    for folder in _LATER:
+        if name in importlib.import_module(f"{__name__}.{folder}").__all__:
+            return f"; it is {__name__}.{folder}.{name}"
+    own = {public.lower(): public for public in __all__}
+    theirs = {
+        public.lower(): f"{module.__name__}.{public}"
+        for module in (optax.contrib, optax)
+        for public in dir(module)
+        if callable(getattr(module, public))
+    }
+    near = name.lower()
+    if near not in own and near in theirs:
+        return f"; that one is optax's: {theirs[near]}"
+    found = difflib.get_close_matches(near, own, n=1)
+    return f"; did you mean {own[found[0]]}?" if found else ""
 
 
 def __dir__() -> list[str]:

@@ -35,6 +35,7 @@ def scale_by_adam(
     """Adam; `eps_in_root` adds `eps` to the bias-corrected root, `prefix` is that of the names."""
     _hyperparams.check_decay(**{f"{prefix}b1": b1, f"{prefix}b2": b2})
     _hyperparams.check_positive(**{f"{prefix}eps": eps})
+    _hyperparams.check_flag(**{f"{prefix}eps_in_root": eps_in_root})
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> AdamState:
@@ -47,13 +48,13 @@ def scale_by_adam(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, AdamState]:
-        del params
         state = _tree.check_state(state, AdamState)
         count = _hyperparams.increment(state.count)
 
-        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+        def rule(
+            g: jax.Array, m: jax.Array, v: jax.Array, corrections: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, ...]:
+            c1, c2 = corrections
             m = b1 * m + (1 - b1) * g
             v = b2 * v + (1 - b2) * jnp.square(g)
             root = jnp.sqrt(c2)
@@ -61,7 +62,14 @@ def scale_by_adam(
                 return (m / c1) / (_hyperparams.sqrt(v) / root + eps), m, v
             return (m / c1) * root / (_hyperparams.sqrt(v) + eps), m, v
 
-        updates, mu, nu = _tree.map_leaves(rule, updates, state.mu, state.nu)
+        updates, mu, nu = _tree.map_leaves(
+            rule,
+            updates,
+            state.mu,
+            state.nu,
+            shared=_hyperparams.bias_corrections(b1, b2, count),
+            like=params,
+        )
         return updates, AdamState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)

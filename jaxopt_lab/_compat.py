@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,12 @@ def type_apart_from_leading_axis(x: jax.Array) -> Any:
     """Returns what two arrays must share to be concatenated along axis 0 without a change."""
     aval = jax.typeof(x)
     return aval.shape[1:], aval.dtype, str(aval.sharding.spec), str(aval.manual_axis_type)
+
+
+def type_of(x: jax.Array) -> Any:
+    """Returns what two arrays must share to be stacked without a change."""
+    aval = jax.typeof(x)
+    return aval.shape, aval.dtype, str(aval.sharding.spec), str(aval.manual_axis_type)
 
 
 def varying_axes(x: jax.Array) -> frozenset[Any]:
@@ -40,15 +48,149 @@ def has_nan(
     return jnp.isnan(jnp.sum(jnp.abs(x), axis, keepdims=keepdims))
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns `x` as it is after a conversion to a narrower float of 16 bits or more, in its own.
+
+    Compilers for GPUs drop a conversion there and back as excess precision; this they keep.
+    """
+    own, narrow = jnp.finfo(x.dtype), jnp.finfo(dtype)
+    if narrow.bits >= own.bits:
+        return x
+    found = lax.reduce_precision(x, exponent_bits=narrow.nexp, mantissa_bits=narrow.nmant)
+    if narrow.nexp == own.nexp:
+        return found
+    # What is below the normal numbers would become zero, but still has an even spacing.
+    spacing = float(narrow.smallest_subnormal)
+    return jnp.where(jnp.abs(x) < float(narrow.tiny), jnp.round(x / spacing) * spacing, found)
+
+
 def vary_alike(arrays: Sequence[jax.Array], *others: jax.Array) -> list[jax.Array]:
     """Marks each of `arrays` as varying over all mesh axes over which any array here varies."""
     axes = frozenset().union(*map(varying_axes, (*arrays, *others)))
+    return [vary_over(x, axes) for x in arrays]
 
-    def mark(x: jax.Array) -> jax.Array:
-        missing = axes - varying_axes(x)
-        return lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
 
-    return [mark(x) for x in arrays]
+def vary_over(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    """Marks `x` as varying over `axes`, too."""
+    missing = axes - varying_axes(x)
+    return lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
+
+
+# `shard_map` wants the branches of a `cond`, and what goes into and comes out of a loop, to vary
+# over the same mesh axes. Constants and zeros vary over none, gradients over some. The functions
+# below are jax's, with all of it marked alike; every branch and loop of this package is one.
+
+
+def cond(pred: Any, true_fun: Callable, false_fun: Callable, *operands: Any) -> Any:
+    """Is `jax.lax.cond` whose branches vary alike."""
+    return lax.cond(pred, *_alike([true_fun, false_fun], operands, pred), *operands)
+
+
+def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
+    """Is `jax.lax.switch` whose branches vary alike."""
+    return lax.switch(index, _alike(branches, operands, index), *operands)
+
+
+def platform_dependent(*operands: Any, default: Callable, **platforms: Callable) -> Any:
+    """Is `jax.lax.platform_dependent` whose branches vary alike."""
+    default, *others = _alike([default, *platforms.values()], operands)
+    return lax.platform_dependent(*operands, default=default, **dict(zip(platforms, others)))
+
+
+def fori_loop(lower: Any, upper: Any, body_fun: Callable, init_val: Any) -> Any:
+    """Is `jax.lax.fori_loop` whose carry varies alike before and after a turn."""
+
+    def turn(val: Any) -> Any:
+        return body_fun(jnp.asarray(lower), val)
+
+    init_val, mark = _carried(turn, init_val)
+    return lax.fori_loop(lower, upper, lambda i, val: mark(body_fun(i, val)), init_val)
+
+
+def while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
+    """Is `jax.lax.while_loop` whose carry varies alike before and after a turn."""
+
+    def turn(val: Any) -> Any:
+        axes = varying_axes(cond_fun(val))
+        return jax.tree.map(lambda x: vary_over(x, axes), body_fun(val))
+
+    init_val, mark = _carried(turn, init_val)
+    return lax.while_loop(cond_fun, lambda val: mark(body_fun(val)), init_val)
+
+
+def scan(f: Callable, init: Any, xs: Any) -> tuple[Any, Any]:
+    """Is `jax.lax.scan` whose carry varies alike before and after a turn."""
+    if not all(jnp.shape(x)[0] for x in jax.tree.leaves(xs)):
+        return lax.scan(f, init, xs)
+
+    def turn(carry: Any) -> Any:
+        return f(carry, jax.tree.map(lambda x: x[0], xs))[0]
+
+    init, mark = _carried(turn, init)
+
+    def step(carry: Any, x: Any) -> tuple[Any, Any]:
+        carry, y = f(carry, x)
+        return mark(carry), y
+
+    return lax.scan(step, init, xs)
+
+
+def _knows_what_varies() -> bool:
+    """Whether this is the inside of a `shard_map` that checks what varies."""
+    names = jax.sharding.get_abstract_mesh().manual_axes
+    return any(varying_axes(lax.axis_index(name)) for name in names)
+
+
+def _varying(fn: Callable, operands: Sequence[Any]) -> list[frozenset[Any]]:
+    """Returns what each leaf of the result varies over."""
+    found: list[list[frozenset[Any]]] = []
+
+    def noted(*operands: Any) -> Any:
+        out = fn(*operands)
+        found.append([varying_axes(x) for x in jax.tree.leaves(out)])
+        return out
+
+    jax.eval_shape(noted, *operands)
+    return found[-1]
+
+
+def _marked(tree: Any, axes: Sequence[frozenset[Any]]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    if len(leaves) != len(axes):
+        return tree  # jax says what is wrong
+    return structure.unflatten(map(vary_over, leaves, axes))
+
+
+def _alike(
+    branches: Sequence[Callable], operands: Sequence[Any], chosen_by: Any = 0
+) -> list[Callable]:
+    if not _knows_what_varies():
+        return list(branches)
+    columns = zip(*(_varying(branch, operands) for branch in branches))
+    # What is chosen by a value that varies, varies; jax itself does not say so.
+    axes = [varying_axes(chosen_by).union(*column) for column in columns]
+
+    def wrapped(branch: Callable) -> Callable:
+        @functools.wraps(branch)
+        def run(*operands: Any) -> Any:
+            return _marked(branch(*operands), axes)
+
+        return run
+
+    return [wrapped(branch) for branch in branches]
+
+
+def _carried(turn: Callable, init: Any) -> tuple[Any, Callable]:
+    """Returns what a loop starts from, and a function that marks what a turn returns alike."""
+    if not _knows_what_varies():
+        return init, lambda carry: carry
+    init = jax.tree.map(jnp.asarray, init)
+    axes = [varying_axes(x) for x in jax.tree.leaves(init)]
+    while True:
+        after = [a | b for a, b in zip(axes, _varying(turn, [init]))]
+        if after == axes:
+            return init, functools.partial(_marked, axes=axes)
+        axes, init = after, _marked(init, after)
 
 
 def out_struct(like: jax.Array) -> jax.ShapeDtypeStruct:
@@ -89,3 +231,54 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(list(consts)), len(list(carry))
+
+
+def wait_for_processes(name: str, processes: Sequence[int], seconds: float) -> None:
+    """Returns when all of `processes` have called this with one name, which is used only once.
+
+    Raises:
+      jax.errors.JaxRuntimeError: they have not, within `seconds`.
+    """
+    from jax._src import distributed  # its client has no public name
+
+    client = distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(name, int(1000 * seconds), process_ids=list(processes))
+
+
+def eval_with_axes(function: Any, *args: Any) -> None:
+    """Traces `function` without results; mapped axes that it asks for have one member.
+
+    Raises:
+      Exception: what `function` raises, unless it is for want of an axis.
+    """
+
+    def traced(*args: Any) -> None:
+        function(*args)
+
+    bound: list[str] = []
+    while True:
+        try:
+            jax.eval_shape(traced, *args)
+        except (NameError, ValueError) as error:
+            name = _unbound(error)
+            if name is None or name in bound:
+                raise
+            bound.append(name)
+            traced = _mapped(traced, name)
+        else:
+            return
+
+
+def _mapped(function: Any, name: str) -> Any:
+    return lambda *args: jax.vmap(lambda _: function(*args), 0, 0, name)(jnp.zeros(1))
+
+
+def _unbound(error: BaseException | None) -> str | None:
+    """Returns the mapped axis for want of which jax has raised, if that is what it says."""
+    while error is not None:
+        found = re.search(r"unbound axis name: (\w+)", str(error))
+        if isinstance(error, NameError) and found:
+            return found[1]
+        error = error.__cause__
+    return None

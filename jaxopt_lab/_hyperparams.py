@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Any, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,7 @@ def check_scalar(**values: Any) -> None:
                 hint = "; for a schedule here wrap the optimizer in optax.inject_hyperparams"
             raise TypeError(f"{name} must be a number, got {_shown(value)}{hint}")
         if jnp.shape(value) != ():
-            raise ValueError(f"{name} must have shape (), got an array of shape {value.shape}")
+            raise ValueError(f"{name} must have shape (), got an array of shape {jnp.shape(value)}")
         dtype = getattr(value, "dtype", None)
         if dtype is not None and not (
             jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
@@ -97,6 +99,14 @@ def check_non_negative(**values: Scalar) -> None:
             raise ValueError(f"{name} must be finite, got {value}")
 
 
+def check_finite(**values: Scalar) -> None:
+    """Refuses infinite values and NaN, by name."""
+    check_scalar(**values)
+    for name, value in values.items():
+        if is_number(value) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
 def check_fraction(**values: Scalar) -> None:
     """Refuses values outside [0, 1], by name."""
     check_scalar(**values)
@@ -110,13 +120,66 @@ def check_positive_integer(**values: Any) -> None:
 
     Raises:
       TypeError: not an integer.
-      ValueError: below 1.
+      ValueError: below 1, or an array with axes.
     """
     for name, value in values.items():
-        if is_number(value) and not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} must be a positive integer, got {value}")
-        if is_number(value) and value < 1:
+        if isinstance(value, (jax.Array, np.ndarray)):
+            check_scalar(**{name: value})
+            continue
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+            shown = value if is_number(value) else _shown(value)
+            raise TypeError(f"{name} must be a positive integer, got {shown}")
+        if value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value}")
+
+
+def check_flag(**values: Any) -> None:
+    """Refuses what is neither True nor False, by name: an argument in another's place.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    for name, value in values.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+
+
+def check_scalar_or_schedule(**values: Any) -> None:
+    """Refuses what is neither a number from zero on nor a schedule, by name.
+
+    What a schedule returns is looked at by `value_at`, while tracing.
+
+    Raises:
+      TypeError: see `check_scalar`; also a function that is not one of the step alone, such as an
+        `optax.linear_schedule` that was not called.
+      ValueError: negative, infinite or NaN, or an array with axes.
+    """
+    for name, value in values.items():
+        if not callable(value):
+            check_non_negative(**{name: value})
+        elif not _takes_a_count(value):
+            called = getattr(value, "__name__", "make")
+            raise TypeError(
+                f"{name} must be a number or a function of the step, got {_shown(value)}: if it "
+                f"makes schedules call it first, as in {called}(...)"
+            )
+
+
+def value_at(name: str, value: optax.ScalarOrSchedule, count: jax.Array | None) -> Scalar:
+    """Returns a hyper-parameter at a step: itself, or the value of the schedule that it is.
+
+    Raises:
+      TypeError: see `check_scalar`; the message has `name`.
+      ValueError: the schedule gave an array with axes, which would change the updates' shape.
+    """
+    if not callable(value):
+        return value
+    found: Any = value(count)  # type: ignore[arg-type]
+    try:
+        check_scalar(**{name: found})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"the schedule given as {name} returned no number: {error}") from error
+    return found
 
 
 def check_choice(options: tuple[str, ...], **values: Any) -> None:
@@ -136,21 +199,24 @@ def check_seed(seed: Any) -> None:
     Raises:
       TypeError: the message has its type.
     """
-    if not isinstance(seed, (int, np.integer)):
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
 
 
-def canonical_mu_dtype(mu_dtype: Any) -> np.dtype | None:
-    """Returns `mu_dtype` as a dtype, or None.
+def canonical_mu_dtype(mu_dtype: Any, name: str = "mu_dtype") -> np.dtype | None:
+    """Returns `mu_dtype` as a dtype, or None; `name` is the argument's.
 
     Raises:
       ValueError: not a real floating dtype.
     """
     if mu_dtype is None:
         return None
-    dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a floating dtype, got {_shown(mu_dtype)}") from error
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"mu_dtype must be floating, got {dtype}")
+        raise ValueError(f"{name} must be floating, got {dtype}")
     return dtype
 
 
@@ -169,14 +235,21 @@ def one_minus_power(b: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
     return -jnp.expm1(log_power(b, count, dtype))
 
 
+def bias_corrections(
+    b1: Scalar, b2: Scalar, count: jax.Array
+) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
+    """Returns `(1 - b1**count, 1 - b2**count)` as a function of the dtype, for `map_leaves`."""
+    return lambda dtype: (one_minus_power(b1, count, dtype), one_minus_power(b2, count, dtype))
+
+
 def log_power(b: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
     """Returns `count * log(b)`, the logarithm of `b**count`."""
     t = count.astype(dtype)
+    # In place of 0, whose logarithm is infinite, stands what is 0 beside 1.
+    tiny = float(jnp.finfo(dtype).tiny)
     if is_number(b):
-        # exp of the lowest number is 0, and unlike -inf it survives a product with a zero count.
-        log_b = math.log(b) if b > 0 else float(jnp.finfo(dtype).min)
-        return jnp.maximum(t * log_b, jnp.finfo(dtype).min)
-    return t * jnp.log(jnp.asarray(b).astype(dtype))
+        return t * math.log(max(b, tiny))
+    return t * jnp.log(jnp.maximum(jnp.asarray(b).astype(dtype), tiny))
 
 
 @jax.custom_jvp
@@ -197,41 +270,69 @@ def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
     return root, jnp.where(is_zero, jnp.zeros_like(dx), dx / (2 * jnp.where(is_zero, 1, root)))
 
 
-def decay_weights(
-    weight_decay: Scalar, mask: _tree.Mask, method: str, sign: float = 1.0
-) -> optax.GradientTransformation:
-    """Adds `sign * weight_decay * parameter` to the updates of the leaves that `mask` selects."""
-    check_non_negative(weight_decay=weight_decay)
+class WeightDecayScheduleState(NamedTuple):
+    """State of a weight decay that follows a schedule."""
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
+    count: jax.Array  # steps taken; int32, shape ()
+
+
+def decay_weights(
+    weight_decay: optax.ScalarOrSchedule,
+    mask: _tree.Mask,
+    method: str,
+    sign: float = 1.0,
+    name: str = "weight_decay",
+) -> optax.GradientTransformation:
+    """Adds `sign * weight_decay * parameter` to the updates of the leaves that `mask` selects.
+
+    The number 0 needs no parameters and leaves the updates alone; its state is that of any number.
+    """
+    check_scalar_or_schedule(**{name: weight_decay})
+
+    def init_fn(params: optax.Params) -> optax.OptState:
         _tree.mask_leaves(mask, params)
+        if callable(weight_decay):
+            return WeightDecayScheduleState(count=jnp.zeros((), jnp.int32))
         return optax.EmptyState()
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
+        rate = weight_decay
+        if callable(weight_decay):
+            state = _tree.check_state(state, WeightDecayScheduleState)
+            rate = value_at(name, weight_decay, state.count)
+            state = WeightDecayScheduleState(count=increment(state.count))
+        elif is_number(rate) and rate == 0:
+            return updates, state
         params = _tree.require_params(params, method)
 
-        def decay(u: jax.Array, theta: jax.Array, selected: bool) -> tuple[jax.Array]:
-            return (u + jnp.asarray(sign * weight_decay, u.dtype) * theta if selected else u,)
+        def decay(
+            u: jax.Array, theta: jax.Array, selected: bool, rate: jax.Array
+        ) -> tuple[jax.Array]:
+            return (u + rate * theta if selected else u,)
 
-        selected = _tree.mask_leaves(mask, params)
-        (updates,) = _tree.map_leaves(decay, updates, params=params, static=selected)
+        (updates,) = _tree.map_leaves(
+            decay,
+            updates,
+            params=params,
+            static=_tree.mask_leaves(mask, params),
+            shared=lambda dtype: sign * jnp.asarray(rate, dtype),
+        )
         return updates, state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
 def scale_by_learning_rate(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule, name: str = "learning_rate"
 ) -> optax.GradientTransformation:
     """Multiplies by `-learning_rate`, as `optax.scale_by_learning_rate`, and keeps the dtype.
 
     With a rate that is an array, as under `optax.inject_hyperparams`, optax's would turn bfloat16
     updates into float32.
     """
-    if not callable(learning_rate):
-        check_non_negative(learning_rate=learning_rate)
+    check_scalar_or_schedule(**{name: learning_rate})
 
     def init_fn(params: optax.Params) -> optax.OptState:
         del params
@@ -246,32 +347,139 @@ def scale_by_learning_rate(
         rate = learning_rate
         if callable(learning_rate):
             state = _tree.check_state(state, optax.ScaleByScheduleState)
-            rate = learning_rate(state.count)
+            rate = value_at(name, learning_rate, state.count)
             state = optax.ScaleByScheduleState(count=increment(state.count))
-        (updates,) = _tree.map_leaves(lambda u: (-jnp.asarray(rate, u.dtype) * u,), updates)
+        (updates,) = _tree.map_leaves(
+            lambda u, rate: (rate * u,),
+            updates,
+            shared=lambda dtype: -jnp.asarray(rate, dtype),
+        )
         return updates, state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def mask_of(weight_decay: optax.ScalarOrSchedule, mask: _tree.Mask) -> _tree.Mask:
+    """Returns what a rule with a decay of its own decays: nothing if the decay is the number 0."""
+    if not (is_number(weight_decay) and weight_decay == 0):
+        return mask
+
+    def nothing(params: optax.Params) -> Any:
+        _tree.mask_leaves(mask, params)
+        return jax.tree.map(lambda _: False, params)
+
+    return nothing
+
+
+def in_full_precision(
+    inner: optax.GradientTransformation, *, lifts_gradients: bool = True
+) -> optax.GradientTransformation:
+    """Runs `inner` on gradients of at least float32 and rounds its updates once, at the end.
+
+    Between the links of a chain nothing is rounded, so that a decay of 1e-4 beside a sign of 1 and
+    a learning rate of 1e-6 keep their digits. The updates have the wider of the gradient's dtype
+    and the parameter's: float32 weights lose nothing to bfloat16 gradients, and a tree that is
+    bfloat16 throughout has bfloat16 updates. Without parameters, what the first state holds as
+    `mu` knows their dtypes. Extra arguments are handed to whoever takes them. Without
+    `lifts_gradients` the first link of `inner` is given the gradients as they are.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        seen = jax.tree.map(_lifted, updates) if lifts_gradients else updates
+        new, new_state = inner.update(seen, state, params, **extra_args)
+        like = params
+        if like is None:
+            first = state[0] if isinstance(state, tuple) and state else None
+            mu = getattr(first, "mu", None)
+            like = mu if jax.tree.structure(mu) == jax.tree.structure(updates) else None
+        wanted = iter(_tree.update_dtypes(updates, like))
+        return jax.tree.map(lambda u: u.astype(next(wanted)), new), new_state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _lifted(g: Any) -> Any:
+    dtype = getattr(g, "dtype", None)
+    # What is no real floating point is refused by the rule, by name.
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return g
+    return jnp.asarray(g).astype(_tree.compute_dtype(dtype))
+
+
+def check_links(state: Any, links: Sequence[str], method: str) -> None:
+    """Refuses what is not a tuple with a state for each of `links`, as that of a chain is.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    if isinstance(state, tuple) and len(state) == len(links):
+        return
+    found = type(state).__name__
+    found += f" of length {len(state)}" if isinstance(state, tuple) else ""
+    *first, last = (f"the {link}'s" for link in links)
+    raise TypeError(
+        f"{method} expected a state of type tuple, of {', '.join(first)} and {last} State, "
+        f"got {found}: was it made by another transformation's init?"
+    )
+
+
 def ready_made(
     rule: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     method: str,
-    coupled: bool = False,
+    decays: Literal["direction", "gradient", "weights"] = "direction",
+    prefix: str = "",
+    lifts_gradients: bool = True,
 ) -> optax.GradientTransformation:
-    """Chains weight decay (left out if it is the number 0), a rule, and the learning rate.
+    """A rule, weight decay and the learning rate, with nothing rounded in between.
 
-    A coupled decay joins the gradient before the rule, a decoupled one the update after it.
+    The state is `(rule, decay, rate)` whatever the numbers are and wherever the decay acts.
+
+    Args:
+      rule: the bare rule.
+      learning_rate: step size or schedule.
+      weight_decay: decay rate or schedule.
+      mask: what decays.
+      method: the name for messages.
+      decays: what the decay is added to: the rule's direction, before the learning rate
+        (decoupled); the gradient, before the rule (coupled); or, whatever the learning rate, the
+        weights themselves.
+      prefix: of the arguments' names in messages.
+      lifts_gradients: whether the rule is given gradients in at least float32; else only its
+        direction is lifted, for a rule beside whose memory a copy of the gradients is too much.
     """
-    links = [rule]
-    if not is_number(weight_decay) or weight_decay != 0:
-        decay = decay_weights(weight_decay, mask, method)
-        links = [decay, rule] if coupled else [rule, decay]
-    return optax.chain(*links, scale_by_learning_rate(learning_rate))
+    # After the learning rate the updates descend already, so the decay is subtracted.
+    sign = -1.0 if decays == "weights" else 1.0
+    links = (
+        optax.with_extra_args_support(rule),
+        decay_weights(weight_decay, mask, method, sign, f"{prefix}weight_decay"),
+        scale_by_learning_rate(learning_rate, f"{prefix}learning_rate"),
+    )
+    order = {"direction": (0, 1, 2), "gradient": (1, 0, 2), "weights": (0, 2, 1)}[decays]
+
+    def init_fn(params: optax.Params) -> tuple[optax.OptState, ...]:
+        return tuple(link.init(params) for link in links)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, tuple[optax.OptState, ...]]:
+        check_links(state, ("rule", "decay", "rate"), method)
+        new = list(state)
+        for index in order:
+            extra = extra_args if index == 0 else {}
+            updates, new[index] = links[index].update(updates, state[index], params, **extra)
+            updates = jax.tree.map(_lifted, updates)
+        return updates, tuple(new)
+
+    return in_full_precision(
+        optax.GradientTransformationExtraArgs(init_fn, update_fn), lifts_gradients=lifts_gradients
+    )
 
 
 def _check_width(name: str, value: Any) -> None:
@@ -281,6 +489,18 @@ def _check_width(name: str, value: Any) -> None:
             f"{name} arrived as {dtype}, in which 0.999 is 1 and 1e-8 may be 0; with "
             "optax.inject_hyperparams pass hyperparam_dtype=jax.numpy.float32"
         )
+
+
+def _takes_a_count(schedule: Callable[..., Any]) -> bool:
+    if isinstance(schedule, type):
+        return False
+    try:
+        inspect.signature(schedule).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # a function that is not Python's tells nothing
+        return True
+    return True
 
 
 def _shown(value: Any) -> str:

@@ -39,6 +39,8 @@ def _walk(node: PyTree, params: Skeleton, path: Path) -> tuple[list[Owned], bool
     """Returns the leaves below `node`, and whether there is a mirror among its subtrees."""
     if jax.tree_util.all_leaves([node]):
         return [Owned(path, node, None, ())], False
+    if hasattr(node, "belongs_beside"):
+        return _with_beside(node, params, path)
     below = [_walk(child, params, (*path, key)) for key, child in _children(node).items()]
     # A tuple of two transformations has the keys of a tuple of two parameters: inner mirrors win.
     if not any(is_mirror for _, is_mirror in below):
@@ -50,6 +52,28 @@ def _walk(node: PyTree, params: Skeleton, path: Path) -> tuple[list[Owned], bool
                 for rest, leaf in jax.tree_util.tree_flatten_with_path(subtree)[0]
             ], True
     return [leaf for leaves, _ in below for leaf in leaves], any(mirror for _, mirror in below)
+
+
+def _with_beside(node: Any, params: Skeleton, path: Path) -> tuple[list[Owned], bool]:
+    """Returns the leaves of a node that has, for each leaf of one child, more in another one.
+
+    Names continue those of the leaf: the scales of `mu` are found below it.
+    """
+    main, beside = node.belongs_beside()
+    found: list[Owned] = []
+    whose: list[Owned] = []
+    is_mirror = False
+    for key, child in _children(node).items():
+        if child is beside:
+            for owned, more in zip(whose, beside):
+                flat, _ = jax.tree_util.tree_flatten_with_path(more)
+                found += [owned._replace(path=(*owned.path, *rest), leaf=x) for rest, x in flat]
+            continue
+        leaves, mirrored = _walk(child, params, (*path, key))
+        whose = leaves if child is main else whose
+        found += leaves
+        is_mirror = is_mirror or mirrored
+    return found, is_mirror
 
 
 def _slots(node: PyTree, like: Skeleton, path: Path) -> list[tuple[Path, PyTree]] | None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab import _compat
+
 
 def bit_patterns(magnitudes: Sequence[jax.Array]) -> list[jax.Array]:
     """Returns non-negative floats as unsigned integers, which have their order."""
@@ -31,9 +33,10 @@ def pattern_at(patterns: Sequence[jax.Array], index: jax.Array) -> jax.Array:
     bits = 8 * unsigned.itemsize
 
     def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
-        shift = (bits - 2 - step).astype(unsigned)
+        # Without jit the loop counts with Python's numbers.
+        shift = jnp.asarray(bits - 2 - step, unsigned)
         candidate = found | jax.lax.shift_left(jnp.ones((), unsigned), shift)
         reached = sum(jnp.sum(x >= candidate, dtype=jnp.uint32) for x in patterns)
         return jnp.where(reached > index, candidate, found)
 
-    return jax.lax.fori_loop(0, bits - 1, set_bit, jnp.zeros((), unsigned))
+    return _compat.fori_loop(0, bits - 1, set_bit, jnp.zeros((), unsigned))

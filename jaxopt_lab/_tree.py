@@ -1,19 +1,24 @@
 """Leaf-by-leaf arithmetic shared by every transformation.
 
 A rule is written for one leaf. `map_leaves` refuses what does not fit, lifts the leaf to the dtype
-that the rule computes in (at least float32), and casts each result back, so that neither updates
-nor state ever change dtype.
+that the rule computes in (at least float32), and rounds each result once: the state to the dtype
+that it has, the update to the wider of the gradient's and the parameter's.
+
+Leaves of one signature are traced once: under `jit` a rule is a function that the program calls for
+each of them, so that a tree of a thousand leaves costs little more to trace than its few kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 PyTree = Any
 StateT = TypeVar("StateT")
@@ -35,9 +40,11 @@ def check_params(params: PyTree) -> None:
     """Refuses parameters that are not real floating point.
 
     Raises:
-      TypeError: a leaf is an integer, a boolean or complex; the message has its path.
+      TypeError: a leaf is a function, text or a random key, an integer, a boolean or complex; the
+        message has its path.
     """
     for name, leaf in leaves_with_names(params):
+        _check_array(name, leaf)
         found = _dtype(leaf)
         if jnp.issubdtype(found, jnp.complexfloating):
             raise TypeError(
@@ -49,6 +56,15 @@ def check_params(params: PyTree) -> None:
                 f"parameter '{name}' has dtype {found}: integer parameters cannot be optimized; "
                 "mask them (optax.masked, optax.partition)"
             )
+
+
+def is_function(value: Any) -> TypeGuard[Callable[[PyTree], PyTree]]:
+    """Whether `value` is a function of the parameters rather than a tree that can be called.
+
+    As in optax: a tree of modules is one if not all of its leaves are functions.
+    """
+    leaves = jax.tree.leaves(value)
+    return callable(value) and bool(leaves) and all(map(callable, leaves))
 
 
 def compute_dtype(*dtypes: Any) -> np.dtype:
@@ -86,9 +102,12 @@ def check_state(state: Any, expected: type[StateT]) -> StateT:
       TypeError: `state` is no instance of `expected`.
     """
     if not isinstance(state, expected):
+        wanted, found = expected.__name__, type(state).__name__
+        if wanted == found:  # optax has states of the same name
+            wanted, found = (f"{x.__module__}.{x.__name__}" for x in (expected, type(state)))
         raise TypeError(
-            f"expected a state of type {expected.__name__}, got {type(state).__name__}: "
-            "was it made by another transformation's init?"
+            f"expected a state of type {wanted}, got {found}: was it made by another "
+            "transformation's init?"
         )
     return state
 
@@ -110,18 +129,20 @@ def check_updates(updates: PyTree, tree: PyTree, whose: str = "the tree given to
     Raises:
       ValueError: the message has the first differing path, or both shapes.
     """
-    found, expected = leaves_with_names(updates), leaves_with_names(tree)
-    names, wanted = [name for name, _ in found], [name for name, _ in expected]
-    if names != wanted:
-        missing = [f"'{name}' is missing" for name in wanted if name not in names]
-        extra = [f"'{name}' is not expected" for name in names if name not in wanted]
-        detail = [*missing, *extra, "the leaves come in another order"][0]
-        raise ValueError(f"updates do not match {whose}: {detail}")
-    for (name, gradient), (_, leaf) in zip(found, expected):
+    gradients, leaves = jax.tree.leaves(updates), jax.tree.leaves(tree)
+    # Paths are spelled out for the message only: they cost more than all else here.
+    if jax.tree.structure(updates) != jax.tree.structure(tree):
+        names, wanted = [[name for name, _ in leaves_with_names(x)] for x in (updates, tree)]
+        if names != wanted:
+            missing = [f"'{name}' is missing" for name in wanted if name not in names]
+            extra = [f"'{name}' is not expected" for name in names if name not in wanted]
+            detail = [*missing, *extra, "the leaves come in another order"][0]
+            raise ValueError(f"updates do not match {whose}: {detail}")
+    for index, (gradient, leaf) in enumerate(zip(gradients, leaves)):
         if jnp.shape(gradient) != jnp.shape(leaf):
             raise ValueError(
-                f"updates leaf '{name}' has shape {jnp.shape(gradient)}, but in {whose} it has "
-                f"shape {jnp.shape(leaf)}"
+                f"updates leaf '{leaves_with_names(updates)[index][0]}' has shape "
+                f"{jnp.shape(gradient)}, but in {whose} it has shape {jnp.shape(leaf)}"
             )
 
 
@@ -131,10 +152,32 @@ def check_gradient(name: str, gradient: Any) -> None:
     Raises:
       TypeError: the message has the leaf's path.
     """
-    dtype = getattr(gradient, "dtype", None)
-    dtype = _dtype(gradient) if dtype is None else dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not _is_real(gradient):
+        dtype = getattr(gradient, "dtype", None)
+        dtype = _dtype(gradient) if dtype is None else dtype
         raise TypeError(f"updates leaf '{name}' has dtype {dtype}; expected real floating point")
+
+
+def update_dtypes(updates: PyTree, like: PyTree | None) -> list[np.dtype]:
+    """Returns the dtype of each leaf's update: the wider of the gradient's and that of `like`.
+
+    Args:
+      updates: the gradients.
+      like: the parameters, or what else knows their dtypes; None leaves the gradients'.
+
+    Raises:
+      ValueError: `like` does not match the gradients.
+    """
+    gradients = [_dtype(g) for g in jax.tree.leaves(updates)]
+    if like is None:
+        return gradients
+    check_updates(updates, like, "params")
+    known = [_dtype(leaf) for leaf in jax.tree.leaves(like)]
+    # A parameter that is no real floating point is refused elsewhere, by name.
+    return [
+        compute_dtype(g, d) if g != d and jnp.issubdtype(d, jnp.floating) else g
+        for g, d in zip(gradients, known)
+    ]
 
 
 def map_leaves(
@@ -143,42 +186,93 @@ def map_leaves(
     *states: PyTree,
     params: PyTree | None = None,
     static: Sequence[Any] | None = None,
+    extra: Sequence[PyTree] | None = None,
+    shared: Callable[[np.dtype], Any] | None = None,
+    like: PyTree | None = None,
 ) -> tuple[PyTree, ...]:
     """Maps `rule` over the leaves and returns the new updates followed by the new states.
 
     Args:
-      rule: `rule(gradient, *state_leaves, [parameter], [static]) -> (update, *new_state_leaves)`;
-        the array arguments all have one dtype, the widest of the leaf's own and float32.
+      rule: `rule(gradient, *state_leaves, [parameter], [static], [extra], [shared])`, which
+        returns `(update, *new_state_leaves)` and may return more, which is not rounded; the array
+        arguments all have one dtype, the widest of the leaf's own and float32. Under `jit` it is
+        traced once for all leaves with equal shapes, dtypes and static value: it must be a function
+        of its arguments and of what does not change from leaf to leaf, and hand out nothing but
+        results.
       updates: the gradients.
       *states: trees with the parameters' structure and shapes, such as moments.
       params: the parameters, if the rule needs them.
-      static: one value a leaf, in the order of `jax.tree.leaves`, if the rule needs any.
+      static: one value a leaf, in the order of `jax.tree.leaves`, if the rule needs any. Values
+        that can be hashed and are equal mean the same rule.
+      extra: one tree of arrays a leaf, of any shapes, handed to the rule as it is.
+      shared: what all leaves share, such as bias corrections, as a function of the dtype that is
+        computed in: called once a dtype and not once a leaf.
+      like: the parameters, if they are at hand and the rule does not need them.
 
     Returns:
-      The updates, each with its gradient's dtype, then the states, each with its own dtype.
+      The updates, each with the wider of its gradient's dtype and its parameter's (as `params` or
+      `like` have it, else the first of `states`), then the states, each with its own dtype, then,
+      if there are leaves, trees of what else the rule returns.
 
     Raises:
       ValueError: a tree or a leaf does not match; the message has the path and both shapes.
       TypeError: a gradient is not real floating point.
     """
-    flat = leaves_with_names(updates)
     others = [*states] if params is None else [*states, params]
     for tree in others:
         check_updates(updates, tree, "params" if tree is params else "the tree given to init")
+    gradients = jax.tree.leaves(updates)
+    if any(not _is_real(g) for g in gradients):
+        for name, gradient in leaves_with_names(updates):
+            check_gradient(name, gradient)
+    known = [tree for tree in (params, like, *states[:1]) if tree is not None]
+    wanted = update_dtypes(updates, known[0] if known else None)
     columns = [jax.tree.leaves(tree) for tree in others]
+    # Called by the program only while one is traced: outside, each call would compile one.
+    traces = any(_is_traced(x) for column in [gradients, *columns] for x in column)
+    functions: dict[Any, Callable[..., tuple[jax.Array, ...]]] = {}
+    common: dict[np.dtype, Any] = {}
     results = []
-    for index, (name, gradient) in enumerate(flat):
-        check_gradient(name, gradient)
+    for index, gradient in enumerate(gradients):
         arrays = [jnp.asarray(gradient)] + [jnp.asarray(column[index]) for column in columns]
         compute = compute_dtype(*(array.dtype for array in arrays))
-        extra = () if static is None else (static[index],)
-        new = rule(*(array.astype(compute) for array in arrays), *extra)
-        results.append(tuple(x.astype(old.dtype) for x, old in zip(new, arrays)))
+        if shared is not None and compute not in common:
+            common[compute] = shared(compute)
+        constants = () if static is None else (static[index],)
+        key = (wanted[index], *constants)
+        call = functools.partial(_leaf, rule, compute, wanted[index], len(states), constants)
+        if traces and _can_be_hashed(key):
+            call = functions.setdefault(key, jax.jit(call))
+        more = () if extra is None else (extra[index],)
+        results.append(call(arrays, more + (() if shared is None else (common[compute],))))
     outputs = list(zip(*results)) or [()] * (1 + len(states))
+    trees = [updates, *states, *[updates] * (len(outputs) - 1 - len(states))]
     return tuple(
-        jax.tree.unflatten(jax.tree.structure(tree), leaves)
-        for tree, leaves in zip([updates, *states], outputs)
+        jax.tree.unflatten(jax.tree.structure(tree), leaves) for tree, leaves in zip(trees, outputs)
     )
+
+
+def _leaf(
+    rule: Callable[..., tuple[jax.Array, ...]],
+    compute: np.dtype,
+    wanted: np.dtype,
+    states: int,
+    static: tuple[Any, ...],
+    arrays: list[jax.Array],
+    more: tuple[Any, ...],
+) -> tuple[jax.Array, ...]:
+    """One leaf: lifts its arrays, applies the rule and rounds what comes out."""
+    new = rule(*(array.astype(compute) for array in arrays), *static, *more)
+    dtypes = [wanted, *(array.dtype for array in arrays[1 : 1 + states])]
+    return (*(x.astype(dtype) for x, dtype in zip(new, dtypes)), *new[len(dtypes) :])
+
+
+def _can_be_hashed(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
 
 
 def is_non_negative(path: Any) -> bool:
@@ -213,14 +307,63 @@ def mask_leaves(mask: Mask, params: PyTree) -> list[bool]:
 
     Raises:
       ValueError: the mask's tree does not match; the message has the first differing path.
+      TypeError: a leaf of the mask is not a boolean.
     """
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
-    return broadcast_prefix(mask(params) if callable(mask) else mask, params, "mask")
+    return flags(mask, params, "mask")
+
+
+def flags(tree: Mask, params: PyTree, what: str) -> list[bool]:
+    """Returns for each leaf of `params` the boolean that stands above it in `tree`.
+
+    Raises:
+      ValueError: see `broadcast_prefix`.
+      TypeError: no boolean, for every text is true, `"no decay"` too.
+    """
+    found = broadcast_prefix(tree(params) if is_function(tree) else tree, params, what)
+    for value in found:
+        is_array = isinstance(value, (np.ndarray, jax.Array)) and not _is_traced(value)
+        if not isinstance(value, (bool, np.bool_)) and not (
+            is_array and value.dtype == np.bool_ and value.shape == ()
+        ):
+            raise TypeError(
+                f"{what} must have leaves that are True or False, got {value!r} "
+                f"({type(value).__name__})"
+            )
+    return [bool(value) for value in found]
+
+
+def _check_array(name: str, leaf: Any) -> None:
+    advice = (
+        "only arrays can be optimized: take it out (equinox.filter, flax.nnx.state) or mask it "
+        "(optax.masked, optax.partition)"
+    )
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None and callable(leaf):
+        what = f"the function {getattr(leaf, '__name__', type(leaf).__name__)}"
+    elif isinstance(leaf, (str, bytes)):
+        what = f"the text {leaf!r}"
+    elif dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        what = f"a random key ({dtype})"
+    elif dtype is None and not isinstance(leaf, (bool, int, float, complex)):
+        what = f"of type {type(leaf).__name__}"
+    else:
+        return
+    raise TypeError(f"parameter '{name}' is {what}: {advice}")
 
 
 def _dtype(leaf: Any) -> np.dtype:
     return jnp.result_type(leaf)
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, Tracer)
+
+
+def _is_real(gradient: Any) -> bool:
+    dtype = getattr(gradient, "dtype", None)
+    return jnp.issubdtype(_dtype(gradient) if dtype is None else dtype, jnp.floating)
 
 
 def _first_difference(prefix: PyTree, tree: PyTree, is_leaf: Any) -> str:
@@ -235,8 +378,18 @@ def _first_difference(prefix: PyTree, tree: PyTree, is_leaf: Any) -> str:
     given, wanted = paths(prefix, is_leaf), paths(tree, lambda x: isinstance(x, optax.MaskedNode))
     for path in given:
         if not any(other[: len(path)] == path for other in wanted):
-            return f"'{show(path)}' is no parameter"
+            return f"'{show(path)}' is no parameter{_box_hint(show(path), map(show, wanted))}"
     for path in wanted:
         if not any(path[: len(other)] == other for other in given):
             return f"parameter '{show(path)}' is not covered"
     return f"found {jax.tree.structure(prefix)}, expected {jax.tree.structure(tree)}"
+
+
+def _box_hint(given: str, wanted: Iterable[str]) -> str:
+    """Returns what to do about a tree of boxes, where the parameters come without them."""
+    if given.removesuffix("/value") == given or given.removesuffix("/value") not in wanted:
+        return ""
+    return (
+        f", but '{given.removesuffix('/value')}' is: flax.nnx.Optimizer hands other trees to the "
+        "update than a module's state; give a function of the parameters instead of a tree"
+    )

@@ -44,20 +44,24 @@ MUTANTS = [
     Mutant("_phases", "1 - jnp.sqrt(q)", "jnp.sqrt(1 - q)"),
     Mutant("_phases", "q = jnp.clip(q, 0, 1)", "q = jnp.maximum(q, 0)"),
     Mutant("_phases", "start ** (1 - q) * end**q", "start * jnp.exp(-q)"),
-    Mutant("_phases", "(t - jnp.asarray(start, t.dtype))", "(t - start * 1.0)"),
+    Mutant("_phases", "high - start_high, low - start_low", "high, low - start_low"),
     # UBA
     Mutant("uba", "0.5 * jnp.asarray(phi", "jnp.asarray(phi"),
     Mutant("uba", "budget - 1) + 0.5)", "budget - 1))"),
     Mutant("uba", "jnp.clip(after, 0, budget) / budget", "jnp.maximum(after, 0) / budget"),
-    Mutant("uba", "after = t - warmup_steps", "after = t"),
+    Mutant("uba", "after = _phases.since(step, warmup)", "after = t"),
     # Warm-up, stable, decay
-    Mutant("warmup_stable_decay", "schedule(start_step)", "schedule(0)"),
-    Mutant("warmup_stable_decay", "after / decay_steps", "(after + 1) / decay_steps"),
-    Mutant("warmup_stable_decay", "(warmup_steps + stable_steps)", "stable_steps"),
-    Mutant("warmup_stable_decay", "warmup_steps if timescale is None else timescale", "10_000"),
+    Mutant("warmup_stable_decay", "schedule(_phases.as_count(start))", "schedule(0)"),
+    Mutant("warmup_stable_decay", "after / decay, start", "(after + 1) / decay, start"),
+    Mutant("warmup_stable_decay", "start = warmup + _phases", "start = _phases"),
+    Mutant(
+        "warmup_stable_decay",
+        "scale = warmup if timescale is None",
+        "scale = 10_000 if timescale is None",
+    ),
     # Re-warming
     Mutant("rewarmed", "jnp.where(own < 0, rate, value)", "value"),
-    Mutant("rewarmed", "int(start_step) + n", "n"),
+    Mutant("rewarmed", "_phases.since(step, begin, offset)", "_phases.since(step, offset)"),
     Mutant("rewarmed", "0.1 * peak", "0.0 * peak"),
     # Refinement
     Mutant("refined", '"l2": -2.0', '"l2": -1.0'),
@@ -65,7 +69,7 @@ MUTANTS = [
     Mutant("refined", '(half, 0), "edge"', '(half, 0), "reflect"'),
     Mutant("refined", "[::-1] - weights", "[::-1]"),
     Mutant("refined", 'mode="drop"', 'mode="clip"'),
-    Mutant("refined", "(table.size - 1) / (total_steps - 1)", "table.size / total_steps"),
+    Mutant("refined", "(table.size - 1) / (total - 1)", "table.size / total"),
     Mutant("refined", "jnp.square(x / unit)", "jnp.square(x) / unit**2"),
     # Hypergradients
     Mutant("hypergradient", "_dot(direction, state.previous", "_dot(updates, state.previous"),
@@ -76,15 +80,15 @@ MUTANTS = [
         "hypergradient", "HypergradientState(eta, previous,", "HypergradientState(eta, updates,"
     ),
     # Batch sizes and tables
-    Mutant("batch_size", "min(batch_size, bound)", "batch_size"),
-    Mutant("tables", "if owner[0] is not None", ""),
-    Mutant("tables", "if owner[0] in _OF_SCHEDULES] or counts", "] or counts"),
+    Mutant("batch_size", "min(old, bound)", "old"),
+    Mutant("tables", 'if hasattr(node, "_fields") and getattr', "if getattr"),
+    Mutant("tables", "if count.owner in _OF_SCHEDULES] or counts", "] or counts"),
     # Merging
     Mutant("_task_vectors", "patterns, count - 1)", "patterns, count)"),
     Mutant("_task_vectors", "(place <= room)", "(place < room)"),
     Mutant("_task_vectors", "seen += jnp.sum(tied, dtype=jnp.uint32)", "pass"),
     Mutant("_task_vectors", "leaf.astype(update.dtype) +", ""),
-    Mutant("_task_vectors", "return jnp.asarray(finetuned).astype(dtype) -", "return -"),
+    Mutant("_task_vectors", "[jnp.asarray(x).astype(dtype) - ", "[-"),
     Mutant("ties", '+ (keep == "authors")', ""),
     Mutant("ties", 'if elect == "mass"', 'if elect != "mass"'),
     Mutant("ties", 'if zero_sign == "majority":', "if False:"),

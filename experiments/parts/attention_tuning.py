@@ -101,7 +101,7 @@ def tune(route: str, shape: Shape, rounds: int, compiled: Callable[[Any, str], A
 
 
 def _try(
-    route: str,
+    route: Any,
     shape: Shape,
     choice: tuning.Choice,
     rounds: int,

@@ -129,8 +129,8 @@ def _sgd(rate: optax.Schedule, decay: float, mask: Any, shape: Shape) -> Any:
 
 BUDGETS: dict[str, Budget] = {
     "adamw": _known("adamw", optax.adamw),
-    "adamw-int8": _encoded(quantization.int8(code="dynamic")),
-    "adamw-int8-linear": _encoded(quantization.int8()),
+    "adamw-int8": _encoded(quantization.int8()),
+    "adamw-int8-linear": _encoded(quantization.int8(code="linear")),
     "adamw-bf16": _encoded(quantization.bfloat16()),
     "frugal": Budget(_frugal, 1, "its authors: Adam's rate", _SUBSPACE, True),
     "galore": Budget(_galore, 3, _SHORT_STEP, _SUBSPACE, True),

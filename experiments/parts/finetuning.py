@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -91,7 +91,7 @@ def _lora_ga(gamma: float) -> Method:
     )
 
 
-def _moment_start(method: str) -> Start:
+def _moment_start(method: Literal["ipm", "kpm"]) -> Start:
     def start(loss: Loss, params: Any, batches: list[Any], config: Any) -> adapters.Initializer:
         return adapters.corda(adapters.estimate_covariances(loss, params, batches, config), method)
 

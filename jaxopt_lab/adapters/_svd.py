@@ -6,14 +6,15 @@ arXiv:0909.4061, algorithms 4.4 and 5.1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxopt_lab.adapters import _kernels
 
-METHODS = ("auto", "full", "randomized")
+Method = Literal["auto", "full", "randomized"]
+METHODS: tuple[Method, ...] = get_args(Method)
 # Up to this smaller side a full decomposition is quick.
 _FULL = 2048
 

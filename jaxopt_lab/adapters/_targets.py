@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _matrices
+from jaxopt_lab import _matrices, _roles
 from jaxopt_lab.adapters import _kernels
 
 Dims = optax.contrib.MuonDimensionNumbers
 
-# What stands in a layer beside its kernel.
-_NO_KERNEL = re.compile(r"bias|scale|mean|var|count")
-
 FLAX_KERNELS: dict[str, Dims] = {
-    r"query|key|value": Dims(reduction_axis=(0,), output_axis=(1, 2)),
-    r"out": Dims(reduction_axis=(0, 1), output_axis=(2,)),
+    r"query|key|value": Dims(reduction_axis=(-3,), output_axis=(-2, -1)),
+    r"out": Dims(reduction_axis=(-3, -2), output_axis=(-1,)),
     r".*Conv.*|.*conv.*": Dims(reduction_axis=(-4, -3, -2), output_axis=(-1,)),
 }
-"""`kernel_axes` of Flax's attention (embed, heads, head size) and its convolutions over images."""
+"""`kernel_axes` of Flax's attention (embed, heads, head size) and its convolutions over images.
+
+These are known without it; it serves kernels of which neither neighbours nor shapes say whether
+they are stacks of layers.
+"""
 
 
 class Target(NamedTuple):
@@ -33,6 +34,13 @@ class Target(NamedTuple):
     name: str
     shape: tuple[int, ...]
     axes: _matrices.MatrixAxes
+
+
+class Candidate(NamedTuple):
+    """A leaf that may get an adapter."""
+
+    leaf: Any
+    role: _roles.Role
 
 
 class Choice(Protocol):
@@ -54,8 +62,8 @@ def choose(params: Any, choice: Choice) -> tuple[Target, ...]:
     """Returns the kernels chosen, in the order of the tree.
 
     Raises:
-      ValueError: a pattern that matches nothing, with the nearest paths; a kernel with more than
-        two axes that `kernel_axes` does not name.
+      ValueError: a pattern that matches nothing, with the nearest paths; a kernel whose axes
+        nothing tells and that `kernel_axes` does not name.
       TypeError: a kernel that is not real floating point.
     """
     kernels = candidates(params)
@@ -71,20 +79,19 @@ def choose(params: Any, choice: Choice) -> tuple[Target, ...]:
             f"target_modules={choice.target_modules!r} matches"
         )
     axes = choice.kernel_axes or {}
-    own = {pattern: axes[pattern] for pattern in axes if pattern not in FLAX_KERNELS}
+    own = [pattern for pattern in axes if pattern not in FLAX_KERNELS]
     check_patterns(kernels, own, "kernel_axes")
-    return tuple(_target(n, leaf, axes) for n, (_, leaf) in kernels.items() if n in chosen)
+    return tuple(_target(n, kernel, axes) for n, kernel in kernels.items() if n in chosen)
 
 
-def candidates(params: Any) -> dict[str, tuple[Any, Any]]:
-    """Returns the path and the leaf of everything with two axes or more that is no bias or norm."""
+def candidates(params: Any) -> dict[str, Candidate]:
+    """Returns by path everything with two axes or more that is no bias or norm."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    found = {}
-    for path, leaf in flat:
-        name = _kernels.leaf_name(path)
-        if jnp.ndim(leaf) >= 2 and not _NO_KERNEL.fullmatch(name.split("/")[-1]):
-            found[name] = (path, leaf)
-    return found
+    return {
+        _kernels.leaf_name(path): Candidate(leaf, role)
+        for (path, leaf), role in zip(flat, _roles.roles(params))
+        if jnp.ndim(leaf) >= 2 and role.kind != "vector"
+    }
 
 
 def by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
@@ -106,10 +113,13 @@ def check_patterns(names: Iterable[str], patterns: Iterable[str], what: str) -> 
             raise ValueError(_nothing_matches(pattern, names, what))
 
 
-def _matching(candidates: Mapping[str, Any], wanted: str | Sequence[str], what: str) -> set[str]:
+def _matching(
+    candidates: Mapping[str, Candidate], wanted: str | Sequence[str], what: str
+) -> set[str]:
     if wanted == "all-linear":
-        ends = _matrices.ends_of_a_model
-        return {name for name, (path, _) in candidates.items() if not ends(path)}
+        # Of what is unknown the axes must be named, rather than its layer left out.
+        hidden = ("matrix", "unknown")
+        return {name for name, (_, role) in candidates.items() if role.kind in hidden}
     if isinstance(wanted, str):
         pattern = wanted.replace("/", r"\.")
         found = {n for n in candidates if any(re.fullmatch(pattern, k) for k in _names(n))}
@@ -160,11 +170,14 @@ def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, (int, str)) else list(value)
 
 
-def _target(name: str, leaf: Any, kernel_axes: Mapping[str, Any]) -> Target:
+def _target(name: str, kernel: Candidate, kernel_axes: Mapping[str, Any]) -> Target:
+    leaf, role = kernel
     dtype, ndim = jnp.result_type(leaf), jnp.ndim(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"kernel '{name}' has dtype {dtype}; expected real floating point")
-    spec = by_pattern(name, kernel_axes, Dims() if ndim == 2 else None)
+    named = {p: spec for p, spec in kernel_axes.items() if FLAX_KERNELS.get(p) != spec}
+    spec = by_pattern(name, named, _matrices.specification(role.axes))
+    spec = by_pattern(name, kernel_axes, None) if spec is None else spec
     if spec is None:
         raise ValueError(
             f"kernel '{name}' of shape {jnp.shape(leaf)} has {ndim} axes, and which of them are "

@@ -57,25 +57,27 @@ def check_weights(weights: Any, models: int) -> jax.Array:
     """Returns one weight for each model as an array, `(models,)`.
 
     Raises:
-      ValueError: another number of weights, or one that is not finite.
+      ValueError: another number of weights, or one that is not finite or has axes.
+      TypeError: a weight that is no real number.
     """
-    if np.shape(weights) != (models,):
-        raise ValueError(
-            f"weights must have shape ({models},), one for each model, got {np.shape(weights)}"
-        )
-    if not isinstance(weights, jax.Array):
-        for weight in weights:
-            if _hyperparams.is_number(weight) and not np.isfinite(weight):
-                raise ValueError(f"weights must be finite, got {weight}")
-    return jnp.stack([jnp.asarray(weight) for weight in weights])
+    found = (len(weights),) if isinstance(weights, (list, tuple)) else np.shape(weights)
+    if found != (models,):
+        raise ValueError(f"weights must have shape ({models},), one for each model, got {found}")
+    for index, weight in enumerate(weights):
+        _hyperparams.check_scalar(**{f"weights[{index}]": weight})
+        if _hyperparams.is_number(weight) and not np.isfinite(weight):
+            raise ValueError(f"weights must be finite, got {weight}")
+    return jnp.stack([jnp.asarray(weight, jnp.result_type(float)) for weight in weights])
 
 
 def check_scale(scale: _hyperparams.Scalar) -> None:
     """Refuses a scale that is no finite number.
 
     Raises:
-      ValueError: see above.
+      ValueError: infinite, NaN or an array with axes.
+      TypeError: no real number.
     """
+    _hyperparams.check_scalar(scale=scale)
     if _hyperparams.is_number(scale) and not np.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 
@@ -85,10 +87,10 @@ def is_floating(leaf: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
 
 
-def difference(base: Any, finetuned: Any) -> jax.Array:
-    """Returns `finetuned - base` of one leaf, in float32 or wider."""
-    dtype = _tree.compute_dtype(jnp.result_type(base), jnp.result_type(finetuned))
-    return jnp.asarray(finetuned).astype(dtype) - jnp.asarray(base).astype(dtype)
+def differences(base: Any, finetuned: Sequence[Any]) -> list[jax.Array]:
+    """Returns `finetuned - base` of one leaf for each model, all in float32 or wider."""
+    dtype = _tree.compute_dtype(*map(jnp.result_type, (base, *finetuned)))
+    return [jnp.asarray(x).astype(dtype) - jnp.asarray(base).astype(dtype) for x in finetuned]
 
 
 def weighted(vectors: jax.Array, weights: jax.Array) -> jax.Array:
@@ -102,15 +104,20 @@ def merged(
     models: Sequence[PyTree],
     merge: Callable[[list[str], list[jax.Array]], list[jax.Array]],
     scale: _hyperparams.Scalar = 1.0,
+    weights: jax.Array | None = None,
 ) -> PyTree:
     """Adds `scale` times what `merge` makes of the task vectors to the floating leaves of `base`.
+
+    What is not finite takes no part in a choice of entries or signs, which could leave it out: it
+    is added to the merged entry, as in a weighted sum, and so is there for everybody to see.
 
     Args:
       base: the common model.
       models: fine-tuned ones, checked.
-      merge: `merge(names, vectors)` of the floating leaves, each vector with an axis of models in
-        front, returns one array a leaf without that axis.
+      merge: `merge(names, vectors)` of the floating leaves, each vector finite and with an axis of
+        models in front, returns one array a leaf without that axis.
       scale: factor.
+      weights: of the models, `(models,)`, where an entry is not finite; None for 1 each.
 
     Returns:
       A model with the structure, shapes and dtypes of `base`.
@@ -118,13 +125,15 @@ def merged(
     leaves = _tree.leaves_with_names(base)
     columns = list(zip(*(jax.tree.leaves(model) for model in models)))
     places = [place for place, (_, leaf) in enumerate(leaves) if is_floating(leaf)]
-    vectors = [
-        jnp.stack([difference(leaves[place][1], leaf) for leaf in columns[place]])
-        for place in places
-    ]
+    vectors = [jnp.stack(differences(leaves[place][1], columns[place])) for place in places]
+    finite = [jnp.where(jnp.isfinite(vector), vector, 0) for vector in vectors]
+    broken = [jnp.where(jnp.isfinite(vector), 0, vector) for vector in vectors]
+    if weights is not None:
+        broken = [weighted(vector, weights) for vector in broken]
     results = [jnp.asarray(leaf) for _, leaf in leaves]
-    for place, update in zip(places, merge([leaves[place][0] for place in places], vectors)):
-        leaf = results[place]
+    updates = merge([leaves[place][0] for place in places], finite)
+    for place, update, rest in zip(places, updates, broken):
+        leaf, update = results[place], update + rest.sum(0)
         new = leaf.astype(update.dtype) + jnp.asarray(scale, update.dtype) * update
         results[place] = new.astype(leaf.dtype)
     return jax.tree.unflatten(jax.tree.structure(base), results)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _compat, _flax, _tree
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 
@@ -96,6 +96,9 @@ class AdapterBase:
     gave_up: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
+_flax.register(AdapterBase, ["params", "undo"])
+
+
 def init_adapters(
     params: Any,
     config: AdapterConfig,
@@ -159,12 +162,13 @@ def init_adapters(
         matrices = kernel.matrices(leaf.astype(dtype))
         own = None if key is None else jax.random.fold_in(key, index)
         target = jnp.dtype(config.adapter_dtype or dtype)
-        factors = {
-            name: x.astype(target) for name, x in config.start(kernel, matrices, own, init).items()
-        }
+        start = config.start(kernel, matrices, own, init)
+        # The kernel gives up what the factors add as they are stored.
+        stored = {name: _compat.rounded(x.astype(dtype), target) for name, x in start.items()}
+        factors = {name: x.astype(target) for name, x in stored.items()}
         _kernels.insert(adapters, kernel.name, factors)
         if config.changes_base(init):
-            change = kernel.change({name: x.astype(dtype) for name, x in factors.items()})
+            change = kernel.change(stored)
             rest = leaf.astype(dtype) - kernel.scaling * change
             rests[kernel.name] = _placed_like(rest.astype(leaf.dtype), leaf)
     base = AdapterBase(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxopt_lab import _hyperparams
 from jaxopt_lab.adapters import _task_vectors
 
-Axis = str | Callable[[str, jax.Array], int] | None
+Axis = Literal["in", "last"] | Callable[[str, jax.Array], int] | None
 
 
 def breadcrumbs_merge(
@@ -31,7 +31,7 @@ def breadcrumbs_merge(
     scale: _hyperparams.Scalar = 0.2,
     *,
     remove_first: bool = True,
-    scope: str = "row",
+    scope: Literal["row", "layer"] = "row",
     axis: Axis = None,
 ) -> Any:
     r"""Adds the middle of each row of the task vectors to the base model.
@@ -55,7 +55,7 @@ def breadcrumbs_merge(
       keep: :math:`\beta`, the fraction of a row that stays, in [0, 1].
       remove: :math:`\gamma`, the fraction of a row that is taken off the top, in [0, 1]. The
         defaults are those that the authors' search starts from.
-      scale: :math:`\alpha`.
+      scale: :math:`\alpha`, a number or an array of shape `()`.
       remove_first: take off the top before the rest is chosen; else after, out of what was chosen.
       scope: `"row"`, or `"layer"`: all entries of a leaf are one row.
       axis: along which axis the rows of leaves with two or more axes run: `"in"`, the one before
@@ -65,12 +65,14 @@ def breadcrumbs_merge(
 
     Returns:
       A model with the structure, shapes and dtypes of `base`, computed in float32 or wider. Leaves
-      that are not floating are those of `base`.
+      that are not floating are those of `base`. NaN and infinity in a model are no outliers to be
+      taken off: they are NaN or infinity in the same entry of the result, and change no other.
 
     Raises:
       ValueError: paths or shapes differ (the message lists them), no model, a fraction outside
         [0, 1], an unknown option, an axis that the leaf does not have, or an axis for layers.
-      TypeError: complex leaves, or leaves that are floating in one of two models only.
+      TypeError: models that are no list, complex leaves, leaves that are floating in one of two
+        models only, or a fraction or a scale that is no real number.
 
     Examples:
       >>> import jax.numpy as jnp

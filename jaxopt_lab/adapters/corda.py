@@ -10,21 +10,23 @@ Task-Aware Parameter-Efficient Fine-tuning", NeurIPS 2024, arXiv:2406.05223, equ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab import _compat
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import Initializer
 
-_METHODS = ("ipm", "kpm")
+Method = Literal["ipm", "kpm"]
+_METHODS = get_args(Method)
 # Each failure to invert doubles the damping; from 0.01 on, 40 doublings dwarf any matrix.
 _DOUBLINGS = 40
 
 
-def corda(covariances: Mapping[str, Any], corda_method: str = "ipm") -> Initializer:
+def corda(covariances: Mapping[str, Any], corda_method: Method = "ipm") -> Initializer:
     r"""Starts from the singular triplets of the kernel times its inputs' second moment.
 
     .. math::
@@ -94,7 +96,7 @@ def _damped(moments: jax.Array) -> jax.Array:
             return ~(error < 0.05) & (count < _DOUBLINGS)
 
         first = jnp.asarray(0.01, moment.dtype), jnp.zeros((), jnp.int32)
-        damping, _ = jax.lax.while_loop(fails, lambda s: (2 * s[0], s[1] + 1), first)
+        damping, _ = _compat.while_loop(fails, lambda s: (2 * s[0], s[1] + 1), first)
         return damped(damping)
 
     return jax.lax.map(one, moments)

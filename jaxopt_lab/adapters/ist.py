@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
 
 # What of a layer's adapter is damped by a probe: one factor of each product.
 _DAMPED = ("lora_b", "miss_block")
@@ -146,7 +146,7 @@ def ist(
         members = _members(updates, layers)
         key, for_probe, for_layers = jax.random.split(state.key, 3)
         due = (state.count > 0) & (state.count % probe_every == 0)
-        scores = jax.lax.cond(
+        scores = _compat.cond(
             due,
             lambda: probed(state.scores, for_probe, params, value_fn),
             lambda: state.scores,
@@ -165,7 +165,7 @@ def ist(
                 return jax.tree.map(jnp.zeros_like, part), old
 
             in_a_layer = index < len(scores)
-            new, kept = jax.lax.cond(chosen[index] > 0, train, rest) if in_a_layer else train()
+            new, kept = _compat.cond(chosen[index] > 0, train, rest) if in_a_layer else train()
             states.append(kept)
             for place, leaf in zip(own, jax.tree.leaves(new)):
                 leaves[place] = leaf
@@ -235,5 +235,5 @@ def _distinct(key: jax.Array, log_weights: jax.Array, size: int, count: int) -> 
             return key, _draw(own, log_weights, size)
 
         start = jax.random.fold_in(key, index), jnp.zeros_like(log_weights)
-        sets.append(jax.lax.while_loop(again, draw, start)[1])
+        sets.append(_compat.while_loop(again, draw, start)[1])
     return jnp.stack(sets)

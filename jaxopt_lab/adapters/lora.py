@@ -53,8 +53,9 @@ class LoraConfig:
       layers_pattern: name before the number of a layer, if it is not the first number in the path.
       kernel_axes: by pattern, as `rank_pattern`, which axes of a kernel are inputs and outputs:
         `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)`; all others count
-        matrices, each with a pair of its own (scanned layers, experts). Two axes are (inputs,
-        outputs); more must be named. `FLAX_KERNELS` serves Flax's attention and image convolutions.
+        matrices, each with a pair of its own (scanned layers, experts). By default they follow
+        from names, shapes and neighbours, as `jaxopt_lab.muon_dimension_numbers` describes; what
+        nothing tells must be named.
       adapter_dtype: dtype of the factors; by default the widest of float32 and the kernel's.
 
     Raises:

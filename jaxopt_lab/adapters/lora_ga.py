@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,21 @@ from jaxopt_lab.adapters import _kernels, _svd
 from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import Initializer
 
-_DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-_SCALES = ("stable", "gd", "unit", "weight_svd")
+Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
+Scale = Literal["stable", "gd", "unit", "weight_svd"]
+_DIRECTIONS, _SCALES = get_args(Direction), get_args(Scale)
 
 
 def lora_ga(
     gradients: Mapping[str, Any],
     *,
-    direction: str = "ArB2r",
-    scale: str = "stable",
+    direction: Direction = "ArB2r",
+    scale: Scale = "stable",
     stable_gamma: float = 16,
-    method: str = "auto",
+    method: _svd.Method = "auto",
     power_iterations: int = 4,
     norm_clip: bool = False,
-    compat: str | None = None,
+    compat: Literal["peft"] | None = None,
 ) -> Initializer:
     r"""Starts from the 2 r leading singular directions of the gradient, with equal lengths c.
 

@@ -69,7 +69,9 @@ def lora_plus(
       A transformation of the adapters.
 
     Raises:
-      ValueError: a ratio below 1.
+      ValueError: a ratio below 1, a rate below 0, or one of them not finite or an array with axes.
+      TypeError: a ratio that is no number, a rate that is neither a number nor a schedule, or an
+        `optimizer` that makes no transformation, such as one that is made already.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -84,6 +86,13 @@ def lora_plus(
     References:
       Hayou, Ghosh and Yu, `LoRA+ <https://arxiv.org/abs/2402.12354>`_, ICML 2024.
     """
+    if not callable(optimizer):
+        raise TypeError(
+            "optimizer must be a function of the learning rate, such as optax.adamw, got "
+            f"{type(optimizer).__name__}"
+        )
+    _hyperparams.check_scalar_or_schedule(learning_rate=learning_rate)
+    _hyperparams.check_finite(ratio=ratio)
     if _hyperparams.is_number(ratio) and not ratio >= 1:
         raise ValueError(f"ratio must be at least 1, got {ratio}")
 
@@ -95,4 +104,5 @@ def lora_plus(
         "a": optimizer(learning_rate),
         "b": optimizer(rate),
     }
+    _hyperparams.check_transformation(**{"what optimizer returns": transforms["b"]})
     return optax.with_extra_args_support(optax.partition(transforms, lora_plus_labels))

@@ -4,7 +4,7 @@ PyTorch's weights are (outputs, inputs): with s the same,
 
     lora_A.weight = a^T  (r, inputs),      lora_B.weight = b^T  (outputs, r)
 
-Needs the package `safetensors` (`pip install "jaxopt-lab[peft]"`).
+Needs the package `safetensors` (`pip install safetensors`, or the checkout's extra `peft`).
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ def _safetensors() -> Any:
         import safetensors.flax
     except ImportError as error:
         raise ImportError(
-            'peft folders need the package safetensors: pip install "jaxopt-lab[peft]"'
+            "peft folders need the package safetensors: pip install safetensors, or "
+            'pip install -e ".[peft]" in the checkout'
         ) from error
     return safetensors.flax
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _matrices
+from jaxopt_lab import _names
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 from jaxopt_lab.adapters.lora import LoraConfig
@@ -129,8 +129,8 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
       params: the pruned model's parameters.
       biases: train everything called `bias` or `b` that is no norm's.
       norms: train `scale`, `bias` and `weight` below a module whose name has "norm" or "ln" in it.
-      head: train the output layer: what a part of the path calls `head`, `lm_head`, `unembed`,
-        `logits` or `output`, but no embedding.
+      head: train the output layer, known by names such as `lm_head`, `logits_dense`, `classifier`
+        or, outside of all layers, `head` and `output`; no embedding.
 
     Returns:
       A tree of the same structure; the fraction trained is that of the "train" leaves' sizes.
@@ -153,6 +153,7 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
     """
 
     def label(path: tuple[Any, ...], leaf: Any) -> str:
+        del leaf
         *parents, own = _kernels.leaf_name(path).split("/")
         norm = bool(parents) and bool(_NORM.search(parents[-1]))
         if norm:
@@ -160,9 +161,8 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
         elif own in ("bias", "b"):
             chosen = biases
         else:
-            embedding = any("embed" in name and "unembed" not in name for name in (*parents, own))
-            chosen = head and not embedding and _matrices.ends_of_a_model(path)
-        del leaf
+            parts = _names.parts_of(_kernels.leaf_name(path))
+            chosen = head and not _names.is_table(parts) and _names.is_head(parts)
         return "train" if chosen else "freeze"
 
     labels = jax.tree_util.tree_map_with_path(label, params)

@@ -17,7 +17,7 @@ from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import Initializer
 
 
-def pissa(method: str = "auto", *, power_iterations: int = 4) -> Initializer:
+def pissa(method: _svd.Method = "auto", *, power_iterations: int = 4) -> Initializer:
     r"""Starts from the r leading singular triplets of the kernel.
 
     .. math::

@@ -49,7 +49,8 @@ def task_vector(base: Any, finetuned: Any) -> Any:
     def one(before: Any, after: Any) -> jax.Array:
         if not _task_vectors.is_floating(before):
             return jnp.zeros_like(before)
-        return _task_vectors.difference(before, after)
+        (vector,) = _task_vectors.differences(before, [after])
+        return vector
 
     leaves = [one(*pair) for pair in zip(jax.tree.leaves(base), jax.tree.leaves(finetuned))]
     return jax.tree.unflatten(jax.tree.structure(base), leaves)
@@ -66,16 +67,18 @@ def task_arithmetic(base: Any, finetuned: Any, weights: Any) -> Any:
     Args:
       base: :math:`\theta_0`, a tree of arrays.
       finetuned: :math:`\theta_1 \dots \theta_T`, a list of trees with its paths and shapes.
-      weights: :math:`w_1 \dots w_T`, `(T,)`; numbers or an array.
+      weights: :math:`w_1 \dots w_T`, `(T,)`; a list of numbers or an array, of either sign.
 
     Returns:
       A model with the structure, shapes and dtypes of `base`, computed in float32 or wider. Leaves
-      that are not floating are those of `base`.
+      that are not floating are those of `base`. NaN and infinity in a model are NaN or infinity
+      in the same entry of the result, and change no other.
 
     Raises:
       ValueError: paths or shapes differ (the message lists them), no model, another number of
         weights, or one that is not finite.
-      TypeError: complex leaves, or leaves that are floating in one of two models only.
+      TypeError: models that are no list, complex leaves, leaves that are floating in one of two
+        models only, or weights that are no real numbers.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -96,4 +99,4 @@ def task_arithmetic(base: Any, finetuned: Any, weights: Any) -> Any:
         # Sums of products rather than a contraction, which an accelerator would round to bfloat16.
         return [_task_vectors.weighted(vector, weights).sum(0) for vector in vectors]
 
-    return _task_vectors.merged(base, models, merge)
+    return _task_vectors.merged(base, models, merge, weights=weights)

@@ -10,7 +10,7 @@ Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 2023, 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ def ties_merge(
     weights: Any = None,
     scale: _hyperparams.Scalar = 1.0,
     *,
-    scope: str = "global",
-    elect: str = "mass",
-    zero_sign: str = "majority",
-    keep: str = "exact",
+    scope: Literal["global", "tensor"] = "global",
+    elect: Literal["mass", "frequency"] = "mass",
+    zero_sign: Literal["majority", "positive"] = "majority",
+    keep: Literal["exact", "authors"] = "exact",
 ) -> Any:
     r"""Merges fine-tuned models entry by entry, by the sign that most of their change has.
 
@@ -47,8 +47,9 @@ def ties_merge(
       base: :math:`\theta_0`, a tree of arrays.
       finetuned: :math:`\theta_1 \dots \theta_T`, a list of trees with its paths and shapes.
       density: :math:`K`, the fraction of entries that is kept, in (0, 1]; 1 trims nothing.
-      weights: :math:`w_1 \dots w_T`, `(T,)`; None for 1 each.
-      scale: :math:`\lambda`.
+      weights: :math:`w_1 \dots w_T`, `(T,)`, a list of numbers or an array, of either sign; None
+        for 1 each. They count after the election.
+      scale: :math:`\lambda`, a number or an array of shape `()`.
       scope: among which entries the largest are kept and zero signs decided: `"global"`, all of a
         model together; or `"tensor"`, each leaf for itself.
       elect: `"mass"`, the sign of the sum as above; or `"frequency"`, that of the sum of signs.
@@ -59,12 +60,14 @@ def ties_merge(
 
     Returns:
       A model with the structure, shapes and dtypes of `base`, computed in float32 or wider. Leaves
-      that are not floating are those of `base`.
+      that are not floating are those of `base`. NaN and infinity in a model are neither trimmed nor
+      outvoted: they are NaN or infinity in the same entry of the result, and change no other.
 
     Raises:
       ValueError: paths or shapes differ (the message lists them), no model, `density` outside
         (0, 1], another number of weights, or an unknown option.
-      TypeError: complex leaves, or leaves that are floating in one of two models only.
+      TypeError: models that are no list, complex leaves, leaves that are floating in one of two
+        models only, or a scale or weights that are no real numbers.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -98,10 +101,10 @@ def ties_merge(
 
         trimmed = jax.vmap(trim)(vectors)
         votes = trimmed if elect == "mass" else [jnp.sign(x) for x in trimmed]
-        signs = [jnp.sign(x.sum(0)) for x in votes]
+        signs = [jnp.sign(x.sum(0, keepdims=True)) for x in votes]
         winner = jnp.ones((), jnp.int32)
         if zero_sign == "majority":
-            counts = (jnp.sum(sign.astype(jnp.int32)) for sign in signs)
+            counts = (jnp.sum(sign.astype(jnp.int32), dtype=jnp.int32) for sign in signs)
             winner = jnp.sign(sum(counts, start=jnp.zeros((), jnp.int32)))
         signs = [jnp.where(sign == 0, winner.astype(sign.dtype), sign) for sign in signs]
         return [_mean_of_agreeing(x, sign, weights) for x, sign in zip(trimmed, signs)]
@@ -112,7 +115,7 @@ def ties_merge(
             return merge_group(vectors)
         return [merge_group([vector])[0] for vector in vectors]
 
-    return _task_vectors.merged(base, models, merge, scale)
+    return _task_vectors.merged(base, models, merge, scale, weights)
 
 
 def _mean_of_agreeing(trimmed: jax.Array, sign: jax.Array, weights: Any) -> jax.Array:

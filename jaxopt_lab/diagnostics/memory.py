@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _mirrors, _tree
+from jaxopt_lab import _hyperparams, _mirrors, _tree
 
 PyTree = Any
 _MIB = 2**20
@@ -88,16 +88,20 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
     `optax.MultiSteps`, low-rank moments and codes with their scales are all seen through.
 
     Args:
-      tx: any optax transformation.
-      params: tree of arrays or `jax.ShapeDtypeStruct`; a bare array is given to `tx.init` as the
-        only leaf of a dictionary.
+      tx: any optax transformation, ready-made or not; only its `init` is used, and only abstractly.
+      params: the parameters, a tree of arrays or `jax.ShapeDtypeStruct` of any shapes and dtypes
+        that `tx.init` takes; a bare array is given to it as the only leaf of a dictionary. Trees of
+        Flax (`nnx.State`, Linen's boxes) are trees like any other.
 
     Returns:
-      A `StateBytes`. Fields are named by the end of their path in the state; two of one name, such
-      as the moments of two Adams in a chain, are added. A typed random key counts its key data.
+      A `StateBytes`: `total`, `bytes_per_parameter`, and a `LeafBytes` for each parameter and each
+      leaf of the state that is no parameter's. Fields are named by the end of their path in the
+      state; two of one name, such as the moments of two Adams in a chain, are added. A typed random
+      key counts its key data. The bytes are those of the whole state, over all devices.
 
     Raises:
-      TypeError: `tx` is no gradient transformation, or whatever `tx.init` refuses.
+      TypeError: `tx` is no gradient transformation, such as a constructor that was not called; or
+        whatever `tx.init` refuses.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -116,7 +120,7 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
       0/count         ()            int32            4
       total                                  6,006,004  6 for each of 1,001,000
     """
-    _check_tx(tx)
+    _hyperparams.check_transformation(tx=tx)
     bare = jax.tree_util.all_leaves([params])
     tree = {_BARE: params} if bare else params
     tree, state = jax.eval_shape(lambda p: (p, tx.init(p)), tree)
@@ -194,14 +198,18 @@ def training_memory(
     default backend; its figures come from `compiled.memory_analysis()`.
 
     Args:
-      loss: `loss(params, batch)` returns a real floating scalar.
-      tx: any optax transformation; the loss is at hand for those that ask for it.
-      params: tree of arrays or `jax.ShapeDtypeStruct`, with shardings where they have any.
-      batch: the same for the data.
-      donate: whether the step may overwrite parameters and state.
+      loss: a function of arrays: `loss(params, batch)` returns a real floating scalar.
+      tx: any optax transformation; `value`, `grad` and `value_fn` of the loss are at hand for those
+        that ask for them.
+      params: the parameters, a tree of real floating arrays or `jax.ShapeDtypeStruct`, of any
+        shapes, with shardings where they have any.
+      batch: the data of one step, a tree of arrays or `jax.ShapeDtypeStruct` of any shapes and
+        dtypes, with shardings where they have any.
+      donate: whether the step may overwrite parameters and state, as `donate_argnums` of `jax.jit`.
 
     Returns:
-      A `TrainingMemory`.
+      A `TrainingMemory`, all of it in bytes on one device: `parameters`, `state` and `batch`, and
+      what the compiler says of `arguments`, `outputs`, `aliased`, `temporaries` and `peak`.
 
     Raises:
       TypeError: `tx` is no gradient transformation, a parameter is not real floating point, or
@@ -219,7 +227,7 @@ def training_memory(
       >>> found.aliased >= found.parameters + found.state
       True
     """
-    _check_tx(tx)
+    _hyperparams.check_transformation(tx=tx)
     _tree.check_params(params)
     _check_loss(loss, params, batch)
     update = optax.with_extra_args_support(tx).update
@@ -249,11 +257,6 @@ def training_memory(
         temporaries=found.temp_size_in_bytes,
         generated_code=found.generated_code_size_in_bytes,
     )
-
-
-def _check_tx(tx: Any) -> None:
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-        raise TypeError(f"tx must be an optax.GradientTransformation, got {type(tx).__name__}")
 
 
 def _check_loss(loss: Callable[[Any, Any], Any], params: PyTree, batch: PyTree) -> None:

@@ -1,6 +1,7 @@
 """Training over slow links: how replicas agree on a gradient or on their weights."""
 
 from jaxopt_lab.distributed._axes import vary
+from jaxopt_lab.distributed.apply_if_finite import ApplyIfFiniteState, apply_if_finite
 from jaxopt_lab.distributed.co2 import Co2State, co2, co2_exchange, gap_aware
 from jaxopt_lab.distributed.compressed_mean import (
     CompressedMeanState,
@@ -29,6 +30,7 @@ from jaxopt_lab.distributed.one_bit_adam import (
 from jaxopt_lab.distributed.powersgd import PowerSGDState, powersgd
 from jaxopt_lab.distributed.quantizers import sign, stochastic_int4, stochastic_int8
 from jaxopt_lab.distributed.replicas import (
+    MutableTrainState,
     Replicas,
     TrainState,
     device_replicas,
@@ -39,6 +41,7 @@ from jaxopt_lab.distributed.train_rounds import TrainRounds, train_rounds
 from jaxopt_lab.distributed.wire import Collective, WireBytes, compiled_collectives, wire_bytes
 
 __all__ = [
+    "ApplyIfFiniteState",
     "Co2State",
     "Collective",
     "CompressedMeanState",
@@ -51,6 +54,7 @@ __all__ = [
     "GossipState",
     "HierarchicalMeanState",
     "LocalUpdatesState",
+    "MutableTrainState",
     "NolocoState",
     "PowerSGDState",
     "Replicas",
@@ -58,6 +62,7 @@ __all__ = [
     "TrainRounds",
     "TrainState",
     "WireBytes",
+    "apply_if_finite",
     "co2",
     "co2_exchange",
     "compiled_collectives",

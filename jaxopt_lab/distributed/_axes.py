@@ -7,15 +7,42 @@ function here leaves its argument as it is.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxopt_lab import _compat, _tree
 
-AxisName = Hashable
+AxisName = Hashable  # one mapped axis, or a tuple of several that count as one
+
+
+def canonical(axis_name: Any, argument: str = "axis_name") -> AxisName:
+    """Returns a name as it is, and several names as a tuple.
+
+    Raises:
+      TypeError: no name, which is what can be hashed and is not None; the message has `argument`.
+      ValueError: no axis, or one twice.
+    """
+    if not isinstance(axis_name, (tuple, list)):
+        if axis_name is None or not isinstance(axis_name, Hashable):
+            raise TypeError(
+                f"{argument} must be the name of a mapped axis or a tuple of names, got "
+                f"{axis_name!r}"
+            )
+        return axis_name
+    found = tuple(canonical(name, argument) for name in axis_name)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{argument} must name different axes, at least one, got {axis_name!r}")
+    return found[0] if len(found) == 1 else found
+
+
+def names(axis_name: AxisName) -> tuple[AxisName, ...]:
+    """Returns the axes, of which there may be one."""
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
 def size(axis_name: AxisName) -> int:
@@ -24,23 +51,28 @@ def size(axis_name: AxisName) -> int:
     Raises:
       ValueError: no surrounding `shard_map`, `pmap` or `vmap` has the axis.
     """
-    try:
-        return lax.axis_size(axis_name)
-    except NameError as error:
-        raise ValueError(
-            f"axis {axis_name!r} is not bound; call inside shard_map, pmap or vmap with that axis"
-        ) from error
+    for name in names(axis_name):
+        try:
+            lax.axis_size(name)
+        except NameError as error:
+            raise ValueError(
+                f"axis {name!r} is not bound; call inside shard_map, pmap or vmap with that axis"
+            ) from error
+    return lax.axis_size(axis_name)
 
 
-def is_checked(axis_name: AxisName) -> bool:
-    """Whether it is known which values vary over the axis."""
+def checked(axis_name: AxisName) -> frozenset[AxisName]:
+    """Returns those of the axes over which it is known what varies."""
     size(axis_name)
-    return axis_name in _compat.varying_axes(lax.axis_index(axis_name))
+    return frozenset(
+        name for name in names(axis_name) if name in _compat.varying_axes(lax.axis_index(name))
+    )
 
 
 def varies(x: jax.Array, axis_name: AxisName) -> bool:
     """Whether `x` may differ between replicas; where nothing is known, it may."""
-    return not is_checked(axis_name) or axis_name in _compat.varying_axes(x)
+    known = checked(axis_name)
+    return len(known) < len(names(axis_name)) or bool(known & _compat.varying_axes(x))
 
 
 def vary(tree: Any, axis_name: AxisName) -> Any:
@@ -51,13 +83,14 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
 
     Args:
       tree: arrays.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several.
 
     Returns:
       The same values. Costs nothing.
 
     Raises:
-      ValueError: the axis is not bound.
+      ValueError: an axis that is not bound, or none, or one twice.
+      TypeError: no name of an axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -71,20 +104,8 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
       >>> of_all(jnp.ones(2), jnp.array([[3.0, 4.0]]))
       Array([[3., 4.]], dtype=float32)
     """
-    if not is_checked(axis_name):
-        return tree
-
-    def mark(x: Any) -> Any:
-        if axis_name in _compat.varying_axes(x):
-            return x
-        return lax.pcast(x, axis_name, to="varying")
-
-    return jax.tree.map(mark, tree)
-
-
-def vary_like(tree: Any, like: Any) -> Any:
-    """Marks each leaf of `tree` as varying over what its counterpart in `like` varies over."""
-    return jax.tree.map(lambda x, other: _compat.vary_alike([x], other)[0], tree, like)
+    known = checked(canonical(axis_name))
+    return jax.tree.map(lambda x: _compat.vary_over(x, known), tree)
 
 
 def require_own(updates: Any, axis_name: AxisName, method: str) -> None:
@@ -93,32 +114,91 @@ def require_own(updates: Any, axis_name: AxisName, method: str) -> None:
     Raises:
       ValueError: a leaf does not vary over the axis; the message has its path.
     """
-    if not is_checked(axis_name):
-        return
+    known = checked(axis_name)
     for name, leaf in _tree.leaves_with_names(updates):
-        if axis_name not in _compat.varying_axes(leaf):
+        summed = sorted(known - _compat.varying_axes(leaf), key=str)
+        if summed:
             raise ValueError(
                 f"{method}: the gradient of '{name}' is the same on all replicas of axis "
-                f"{axis_name!r}, because jax.grad summed it; differentiate with respect to "
-                f"jaxopt_lab.distributed.vary(params, {axis_name!r}), so that each replica has its "
-                "own gradient to send"
+                f"{', '.join(map(repr, summed))}, because jax.grad summed it; differentiate with "
+                f"respect to jaxopt_lab.distributed.vary(params, {axis_name!r}), so that each "
+                "replica has its own gradient to send, and make the state of optax.MultiSteps from "
+                "these parameters, too"
             )
 
 
 def all_gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Returns the replicas' values along a new leading axis, known to be equal on all replicas."""
-    return lax.all_gather(x, axis_name, to="invarying" if is_checked(axis_name) else "varying")
+    if _is_one_collective(axis_name):
+        known = checked(axis_name)
+        x = _compat.vary_over(x, known)
+        return lax.all_gather(x, axis_name, to="invarying" if known else "varying")
+    # The inner axes first, so that the order is that of `jax.lax.axis_index`.
+    for name in reversed(names(axis_name)):
+        x = all_gather(x, name)
+    return x.reshape(size(axis_name), *x.shape[len(names(axis_name)) :])
+
+
+def permute(x: jax.Array, axis_name: AxisName, sources: Sequence[int]) -> jax.Array:
+    """Returns, on replica i, what replica `sources[i]` has; a permutation of all."""
+    if _is_one_collective(axis_name):
+        # A full permutation: the batching rule under vmap has none of a part.
+        pairs = [(int(source), target) for target, source in enumerate(sources)]
+        return lax.ppermute(x, axis_name, pairs)
+    return all_gather(x, axis_name)[jnp.asarray(sources)[lax.axis_index(axis_name)]]
+
+
+def psum_scatter(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Returns the replica's of N equal parts of the sum; shape (N n,) becomes (n,)."""
+    if _is_one_collective(axis_name):
+        return lax.psum_scatter(x, axis_name, tiled=True)
+    return part(psum(x, axis_name), axis_name)
+
+
+def part(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Returns the replica's of N equal parts; shape (N n,) becomes (n,)."""
+    length = x.shape[0] // size(axis_name)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * length, length)
+
+
+def _is_one_collective(axis_name: AxisName) -> bool:
+    """Whether the axes are one to a collective: `vmap` inside `vmap` has no rules for several."""
+    several = names(axis_name)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    known = checked(axis_name)
+    if known:
+        return len(known) == len(several)
+    return len(several) == 1 or all(name in manual or name in _counted for name in several)
+
+
+_counted: set[AxisName] = set()
+
+
+@contextlib.contextmanager
+def counted(axes: Iterable[AxisName]) -> Iterator[None]:
+    """Traces a program for devices along `axes`, without a mesh of them."""
+    new = set(axes) - _counted
+    _counted.update(new)
+    try:
+        yield
+    finally:
+        _counted.difference_update(new)
 
 
 def pmean(tree: Any, axis_name: AxisName) -> Any:
     """Returns the mean over the replicas, leaf by leaf."""
-    return jax.tree.map(lambda x: lax.psum(x, axis_name) / size(axis_name), tree)
+    return jax.tree.map(lambda x: psum(x, axis_name) / size(axis_name), tree)
+
+
+def psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Returns the sum over the replicas, of what may be known to be equal on all of them."""
+    return lax.psum(_compat.vary_over(x, checked(axis_name)), axis_name)
 
 
 def vary_if_bound(tree: Any, axis_name: AxisName) -> Any:
     """Returns `vary(tree, axis_name)`, or `tree` outside of the axis, where init may be called."""
     try:
-        lax.axis_size(axis_name)
-    except NameError:
+        size(axis_name)
+    except ValueError:
         return tree
     return vary(tree, axis_name)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _compat, _tree
 
 
 def slow_weights(params: Any, dtype: Any = None) -> Any:
@@ -31,7 +31,7 @@ def slow_weights(params: Any, dtype: Any = None) -> Any:
 
 def start(slow: Any, params: Any) -> Any:
     """Returns the slow weights in the dtypes of `params`: what a round starts from."""
-    return jax.tree.map(lambda s, p: s.astype(p.dtype), slow, params)
+    return jax.tree.map(lambda s, p: _compat.rounded(s, p.dtype).astype(p.dtype), slow, params)
 
 
 def descent(slow: Any, params: Any) -> Any:
@@ -42,6 +42,7 @@ def descent(slow: Any, params: Any) -> Any:
 
     def difference(s: jax.Array, p: jax.Array) -> jax.Array:
         compute = _tree.compute_dtype(s.dtype, p.dtype)
-        return (s.astype(p.dtype).astype(compute) - p.astype(compute)).astype(s.dtype)
+        begun = _compat.rounded(s, p.dtype).astype(compute)
+        return (begun - p.astype(compute)).astype(s.dtype)
 
     return jax.tree.map(difference, slow, params)

@@ -9,6 +9,7 @@ Sun et al., "CO2: Efficient Distributed Training with Full Communication-Computa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def co2_exchange(
     Args:
       outer: any optax transformation, given the penalised difference as a gradient, in place of
         the momentum and learning rate below.
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       learning_rate: :math:`\eta`, or a schedule of outer steps; 1 if None.
       momentum: :math:`\mu`, in [0, 1); 0.2 if None.
       clip: c, the largest entry of the momentum, which is kept clipped; None for no bound.
@@ -130,6 +131,7 @@ def co2_exchange(
     References:
       Sun et al., `CO2 <https://arxiv.org/abs/2401.16265>`_, ICLR 2024.
     """
+    axis_name = _axes.canonical(axis_name)
     if outer is None:
         outer = _clipped_heavy_ball(learning_rate, momentum, clip)
     elif any(value is not None for value in (learning_rate, momentum, clip)):
@@ -137,6 +139,7 @@ def co2_exchange(
                          "give either them or outer")  # fmt: skip
     if not callable(staleness_penalty):
         _hyperparams.check_positive(staleness_penalty=staleness_penalty)
+    _hyperparams.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
 
     def init(params: optax.Params) -> Co2State:
@@ -191,7 +194,7 @@ def co2(
     clip: _hyperparams.Scalar | None = None,
     staleness_penalty: _hyperparams.Scalar | Penalty = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Local steps with `inner`, and every `sync_every` of them an outer step one round late.
+    r"""Local steps with `inner`, and every `sync_every` of them an outer step one round late.
 
     A replica sends 2 (N-1)/N times the slow weights' bytes a round. One update is one local step,
     so the all-reduce overlaps with local steps only in a program of a whole round: `train_rounds`
@@ -199,21 +202,27 @@ def co2(
 
     Args:
       inner: any optax transformation; its state is each replica's own.
-      outer: see `co2_exchange`.
+      outer: any optax transformation, given the penalised difference as a gradient, in place of
+        the momentum and learning rate below.
       sync_every: tau, local steps in a round.
-      axis_name: the mapped axis of the replicas.
-      learning_rate: see `co2_exchange`.
-      momentum: see `co2_exchange`.
-      clip: see `co2_exchange`.
-      staleness_penalty: see `co2_exchange`.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
+      learning_rate: :math:`\eta`, or a schedule of outer steps; 1 if None.
+      momentum: :math:`\mu`, in [0, 1); 0.2 if None.
+      clip: c, the largest entry of the momentum, which is kept clipped; None for no bound.
+      staleness_penalty: :math:`\Lambda`, or a function `(gap, round) -> Lambda` of the root mean
+        square of the last outer update and the number of rounds done, such as `gap_aware(...)`.
 
     Returns:
       A `GradientTransformationExtraArgs` with a `LocalUpdatesState`; its update needs `params`,
       and each replica's own gradient.
 
     Raises:
-      ValueError: see `local_updates` and `co2_exchange`.
-      TypeError: see `local_updates` and `co2_exchange`.
+      ValueError: `sync_every` below 1, `learning_rate`, `momentum` or `clip` beside an `outer`, or
+        a value out of range; at update, `params` missing, the axis not bound, gradients that do not
+        match or that `jax.grad` has already summed (see `vary`).
+      TypeError: `inner` no transformation, `axis_name` no name, or `outer` no transformation;
+        parameters or gradients that are not real floating point, or a state of another
+        transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -249,7 +258,7 @@ def _clipped_heavy_ball(
     learning_rate = 1.0 if learning_rate is None else learning_rate
     momentum = 0.2 if momentum is None else momentum
     _hyperparams.check_decay(momentum=momentum)
-    if clip is not None:
+    if clip is not None and not (_hyperparams.is_number(clip) and clip == math.inf):
         _hyperparams.check_non_negative(clip=clip)
 
     def init_fn(params: optax.Params) -> optax.TraceState:

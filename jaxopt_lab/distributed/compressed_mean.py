@@ -17,7 +17,7 @@ import optax
 
 from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
-from jaxopt_lab.distributed.compressors import Compressor
+from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
 
 class CompressedMeanState(NamedTuple):
@@ -50,8 +50,9 @@ def compressed_mean(
     `error_feedback`.
 
     Args:
-      compressor: see `Compressor`.
-      axis_name: the mapped axis.
+      compressor: C, what each replica makes of its vector before it is sent, such as `top_k(0.01)`,
+        `stochastic_int8()` or any `Compressor`.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       seed: of the compressor's random numbers.
 
     Returns:
@@ -60,8 +61,8 @@ def compressed_mean(
     Raises:
       ValueError: an axis that is not bound; gradients that `jax.grad` has already summed (see
         `vary`).
-      TypeError: a seed that is no integer; parameters or gradients that are not real floating
-        point.
+      TypeError: `compressor` no `Compressor`, a seed that is no integer; parameters or gradients
+        that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -72,7 +73,9 @@ def compressed_mean(
       >>> jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="replica")(grads)[0]
       Array([ 2., -1.], dtype=float32)
     """
+    check_compressor(compressor)
     _hyperparams.check_seed(seed)
+    axis_name = _axes.canonical(axis_name)
 
     def init_fn(params: optax.Params) -> CompressedMeanState:
         _axes.size(axis_name)
@@ -111,11 +114,15 @@ def error_feedback(
     mean gradients so far. Where the replicas' gradients differ at the optimum, gradient descent of
     constant step stops at a distance proportional to the step; `ef21` and `econtrol` do not.
 
+    A step whose mean has a NaN or infinity leaves the errors as they were.
+
     The error is kept in units of the gradient: put the transformation first in the chain.
 
     Args:
-      compressor: C, contractive; see `Compressor`. `sign("l2")` is not, but often does.
-      axis_name: the mapped axis.
+      compressor: C, what each replica makes of its vector before it is sent, such as `top_k(0.01)`,
+        `stochastic_int8()` or any `Compressor`; it has to be contractive. `sign("l2")` is not,
+        but often does.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       error_decay: :math:`\lambda` in (0, 1].
       two_phase: each replica averages a part of all vectors and compresses the mean again, with an
         error of its own: 2 (N - 1) / N payloads sent instead of N - 1. For `sign` and the
@@ -129,8 +136,8 @@ def error_feedback(
       ValueError: `error_decay` outside (0, 1]; at init, a compressor whose errors would grow or an
         axis that is not bound; at update, gradients that do not match or that `jax.grad` has
         already summed (see `vary`).
-      TypeError: a seed that is no integer; parameters or gradients that are not real floating
-        point.
+      TypeError: `compressor` no `Compressor`, a seed that is no integer; parameters or gradients
+        that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -149,7 +156,9 @@ def error_feedback(
       Seide et al., `1-Bit Stochastic Gradient Descent
       <https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html>`_, Interspeech 2014.
     """
+    check_compressor(compressor)
     _hyperparams.check_seed(seed)
+    axis_name = _axes.canonical(axis_name)
     if _hyperparams.is_number(error_decay) and not 0.0 < error_decay <= 1.0:
         raise ValueError(f"error_decay must be in (0, 1], got {error_decay}")
 
@@ -173,16 +182,21 @@ def error_feedback(
         state = _tree.check_state(state, ErrorFeedbackState)
         g = exchange.message(updates, state.error, axis_name, "error_feedback")
         key = exchange.round_key(seed, state.count)
-        u = error_decay * _flat.ravel(state.error).astype(g.dtype) + g
+        error = _flat.ravel(state.error).astype(g.dtype)
+        u = error_decay * error + g
         server_error = state.server_error
         if two_phase:
-            mean, own, server_error = exchange.two_phase_average(
+            exchange.check_server_error(
+                server_error, -(-g.size // _axes.size(axis_name)), axis_name
+            )
+            mean, own, kept = exchange.two_phase_average(
                 compressor, u, server_error, key, axis_name
             )
+            server_error = exchange.remembered(mean, kept, server_error)
         else:
             mean, own = exchange.average(compressor, u, key, axis_name)
         count = _hyperparams.increment(state.count)
-        error = _flat.unravel(u - own, state.error)
+        error = _flat.unravel(exchange.remembered(mean, u - own, error), state.error)
         return _flat.unravel(mean, updates), ErrorFeedbackState(count, error, server_error)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -65,6 +65,22 @@ class Compressor(Protocol):
         ...
 
 
+def check_compressor(compressor: Any) -> None:
+    """Refuses what is no `Compressor`.
+
+    Raises:
+      TypeError: the message says what was given, and that a factory wants to be called.
+    """
+    methods = ("compress", "decompress", "payload_bytes", "contraction", "variance")
+    has_all = all(callable(getattr(compressor, name, None)) for name in methods)
+    if has_all and hasattr(compressor, "linear") and not isinstance(compressor, type):
+        return
+    name = getattr(compressor, "__name__", None)
+    hint = f": call it first, as in {name}(...)" if name and callable(compressor) else ""
+    found = name or repr(compressor)
+    raise TypeError(f"compressor must be a Compressor, such as top_k(0.01), got {found}{hint}")
+
+
 class TopKPayload(NamedTuple):
     """Payload of `top_k`."""
 

@@ -41,7 +41,7 @@ def diloco_exchange(
     Args:
       outer: any optax transformation, whose updates are added to the slow weights; by default
         `optax.sgd(0.7, momentum=0.9, nesterov=True)`.
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       slow_dtype: dtype of the slow weights; by default the parameter's, and at least float32.
 
     Returns:
@@ -64,7 +64,9 @@ def diloco_exchange(
     References:
       Douillard et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, 2023.
     """
+    axis_name = _axes.canonical(axis_name)
     outer = optax.sgd(0.7, momentum=0.9, nesterov=True) if outer is None else outer
+    _hyperparams.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
     slow_dtype = _floating("slow_dtype", slow_dtype)
 
@@ -109,16 +111,20 @@ def diloco(
       inner: any optax transformation; its state is each replica's own.
       outer: any optax transformation; by default `optax.sgd(0.7, momentum=0.9, nesterov=True)`.
       sync_every: H, local steps in a round.
-      axis_name: the mapped axis of the replicas.
-      slow_dtype: see `diloco_exchange`.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
+      slow_dtype: dtype of the slow weights; by default the parameter's, and at least float32.
 
     Returns:
       A `GradientTransformationExtraArgs` with a `LocalUpdatesState`; its update needs `params`,
       and each replica's own gradient.
 
     Raises:
-      ValueError: see `local_updates` and `diloco_exchange`.
-      TypeError: see `local_updates` and `diloco_exchange`.
+      ValueError: `sync_every` below 1, `slow_dtype` not floating; at update, `params` missing, the
+        axis not bound, gradients that do not match or that `jax.grad` has already summed (see
+        `vary`).
+      TypeError: `inner` no transformation, `axis_name` no name, or `outer` no transformation;
+        parameters or gradients that are not real floating point, or a state of another
+        transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

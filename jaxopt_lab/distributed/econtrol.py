@@ -9,6 +9,7 @@ ICLR 2024, arXiv:2311.05645.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import optax
 
 from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
-from jaxopt_lab.distributed.compressors import Compressor
+from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
 
 class EControlState(NamedTuple):
@@ -47,11 +48,13 @@ def econtrol(
 
     The update is h'. With :math:`\eta = 0` this is `ef21`; a small :math:`\eta` keeps its exact
     limit and averages noise in the gradients out, a large one diverges. Always
-    :math:`h_i' + e_i' = e_i + g_i`.
+    :math:`h_i' + e_i' = e_i + g_i`. A step whose mean has a NaN or infinity leaves all three as
+    they were.
 
     Args:
-      compressor: C, contractive; see `Compressor`.
-      axis_name: the mapped axis.
+      compressor: C, what each replica makes of its vector before it is sent, such as `top_k(0.01)`,
+        `stochastic_int8()` or any `Compressor`; it has to be contractive.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       feedback: :math:`\eta` in [0, 1]; by default the compressor's contraction constant.
       seed: of the compressor's random numbers.
 
@@ -62,8 +65,8 @@ def econtrol(
       ValueError: `feedback` outside [0, 1]; at init, a compressor whose errors would grow or, with
         no `feedback` given, without a contraction constant, or an axis that is not bound; at
         update, gradients that do not match or that `jax.grad` has already summed (see `vary`).
-      TypeError: a seed that is no integer; parameters or gradients that are not real floating
-        point.
+      TypeError: `compressor` no `Compressor`, a seed that is no integer; parameters or gradients
+        that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -81,7 +84,9 @@ def econtrol(
     References:
       Gao, Islamov, Stich, `EControl <https://arxiv.org/abs/2311.05645>`_, ICLR 2024.
     """
+    check_compressor(compressor)
     _hyperparams.check_seed(seed)
+    axis_name = _axes.canonical(axis_name)
     if feedback is not None:
         _hyperparams.check_fraction(feedback=feedback)
 
@@ -116,12 +121,13 @@ def econtrol(
         difference = g - h_own
         key = exchange.round_key(seed, state.count)
         mean, own = exchange.average(compressor, strength(g.size) * e + difference, key, axis_name)
-        h = h + mean
-        return _flat.unravel(h, updates), EControlState(
+        new = h + mean
+        kept = functools.partial(exchange.remembered, new)
+        return _flat.unravel(new, updates), EControlState(
             count=_hyperparams.increment(state.count),
-            error=_flat.unravel(e + (difference - own), state.error),
-            estimate=_flat.unravel(h_own + own, state.estimate),
-            mean_estimate=_flat.unravel(h, state.mean_estimate),
+            error=_flat.unravel(kept(e + (difference - own), e), state.error),
+            estimate=_flat.unravel(kept(h_own + own, h_own), state.estimate),
+            mean_estimate=_flat.unravel(kept(new, h), state.mean_estimate),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -11,8 +11,9 @@ Reloaded", ICLR 2024, arXiv:2402.10774.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
-from jaxopt_lab.distributed.compressors import Compressor
+from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
 _INITS = ("zero", "gradient")
 
@@ -43,7 +44,7 @@ def ef21(
     compressor: Compressor,
     axis_name: _axes.AxisName,
     *,
-    init: str = "zero",
+    init: Literal["zero", "gradient"] = "zero",
     weights: Sequence[float] | None = None,
     momentum: _hyperparams.Scalar | None = None,
     seed: int = 0,
@@ -57,11 +58,13 @@ def ef21(
     The update is h'. For gradients that settle the estimates become exact, whatever the replicas'
     differences: gradient descent of constant step converges where `error_feedback` stops early.
     With `top_k` a constant gradient is exact after d / k steps. Noise in the gradients stays in the
-    estimates; `momentum` averages it out before.
+    estimates; `momentum` averages it out before. A step whose mean has a NaN or infinity leaves
+    estimates and momentum as they were.
 
     Args:
-      compressor: C, contractive; see `Compressor`.
-      axis_name: the mapped axis.
+      compressor: C, what each replica makes of its vector before it is sent, such as `top_k(0.01)`,
+        `stochastic_int8()` or any `Compressor`; it has to be contractive.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       init: the estimates of the first step: "zero", or "gradient" for an uncompressed first
         exchange.
       weights: N positive numbers, the smoothness constants of the replicas' losses, to which
@@ -78,8 +81,8 @@ def ef21(
         init, a number of weights that is not the number of replicas, a compressor whose errors
         would grow or an axis that is not bound; at update, gradients that do not match or that
         `jax.grad` has already summed (see `vary`).
-      TypeError: a seed that is no integer; parameters or gradients that are not real floating
-        point.
+      TypeError: `compressor` no `Compressor`, a seed that is no integer; parameters or gradients
+        that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -100,9 +103,10 @@ def ef21(
       `Momentum Provably Improves Error Feedback! <https://arxiv.org/abs/2305.15155>`_,
       NeurIPS 2023.
     """
+    check_compressor(compressor)
     _hyperparams.check_seed(seed)
-    if init not in _INITS:
-        raise ValueError(f"init must be one of {_INITS}, got {init!r}")
+    axis_name = _axes.canonical(axis_name)
+    _hyperparams.check_choice(_INITS, init=init)
     if momentum is not None:
         _hyperparams.check_decay(momentum=momentum)
     relative = None if weights is None else _relative(weights)
@@ -129,11 +133,10 @@ def ef21(
         state = _tree.check_state(state, EF21State)
         g = exchange.message(updates, state.estimate, axis_name, "ef21")
         is_first = state.count == 0
-        trace = state.momentum
+        before = _flat.ravel(state.momentum).astype(g.dtype)
         if momentum is not None:
-            averaged = momentum * _flat.ravel(trace).astype(g.dtype) + (1 - momentum) * g
+            averaged = momentum * before + (1 - momentum) * g
             g = jnp.where(is_first, g, averaged) if init == "gradient" else averaged
-            trace = _flat.unravel(g, trace)
         target = g
         if relative is not None:
             target = g / jnp.asarray(relative, g.dtype)[lax.axis_index(axis_name)]
@@ -146,16 +149,20 @@ def ef21(
             return h_own + own, h + mean
 
         def uncompressed() -> tuple[jax.Array, jax.Array]:
-            return target, _axes.vary_like(_axes.pmean(g, axis_name), h)
+            return target, _axes.pmean(g, axis_name)
 
         if init == "gradient":
-            h_own, h = lax.cond(is_first, uncompressed, compressed)
+            new_own, new = _compat.cond(is_first, uncompressed, compressed)
         else:
-            h_own, h = compressed()
-        return _flat.unravel(h, updates), EF21State(
+            new_own, new = compressed()
+        kept = functools.partial(exchange.remembered, new)
+        trace = (
+            state.momentum if momentum is None else _flat.unravel(kept(g, before), state.momentum)
+        )
+        return _flat.unravel(new, updates), EF21State(
             count=_hyperparams.increment(state.count),
-            estimate=_flat.unravel(h_own, state.estimate),
-            mean_estimate=_flat.unravel(h, state.mean_estimate),
+            estimate=_flat.unravel(kept(new_own, h_own), state.estimate),
+            mean_estimate=_flat.unravel(kept(new, h), state.mean_estimate),
             momentum=trace,
         )
 

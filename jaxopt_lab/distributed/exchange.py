@@ -7,6 +7,7 @@ lets it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _compat, _tree
 from jaxopt_lab.distributed import _axes, _flat
 from jaxopt_lab.distributed.compressors import Compressor
 
@@ -41,11 +42,11 @@ def average(
     same bits.
 
     Args:
-      compressor: see `Compressor`. A linear one is given the same key on all replicas, others a
+      compressor: C. A linear one is given the same key on all replicas, others a
         key of the replica's own.
       x: the replica's vector, shape (d,), float32 or float64.
       key: a key of this exchange, equal on all replicas.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       weights: N numbers; 1 by default.
 
     Returns:
@@ -98,11 +99,11 @@ def two_phase_average(
     codes, which do not add up, such as signs.
 
     Args:
-      compressor: see `Compressor`; it sees the parts.
+      compressor: C; it sees the parts.
       x: the replica's vector, shape (d,), float32 or float64.
       server_error: :math:`\delta_j` of the replica's part, shape (ceil(d / N),).
       key: a key of this exchange, equal on all replicas.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
 
     Returns:
       The mean and the replica's own compressed vector, shape (d,), and the new server error, whose
@@ -156,7 +157,7 @@ def message(updates: Any, like: Any, axis_name: _axes.AxisName, method: str) -> 
     Args:
       updates: the gradients.
       like: a tree of the state whose paths and shapes they must have, or None.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       method: whose gradients these are, for messages.
 
     Raises:
@@ -171,9 +172,44 @@ def message(updates: Any, like: Any, axis_name: _axes.AxisName, method: str) -> 
     return _flat.ravel(updates)
 
 
+def remembered(mean: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns the new memory, or the old one where a step was not finite.
+
+    If the mean that all replicas received has a NaN or infinity anywhere, the step is to be skipped
+    as a whole, and so are all memories of it: they agree without a message.
+
+    Args:
+      mean: arrays with the same bits on all replicas.
+      new: the replica's memory after the step, any shape; entries that are not finite, of what was
+        not sent, stay as they were.
+      old: the memory before.
+    """
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(mean)]
+    return jnp.where(functools.reduce(jnp.logical_and, finite, jnp.isfinite(new)), new, old)
+
+
 def round_key(seed: int, count: jax.Array) -> jax.Array:
     """Returns the random key of a step, equal on all replicas."""
     return jax.random.fold_in(jax.random.key(seed), count)
+
+
+def check_server_error(server_error: jax.Array, length: int, axis_name: _axes.AxisName) -> None:
+    """Refuses the state of another number of replicas.
+
+    Args:
+      server_error: of the replica's part of a vector.
+      length: of the part.
+      axis_name: the mapped axis.
+
+    Raises:
+      ValueError: another length.
+    """
+    if server_error.shape != (length,):
+        raise ValueError(
+            f"server_error has shape {server_error.shape}; expected ({length},), a part for each "
+            f"of the {_axes.size(axis_name)} replicas of axis {axis_name!r}: was the state made by "
+            "another number of them? Replicas.resize goes on with it"
+        )
 
 
 def check_contractive(compressor: Compressor, size: int, method: str) -> None:
@@ -203,5 +239,5 @@ def _mean_of_payloads(
 
     stack = payloads, keys, weights
     first, others = (jax.tree.map(lambda x, i=i: x[i], stack) for i in (0, slice(1, None)))
-    total, _ = lax.scan(lambda sum_, one: (sum_ + vector(one), None), vector(first), others)
+    total, _ = _compat.scan(lambda sum_, one: (sum_ + vector(one), None), vector(first), others)
     return total / keys.shape[0]

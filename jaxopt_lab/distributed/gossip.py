@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, pairing
 from jaxopt_lab.distributed.local_updates import Exchange, local_updates
 
+Graph = Literal["pairs", "ring", "torus", "exponential"]
 _GRAPHS = ("pairs", "ring", "torus", "exponential")
 
 
@@ -36,7 +37,7 @@ def gossip_average(
     count: jax.typing.ArrayLike,
     *,
     axis_name: _axes.AxisName,
-    graph: str = "pairs",
+    graph: Graph = "pairs",
     shape: Sequence[int] | None = None,
     variance_corrected: bool = False,
     max_scale: _hyperparams.Scalar | None = None,
@@ -59,7 +60,7 @@ def gossip_average(
     Args:
       tree: each replica's arrays.
       count: rounds done; int, shape (), equal on all replicas. It says who the partner is.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       graph: "pairs": a random partner, as in `matchings`; "ring": both neighbours; "torus": the
         neighbours along each dimension; "exponential": the replica 2^k further on, for
         k = 0, 1, ... in turn, and the exact mean after log2(N) rounds if N is a power of two.
@@ -91,6 +92,7 @@ def gossip_average(
       `Vanishing Variance Problem in Fully Decentralized Neural-Network Systems
       <https://arxiv.org/abs/2404.04616>`_, 2024.
     """
+    axis_name = _axes.canonical(axis_name)
     _check(graph, shape, variance_corrected, max_scale, mask, seed)
     _tree.check_params(tree)
     tree = jax.tree.map(jnp.asarray, tree)
@@ -112,7 +114,7 @@ def gossip_average(
 def gossip_exchange(
     *,
     axis_name: _axes.AxisName,
-    graph: str = "pairs",
+    graph: Graph = "pairs",
     shape: Sequence[int] | None = None,
     variance_corrected: bool = False,
     max_scale: _hyperparams.Scalar | None = None,
@@ -122,20 +124,26 @@ def gossip_exchange(
     """Makes the exchange in which replicas average their parameters with their neighbours'.
 
     Args:
-      axis_name: the mapped axis of the replicas.
-      graph: see `gossip_average`.
-      shape: see `gossip_average`.
-      variance_corrected: see `gossip_average`.
-      max_scale: see `gossip_average`.
-      mask: see `gossip_average`.
-      seed: see `gossip_average`.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
+      graph: "pairs": a random partner, as in `matchings`; "ring": both neighbours; "torus": the
+        neighbours along each dimension; "exponential": the replica 2^k further on, for
+        k = 0, 1, ... in turn, and the exact mean after log2(N) rounds if N is a power of two.
+      shape: replicas along each dimension of the torus; by default two, as equal as they can be.
+      variance_corrected: corrects the variance of what `mask` selects.
+      max_scale: largest s; by default sqrt(n), what n uncorrelated models need.
+      mask: tree of booleans, or a function of the tree that returns one: what is corrected; by
+        default leaves with two axes or more, because biases and scales of norms start equal.
+      seed: of the pairs.
 
     Returns:
       An `Exchange` with a `GossipState`.
 
     Raises:
-      ValueError: see `gossip_average`.
-      TypeError: see `gossip_average`; at finish, another state.
+      ValueError: an unknown graph, a `shape` without a torus, `max_scale` or `mask` without the
+        correction; at finish, a `shape` that does not multiply to the number of replicas, or the
+        axis not bound.
+      TypeError: `axis_name` no name, or `seed` no integer; at finish, parameters that are not real
+        floating point, or another state.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -150,6 +158,7 @@ def gossip_exchange(
     See Also:
       `gossip_average` for the source.
     """
+    axis_name = _axes.canonical(axis_name)
     _check(graph, shape, variance_corrected, max_scale, mask, seed)
 
     def init(params: optax.Params) -> GossipState:
@@ -186,7 +195,7 @@ def gossip(
     sync_every: int = 1,
     *,
     axis_name: _axes.AxisName,
-    graph: str = "pairs",
+    graph: Graph = "pairs",
     shape: Sequence[int] | None = None,
     variance_corrected: bool = False,
     max_scale: _hyperparams.Scalar | None = None,
@@ -202,21 +211,28 @@ def gossip(
     Args:
       inner: any optax transformation; its state is each replica's own.
       sync_every: local steps in a round.
-      axis_name: the mapped axis of the replicas.
-      graph: see `gossip_average`.
-      shape: see `gossip_average`.
-      variance_corrected: see `gossip_average`.
-      max_scale: see `gossip_average`.
-      mask: see `gossip_average`.
-      seed: see `gossip_average`.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
+      graph: "pairs": a random partner, as in `matchings`; "ring": both neighbours; "torus": the
+        neighbours along each dimension; "exponential": the replica 2^k further on, for
+        k = 0, 1, ... in turn, and the exact mean after log2(N) rounds if N is a power of two.
+      shape: replicas along each dimension of the torus; by default two, as equal as they can be.
+      variance_corrected: corrects the variance of what `mask` selects.
+      max_scale: largest s; by default sqrt(n), what n uncorrelated models need.
+      mask: tree of booleans, or a function of the tree that returns one: what is corrected; by
+        default leaves with two axes or more, because biases and scales of norms start equal.
+      seed: of the pairs.
 
     Returns:
       A `GradientTransformationExtraArgs` with a `LocalUpdatesState`; its update needs `params`,
       and each replica's own gradient.
 
     Raises:
-      ValueError: see `local_updates` and `gossip_average`.
-      TypeError: see `local_updates` and `gossip_average`.
+      ValueError: `sync_every` below 1, an unknown graph, a `shape` that does not multiply to the
+        number of replicas or without a torus, `max_scale` or `mask` without the correction; at
+        update, `params` missing, the axis not bound, gradients that do not match or that `jax.grad`
+        has already summed (see `vary`).
+      TypeError: `inner` no transformation, `axis_name` no name, or `seed` no integer; parameters or
+        gradients that are not real floating point, or a state of another transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -245,7 +261,7 @@ def gossip(
 
 
 def _received(
-    tree: Any, count: Any, axis_name: _axes.AxisName, graph: str, shape: Any, seed: int
+    tree: Any, count: Any, axis_name: _axes.AxisName, graph: Graph, shape: Any, seed: int
 ) -> list[Any]:
     """Returns the neighbours' trees."""
     replicas = _axes.size(axis_name)
@@ -280,7 +296,7 @@ def _is_matrix(leaf: Any) -> bool:
 
 
 def _check(
-    graph: str,
+    graph: Graph,
     shape: Any,
     variance_corrected: bool,
     max_scale: Any,

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from jaxopt_lab import _tree
-from jaxopt_lab.distributed import _axes, _flat
+from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab.distributed import _axes, _flat, sync
 
 
 class HierarchicalMeanState(NamedTuple):
@@ -44,7 +43,8 @@ def hierarchical_mean(
       fast_axis: the mapped axis inside a host; the mesh has another axis for the slow level.
 
     Returns:
-      A `GradientTransformationExtraArgs`; call `init` under the mapped axes.
+      A `GradientTransformationExtraArgs`; call `init` under the mapped axes. Its update takes the
+      extra argument `weight` as `sync_gradients` does, and hands the sum of a host's on to `slow`.
 
     Raises:
       ValueError: an axis that is not bound; gradients that `jax.grad` has already summed (see
@@ -61,28 +61,37 @@ def hierarchical_mean(
       >>> both(jnp.arange(12.0).reshape(2, 2, 3))[0, 0]
       Array([4.5, 5.5, 6.5], dtype=float32)
     """
+    _hyperparams.check_transformation(slow=slow)
+    fast_axis = _axes.canonical(fast_axis, "fast_axis")
     slow = optax.with_extra_args_support(slow)
 
     def part_of(tree: Any) -> jax.Array:
         """Returns the replica's part, without a mean."""
-        vector = _flat.padded(_flat.ravel(tree), _axes.size(fast_axis))
-        length = vector.shape[0] // _axes.size(fast_axis)
-        return lax.dynamic_slice_in_dim(vector, lax.axis_index(fast_axis) * length, length)
+        return _axes.part(_flat.padded(_flat.ravel(tree), _axes.size(fast_axis)), fast_axis)
 
     def init_fn(params: optax.Params) -> HierarchicalMeanState:
         _tree.check_params(params)
         return HierarchicalMeanState(slow.init(part_of(params)))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        weight: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, HierarchicalMeanState]:
         state = _tree.check_state(state, HierarchicalMeanState)
         for name, leaf in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, leaf)
         _axes.require_own(updates, fast_axis, "hierarchical_mean")
         replicas = _axes.size(fast_axis)
-        vector = _flat.padded(_flat.ravel(updates), replicas)
-        part = lax.psum_scatter(vector, fast_axis, tiled=True) / replicas
+        if weight is None:
+            own, divisor = updates, replicas
+        else:  # the host's, of the host's weight
+            own, divisor = sync.weighted(updates, weight, fast_axis), 1
+            extra_args["weight"] = _axes.psum(jnp.asarray(weight, jnp.float32), fast_axis)
+        part = _axes.psum_scatter(_flat.padded(_flat.ravel(own), replicas), fast_axis) / divisor
         part_params = None if params is None else part_of(params)
         mean, slow_state = slow.update(part, state.slow, part_params, **extra_args)
         whole = jnp.reshape(_axes.all_gather(jnp.asarray(mean), fast_axis), -1)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes
 
 
@@ -92,8 +91,9 @@ def local_updates(
             f"exchange must be an Exchange, such as diloco_exchange(...), got "
             f"{type(exchange).__name__}"
         )
+    _hyperparams.check_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
-    axis_name = exchange.axis_name
+    axis_name = _axes.canonical(exchange.axis_name)
 
     def init_fn(params: optax.Params) -> LocalUpdatesState:
         _tree.check_params(params)
@@ -132,11 +132,8 @@ def local_updates(
         if _hyperparams.is_number(sync_every) and sync_every == 1:
             updates, exchange_state = exchanged(*here)
         else:
-            updates, exchange_state = lax.cond(
-                count % sync_every == 0,
-                lambda *now: _axes.vary_like(exchanged(*now), now),
-                lambda *now: now,
-                *here,
+            updates, exchange_state = _compat.cond(
+                count % sync_every == 0, exchanged, lambda *now: now, *here
             )
         return updates, LocalUpdatesState(count, inner_state, exchange_state)
 

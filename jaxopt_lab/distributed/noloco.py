@@ -56,7 +56,7 @@ def noloco_exchange(
 
     Args:
       outer: any optax transformation, in place of `optax.sgd(learning_rate, momentum)`.
-      axis_name: the mapped axis of the replicas.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
       learning_rate: :math:`\eta` of the default outer step, or a schedule of rounds; 0.7 if None.
       momentum: :math:`\mu` of the default outer step, in [0, 1); 0.5 if None.
       coupling: c, the pull towards the partner's slow weights relative to that of the local steps.
@@ -69,8 +69,8 @@ def noloco_exchange(
     Raises:
       ValueError: `learning_rate` or `momentum` beside an `outer`, a value out of range, or a
         momentum and gamma with which the replicas drift apart (`largest_stable_gamma`).
-      TypeError: `seed` no integer; at init, parameters that are not real floating point; at
-        finish, another state.
+      TypeError: `seed` no integer; at init, parameters that are not real floating point; at finish,
+        another state.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -92,6 +92,8 @@ def noloco_exchange(
                          "either them or outer")  # fmt: skip
     _hyperparams.check_non_negative(coupling=coupling)
     _hyperparams.check_seed(seed)
+    axis_name = _axes.canonical(axis_name)
+    _hyperparams.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
     one_payload = _hyperparams.is_number(coupling) and coupling == 1
 
@@ -143,28 +145,34 @@ def noloco(
     coupling: _hyperparams.Scalar = 1.0,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Local steps with `inner`, and every `sync_every` of them an average with a random partner.
+    r"""Local steps with `inner`, and every `sync_every` of them an average with a random partner.
 
     A replica sends the slow weights' bytes once a round, twice with a `coupling` other than 1,
     however many replicas there are.
 
     Args:
       inner: any optax transformation; its state is each replica's own.
-      outer: see `noloco_exchange`.
+      outer: any optax transformation, in place of `optax.sgd(learning_rate, momentum)`.
       sync_every: H, local steps in a round.
-      axis_name: the mapped axis of the replicas.
-      learning_rate: see `noloco_exchange`.
-      momentum: see `noloco_exchange`.
-      coupling: see `noloco_exchange`.
-      seed: see `noloco_exchange`.
+      axis_name: the mapped axis of the replicas, or a tuple of several.
+      learning_rate: :math:`\eta` of the default outer step, or a schedule of rounds; 0.7 if None.
+      momentum: :math:`\mu` of the default outer step, in [0, 1); 0.5 if None.
+      coupling: c, the pull towards the partner's slow weights relative to that of the local steps.
+        The paper's :math:`\gamma` is :math:`c \, \eta`.
+      seed: of the pairs.
 
     Returns:
       A `GradientTransformationExtraArgs` with a `LocalUpdatesState`; its update needs `params`,
       and each replica's own gradient.
 
     Raises:
-      ValueError: see `local_updates` and `noloco_exchange`.
-      TypeError: see `local_updates` and `noloco_exchange`.
+      ValueError: `sync_every` below 1, `learning_rate` or `momentum` beside an `outer`, a value out
+        of range, or a momentum and gamma with which the replicas drift apart
+        (`largest_stable_gamma`); at update, `params` missing, the axis not bound, gradients that do
+        not match or that `jax.grad` has already summed (see `vary`).
+      TypeError: `inner` no transformation, `axis_name` no name, `outer` no transformation, or
+        `seed` no integer; parameters or gradients that are not real floating point, or a state of
+        another transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxopt_lab import _hyperparams, _tree
-from jaxopt_lab.distributed import _axes, _flat
+from jaxopt_lab import _compat, _hyperparams, _tree
+from jaxopt_lab.distributed import _axes, _flat, exchange
 
 
 class ScaleByOneBitAdamState(NamedTuple):
@@ -62,7 +62,7 @@ def one_bit_mean(
       server_error: :math:`\delta_i` of the replica's part, shape (L/N,).
       present: booleans of shape (L,), equal on all replicas. Other entries, such as padding, are 0
         in all three results and have no part in the scales.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
 
     Returns:
       The mean, with the same bits on all replicas, and the two errors. On one replica the mean is
@@ -117,12 +117,13 @@ def scale_by_one_bit_adam(
     warm-up, would move by scale / eps; they are left out of the exchange like padding, and their
     momentum and direction are zero. What has hardly any gradient until later should be named in
     `momentum_mask`. A NaN or infinity in any leaf reaches all of them, in the second stage, through
-    the scales.
+    the scales; the errors then stay as they were. The moments take it up, as Adam's: see
+    `apply_if_finite`.
 
     Args:
       freeze_step: T, the number of warm-up steps: 15 to 25 % of all, says the documentation of the
         authors' code. The second moment should have settled.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root.
@@ -163,6 +164,7 @@ def scale_by_one_bit_adam(
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
     _hyperparams.check_positive_integer(freeze_step=freeze_step)
+    axis_name = _axes.canonical(axis_name)
 
     def init_fn(params: optax.Params) -> ScaleByOneBitAdamState:
         replicas = _axes.size(axis_name)
@@ -205,15 +207,16 @@ def scale_by_one_bit_adam(
 
             _, own = _tree.map_leaves(momentum, updates, state.mu)
             present = vector(_masked(state.nu, momentum_mask, state.mu)) != 0
-            mean, worker_error, server_error = one_bit_mean(
-                vector(own), vector(state.worker_error), state.server_error, present, axis_name
-            )
-            # Known to be equal on all replicas, which a caller's state need not be.
-            mu = _axes.vary_like(_flat.unravel(mean, state.mu), state.mu)
+            worker, server = vector(state.worker_error), state.server_error
+            exchange.check_server_error(server, worker.size // _axes.size(axis_name), axis_name)
+            mean, *errors = one_bit_mean(vector(own), worker, server, present, axis_name)
+            worker_error = exchange.remembered(mean, errors[0], worker)
+            server_error = exchange.remembered(mean, errors[1], server)
+            mu = _flat.unravel(mean, state.mu)
             worker_error = _flat.unravel(worker_error, state.worker_error)
             return mu, state.nu, worker_error, server_error
 
-        mu, nu, worker_error, server_error = lax.cond(
+        mu, nu, worker_error, server_error = _compat.cond(
             state.count < freeze_step, warm_up, compressed
         )
 
@@ -225,7 +228,9 @@ def scale_by_one_bit_adam(
                 return m_hat / (_hyperparams.sqrt(v_hat) + eps), m, v
             return m / (_hyperparams.sqrt(v) + eps), m, v
 
-        updates, mu, nu = _tree.map_leaves(rule, updates, mu, nu)
+        # The moments are in float32, whatever the parameters are in.
+        like = updates if params is None else params
+        updates, mu, nu = _tree.map_leaves(rule, updates, mu, nu, like=like)
         return updates, ScaleByOneBitAdamState(count, mu, nu, worker_error, server_error)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -244,26 +249,40 @@ def one_bit_adam(
     bias_correction: bool = False,
     momentum_mask: _tree.Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """1-bit Adam with decoupled weight decay.
+    r"""1-bit Adam with decoupled weight decay.
+
+    .. math::
+      \theta_t = \theta_{t-1} - \eta_t \, (m_t / (\sqrt{v_t} + \epsilon) + \lambda \theta_{t-1})
+
+    with the moments of `scale_by_one_bit_adam`: of the mean gradient in the first T steps, then the
+    first by its signs and the second as it is.
 
     Args:
       learning_rate: step size or schedule.
-      freeze_step: see `scale_by_one_bit_adam`.
-      axis_name: the mapped axis.
-      b1: see `scale_by_one_bit_adam`.
-      b2: see `scale_by_one_bit_adam`.
-      eps: see `scale_by_one_bit_adam`.
+      freeze_step: T, the number of warm-up steps: 15 to 25 % of all, says the documentation of the
+        authors' code. The second moment should have settled.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
+      b1: decay rate of the momentum, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root.
       weight_decay: decoupled decay, multiplied by the learning rate.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      bias_correction: see `scale_by_one_bit_adam`.
-      momentum_mask: see `scale_by_one_bit_adam`.
+      bias_correction: divides the moments by :math:`1 - \beta_1^t` and
+        :math:`1 - \beta_2^{\min(t, T)}`, as Adam. The authors' code does not.
+      momentum_mask: tree of booleans, or of boolean arrays that broadcast to the parameters, or a
+        function of the parameters that returns one: entries with False are left out in the second
+        stage, as above.
 
     Returns:
       A `GradientTransformationExtraArgs`; its update needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: see `scale_by_one_bit_adam`; also a negative `learning_rate` or `weight_decay`.
-      TypeError: see `scale_by_one_bit_adam`.
+      ValueError: a rate outside [0, 1), `eps` not positive, `freeze_step` below 1, a negative
+        `learning_rate` or `weight_decay`; at init, an axis that is not bound or a mask that does
+        not match; at update, gradients that do not match or that `jax.grad` has already summed (see
+        `vary`).
+      TypeError: a `freeze_step` that is no integer, a mask that is not boolean, `axis_name` no
+        name, or parameters or gradients that are not real floating point.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -288,7 +307,9 @@ def one_bit_adam(
         bias_correction=bias_correction,
         momentum_mask=momentum_mask,
     )
-    chain = _hyperparams.ready_made(rule, learning_rate, weight_decay, mask, method="one_bit_adam")
+    chain = _hyperparams.ready_made(
+        rule, learning_rate, weight_decay, mask, method="one_bit_adam", lifts_gradients=False
+    )
     return optax.with_extra_args_support(chain)
 
 
@@ -308,13 +329,19 @@ def _unpack(bits: jax.Array, scales: jax.Array) -> jax.Array:
     return jnp.where(positive, scales[:, None], -scales[:, None])
 
 
+def _entries(mask: _tree.Mask, params: Any) -> list[Any]:
+    """Returns, for each leaf, a boolean or an array of them, one an entry."""
+    if mask is None:
+        return [True] * len(jax.tree.leaves(params))
+    given = mask(params) if _tree.is_function(mask) else mask
+    return _tree.broadcast_prefix(given, params, "momentum_mask")
+
+
 def _masked(nu: Any, mask: _tree.Mask, params: Any) -> Any:
     """Returns `nu` with zeros where the mask, made for `params`, has False."""
     leaves, structure = jax.tree.flatten(nu)
     found = []
-    for (name, _), leaf, keep in zip(
-        _tree.leaves_with_names(nu), leaves, _tree.mask_leaves(mask, params)
-    ):
+    for (name, _), leaf, keep in zip(_tree.leaves_with_names(nu), leaves, _entries(mask, params)):
         if not jnp.issubdtype(jnp.result_type(keep), jnp.bool_):
             raise TypeError(
                 f"momentum_mask of '{name}' must be boolean, got {jnp.result_type(keep)}"

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _compat, _hyperparams
 from jaxopt_lab.distributed import _axes
 
 
@@ -188,7 +187,7 @@ def receive(tree: Any, row: np.ndarray, axis_name: _axes.AxisName) -> Any:
     Args:
       tree: arrays.
       row: a permutation of the replicas; int, shape (N,).
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
 
     Returns:
       A tree like `tree`.
@@ -208,9 +207,7 @@ def receive(tree: Any, row: np.ndarray, axis_name: _axes.AxisName) -> Any:
             f"row must be a permutation of the {replicas} replicas of axis {axis_name!r}, got "
             f"{np.asarray(row).tolist()}"
         )
-    # A full permutation: the batching rule under vmap has none of a part.
-    permutation = [(int(source), target) for target, source in enumerate(row)]
-    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, permutation), tree)
+    return jax.tree.map(lambda x: _axes.permute(x, axis_name, row.tolist()), tree)
 
 
 def exchange_with(
@@ -222,14 +219,14 @@ def exchange_with(
       tree: arrays.
       index: of the row; int, shape (), equal on all replicas.
       table: permutations of the replicas; int, shape (rounds, N).
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
 
     Returns:
       A tree like `tree`; it varies over the axis. The program has one `jax.lax.switch` with a
       permute a leaf and row.
 
     Raises:
-      ValueError: see `receive`.
+      ValueError: the axis is not bound or has another size, or a row is no permutation.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -241,7 +238,7 @@ def exchange_with(
     branches = [functools.partial(receive, row=row, axis_name=axis_name) for row in table]
     if len(branches) == 1:
         return branches[0](tree)
-    return lax.switch(jnp.asarray(index), branches, tree)
+    return _compat.switch(jnp.asarray(index), branches, tree)
 
 
 def receive_from_random(
@@ -252,7 +249,7 @@ def receive_from_random(
     Args:
       tree: arrays.
       count: of the draw; int, shape (), equal on all replicas.
-      axis_name: the mapped axis.
+      axis_name: the mapped axis, or a tuple of several, which count as one.
       seed: equal on all replicas, so that they agree without a message.
 
     Returns:

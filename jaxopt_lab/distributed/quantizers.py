@@ -6,7 +6,7 @@ They are compressors, see `compressors`.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ class StochasticInteger:
         return 2 ** (self.bits - 1) - 1
 
 
-def sign(scale: str = "l1") -> Sign:
+def sign(scale: Literal["l1", "l2"] = "l1") -> Sign:
     r"""Sends one bit an entry, its sign, and one scale.
 
     .. math::
@@ -139,8 +139,7 @@ def sign(scale: str = "l1") -> Sign:
       >>> sign().payload_bytes(1_000_000)
       125004
     """
-    if scale not in _SCALES:
-        raise ValueError(f"scale must be one of {_SCALES}, got {scale!r}")
+    _hyperparams.check_choice(_SCALES, scale=scale)
     return Sign(scale)
 
 

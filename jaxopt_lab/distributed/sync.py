@@ -1,33 +1,34 @@
 r"""The gradient of all replicas' data, from each replica's.
 
-    mean:  (1/N) sum_i g_i        sum:  sum_i g_i
+    mean:  (1/N) sum_i g_i        sum:  sum_i g_i        weighted:  sum_i w_i g_i / sum_i w_i
 
 with `g_i` the gradient of replica i's own loss, whoever has summed it so far.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.distributed import _axes
 
 _OPS = ("mean", "sum")
 
 
 def sync_gradients(
-    axis_name: _axes.AxisName | Sequence[_axes.AxisName], op: str = "mean"
+    axis_name: _axes.AxisName | Sequence[_axes.AxisName], op: Literal["mean", "sum"] = "mean"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages or sums gradients over replicas, whatever autodiff has already done.
 
     .. math::
-      g = \frac{1}{N} \sum_{i=1}^{N} \nabla f_i(w)
+      g = \frac{1}{N} \sum_{i=1}^{N} \nabla f_i(w) \quad \text{or} \quad
+      g = \frac{\sum_i w_i \nabla f_i(w)}{\sum_i w_i}
 
     Under `shard_map` with its default checking, `jax.grad` with respect to parameters that are
     equal on all replicas returns the *sum* over the replicas, and `jax.lax.pmean` of it is N times
@@ -36,17 +37,26 @@ def sync_gradients(
     once, and keep collectives out of the loss: autodiff treats those, too, differently under the
     two modes.
 
+    The second formula is that of an update with `weight`, the replica's number: where the losses
+    are means over unequal numbers of tokens, their counts give the gradient of the mean over all
+    tokens, which a mean of means is not. A replica of weight 0 takes no part, whatever its gradient
+    (0/0 of no tokens), and if all weights are 0, so is the gradient.
+
     Args:
       axis_name: the mapped axis, or several.
       op: "mean", for a loss that is a mean over the replica's examples, or "sum", for one that is a
         sum over them.
 
     Returns:
-      A `GradientTransformationExtraArgs` without state.
+      A `GradientTransformationExtraArgs` without state. Its update takes the extra argument
+      `weight`, a number that is not negative, shape (), for this call: `tx.update(grads, state,
+      params, weight=tokens)`, also through `optax.chain`.
 
     Raises:
-      ValueError: `op` is neither; at update, an axis that is not bound.
-      TypeError: at update, a gradient that is not real floating point.
+      ValueError: `op` is neither, no axis, or one twice; at update, an axis that is not bound; with
+        `weight`, an `op` of "sum", another shape than (), or gradients that `jax.grad` has already
+        summed (see `vary`).
+      TypeError: `axis_name` no name; at update, a gradient or a `weight` that is not real.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -61,28 +71,54 @@ def sync_gradients(
       Array([[-2., -3.],
              [-2., -3.]], dtype=float32)
     """
-    if op not in _OPS:
-        raise ValueError(f"op must be one of {_OPS}, got {op!r}")
-    axes: tuple[_axes.AxisName, ...] = (axis_name,)
-    if isinstance(axis_name, Sequence) and not isinstance(axis_name, str):
-        axes = tuple(axis_name)
+    _hyperparams.check_choice(_OPS, op=op)
+    axis_name = _axes.canonical(axis_name)
 
     def update_fn(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        *,
+        weight: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        replicas = math.prod(map(_axes.size, axes))
+        replicas = _axes.size(axis_name)
         for name, leaf in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, leaf)
+        if weight is not None:
+            if op == "sum":
+                raise ValueError('weight is that of a mean, but op is "sum"')
+            _axes.require_own(updates, axis_name, "sync_gradients with a weight")
+            return jax.tree.map(
+                lambda g: _axes.psum(g, axis_name), weighted(updates, weight, axis_name)
+            ), state
 
         def combine(g: jax.Array) -> jax.Array:
-            own = tuple(axis for axis in axes if _axes.varies(g, axis))
+            own = tuple(axis for axis in _axes.names(axis_name) if _axes.varies(g, axis))
             total = lax.psum(g, own) if own else g
             return total / replicas if op == "mean" else total
 
         return jax.tree.map(combine, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def weighted(tree: Any, weight: Any, axis_name: _axes.AxisName) -> Any:
+    """Returns the replica's share of a weighted mean: `tree` times its part of all weights.
+
+    Args:
+      tree: the replica's arrays.
+      weight: a number that is not negative, shape ().
+      axis_name: the mapped axis, or a tuple of several, which count as one.
+    """
+    _hyperparams.check_scalar(weight=weight)
+    own = jnp.asarray(weight, jnp.float32)
+    total = _axes.psum(own, axis_name)
+    share = own / jnp.where(own == 0, 1, total)
+
+    def scaled(x: jax.Array) -> jax.Array:
+        wide = x.astype(_tree.compute_dtype(x.dtype))
+        return jnp.where(own == 0, 0, wide * share.astype(wide.dtype)).astype(x.dtype)
+
+    return jax.tree.map(scaled, tree)

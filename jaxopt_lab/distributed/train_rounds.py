@@ -12,18 +12,19 @@ beside the steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.core import Tracer
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _compat, _hyperparams, _tree
+from jaxopt_lab.distributed import _axes, _stacked, _step
+from jaxopt_lab.distributed._stacked import shared_counters
 from jaxopt_lab.distributed.local_updates import Exchange, LocalUpdatesState, local_updates
-from jaxopt_lab.distributed.replicas import Loss, Replicas, TrainState, shared_counters
+from jaxopt_lab.distributed.replicas import MutableTrainState, Replicas
 
 _HOST = "pinned_host"
 _MEMORY_KINDS = ("device", _HOST)
@@ -32,19 +33,19 @@ _MEMORY_KINDS = ("device", _HOST)
 class TrainRounds(NamedTuple):
     """How to train in whole rounds: a function that makes the state, and one that runs a round."""
 
-    init: Callable[[Any], TrainState]  # params of one replica -> state
-    step: Callable[[TrainState, Any], tuple[TrainState, Any]]  # state, batches -> state, losses
+    init: Callable[..., Any]  # params of one replica, and mutable collections if any -> state
+    step: Callable[[Any, Any], tuple[Any, Any]]  # state, batches -> state, losses
 
 
 def train_rounds(
     replicas: Replicas,
-    loss: Loss,
+    loss: Callable[..., Any],
     inner: optax.GradientTransformation,
     exchange: Exchange,
     sync_every: int,
     *,
     has_aux: bool = False,
-    exchange_memory_kind: str = "device",
+    exchange_memory_kind: Literal["device", "pinned_host"] = "device",
 ) -> TrainRounds:
     """Compiles `sync_every` local steps and their exchange as a round.
 
@@ -61,7 +62,8 @@ def train_rounds(
 
     Args:
       replicas: the driver; on devices or simulated.
-      loss: `loss(params, batch)` of one replica, a scalar; without collectives.
+      loss: `loss(params, batch)` of one replica, a scalar; without collectives. For a state with
+        mutable collections as in `Replicas.train_step`.
       inner: the transformation of the local steps.
       exchange: what replicas do between rounds, such as `diloco_exchange(axis_name="replica")`.
       sync_every: H, local steps in a round.
@@ -70,7 +72,9 @@ def train_rounds(
         rounds. Its scalars stay on the device.
 
     Returns:
-      A `TrainRounds`. Its `init(params)` returns a `TrainState` with a `LocalUpdatesState`. Its
+      A `TrainRounds`. Its `init(params)` returns a `TrainState` with a `LocalUpdatesState`, and
+      `init(params, mutable)` a `MutableTrainState`; shapes are taken, too, as by `Replicas.init`.
+      Every process that holds replicas has to call both. Its
       `step(state, batches)`, which is compiled and not to be jitted again, takes leaves of shape
       (replicas, sync_every, ...), such as `replicas.shard` makes, and returns the new state and
       losses of shape (replicas, sync_every), or a pair with the stacked second parts. The state
@@ -78,8 +82,9 @@ def train_rounds(
 
     Raises:
       ValueError: `sync_every` below 1, an unknown memory kind or one that the devices lack, or an
-        exchange of another axis than the replicas'; at step, batches of another shape.
-      TypeError: `exchange` is no `Exchange`; at step, a state of another transformation.
+        exchange of another axis than the replicas'; at step, a state or batches of another shape.
+      TypeError: `loss` is no function, `inner` no transformation or `exchange` no `Exchange`; at
+        step, a state of another transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -101,8 +106,7 @@ def train_rounds(
       `CO2 <https://arxiv.org/abs/2401.16265>`_, ICLR 2024, for the collective beside the steps.
     """
     tx = local_updates(inner, exchange, sync_every)
-    inner_update = optax.with_extra_args_support(inner).update
-    if exchange.axis_name != replicas.axis_name:
+    if _axes.canonical(exchange.axis_name) != replicas.axis_name:
         raise ValueError(
             f"the exchange is over axis {exchange.axis_name!r}, the replicas are on axis "
             f"{replicas.axis_name!r}"
@@ -110,24 +114,25 @@ def train_rounds(
     _check_memory_kind(exchange_memory_kind, replicas)
     on_host = exchange_memory_kind == _HOST
 
-    def local_steps(params: Any, inner_state: Any, batches: Any) -> tuple[Any, Any, Any]:
-        def step(carry: Any, batch: Any) -> tuple[Any, Any]:
-            params, inner_state = carry
-            value, grads = jax.value_and_grad(loss, has_aux=has_aux)(params, batch)
-            updates, inner_state = inner_update(grads, inner_state, params)
-            return (optax.apply_updates(params, updates), inner_state), value
+    one = _step.make(loss, inner, replicas.axis_name, has_aux=has_aux, weight=None, is_local=True)
 
-        (params, inner_state), values = lax.scan(step, (params, inner_state), batches)
-        return params, inner_state, values
+    def local_steps(params: Any, inner_state: Any, mutable: Any, batches: Any) -> Any:
+        def step(carry: Any, batch: Any) -> tuple[Any, Any]:
+            params, inner_state, mutable = carry
+            *new, value = one(params, inner_state, mutable, batch)
+            return tuple(new), value
+
+        carry, values = _compat.scan(step, (params, inner_state, mutable), batches)
+        return *carry, values
 
     def begin(exchange_state: Any) -> Any:
         shared = shared_counters(exchange_state)
         return replicas._mapped(exchange.begin, in_shared=(shared,))(_to_device(exchange_state))
 
-    def steps(params: Any, inner_state: Any, batches: Any) -> tuple[Any, Any, Any]:
-        shared = False, shared_counters(inner_state), False
+    def steps(params: Any, inner_state: Any, mutable: Any, batches: Any) -> Any:
+        shared = False, shared_counters(inner_state), False, False
         mapped = replicas._mapped(local_steps, in_shared=shared, out_shared=shared)
-        return mapped(params, inner_state, batches)
+        return mapped(params, inner_state, mutable, batches)
 
     def finish(params: Any, exchange_state: Any, message: Any) -> tuple[Any, Any]:
         shared = shared_counters(exchange_state)
@@ -139,21 +144,23 @@ def train_rounds(
     if on_host:
         # In one program a compiler would fetch the state before the steps, to hide the time.
         begin = jax.jit(begin)
-        steps = jax.jit(steps, donate_argnums=(0, 1))
+        steps = jax.jit(steps, donate_argnums=(0, 1, 2))
         finish = jax.jit(finish, donate_argnums=(0, 1))
 
-    def one_round(state: TrainState, batches: Any) -> tuple[TrainState, Any]:
-        params, (count, inner_state, exchange_state) = state
+    def one_round(state: Any, batches: Any) -> tuple[Any, Any]:
+        count, inner_state, exchange_state = state.opt_state
+        mutable = state.mutable if isinstance(state, MutableTrainState) else None
         message = begin(exchange_state)
-        params, inner_state, values = steps(params, inner_state, batches)
+        params, inner_state, mutable, values = steps(state.params, inner_state, mutable, batches)
         params, exchange_state = finish(params, exchange_state, message)
         count = _hyperparams.increment(count, sync_every)
-        return TrainState(params, LocalUpdatesState(count, inner_state, exchange_state)), values
+        opt_state = LocalUpdatesState(count, inner_state, exchange_state)
+        return type(state)(*(params, opt_state, mutable)[: len(state)]), values
 
     if not on_host:
         one_round = jax.jit(one_round, donate_argnums=0)
 
-    def placed(state: TrainState) -> TrainState:
+    def placed(state: Any) -> Any:
         opt_state = _tree.check_state(state.opt_state, LocalUpdatesState)
         exchange_state = jax.tree.map(put, opt_state.exchange_state)
         return state._replace(opt_state=opt_state._replace(exchange_state=exchange_state))
@@ -162,16 +169,22 @@ def train_rounds(
         # A buffer that is donated for a result in another kind of memory aborts the process.
         if isinstance(x, Tracer) or np.ndim(x) < 2:
             return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            if x.sharding is None:
+                return x
+            sharding = x.sharding.with_memory_kind(exchange_memory_kind)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         if isinstance(x, jax.Array) or replicas.mesh is None:
             sharding = jnp.asarray(x).sharding
         else:
             sharding = replicas._sharding
         return jax.device_put(x, sharding.with_memory_kind(exchange_memory_kind))
 
-    def init(params: optax.Params) -> TrainState:
-        return placed(replicas.init(tx, params))
+    def init(params: optax.Params, mutable: Any = None) -> Any:
+        return placed(replicas.init(tx, params, mutable))
 
-    def step(state: TrainState, batches: Any) -> tuple[TrainState, Any]:
+    def step(state: Any, batches: Any) -> tuple[Any, Any]:
+        _stacked.check_leading(state, shared_counters(state), replicas.count, "state")
         _check_batches(batches, replicas.count, sync_every)
         return one_round(placed(state), batches)
 

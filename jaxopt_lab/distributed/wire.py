@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.distributed import _axes
+
 KINDS: tuple[str, ...] = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "permute")
 _PRIMITIVES = {
     "psum": "all-reduce",
@@ -112,8 +114,11 @@ def wire_bytes(
 ) -> WireBytes:
     """Counts what one replica sends in one run of `fn`, from the program that jax traces.
 
-    Loops with a known number of turns count each turn. Types are the logical ones: a compiler for
-    CPUs widens a bfloat16 all-reduce to float32, that of an accelerator does not. Bytes are those
+    Loops with a known number of turns count each turn. Types are the logical ones. A
+    compiler for CPUs widens bfloat16 to float32, and so sends twice as much: in all-reduces, and in
+    permutes, gathers and all-to-alls, which only move it (`gossip` and `noloco` of bfloat16 weights
+    among them); float16 and integers it moves as they are, and that of an accelerator moves all of
+    them so. Bytes are those
     of ring algorithms, as in the module's docstring. What the partitioner inserts for arrays that
     are sharded outside of `shard_map` is no part of the traced program; `compiled_collectives`
     sees it.
@@ -142,7 +147,8 @@ def wire_bytes(
       {'all-reduce': 7000.0}
     """
     environment = list((axis_sizes or {}).items())
-    traced = jax.make_jaxpr(fn, axis_env=environment)(*args, **kwargs)
+    with _axes.counted(dict(environment)):
+        traced = jax.make_jaxpr(fn, axis_env=environment)(*args, **kwargs)
     return _walk(traced.jaxpr, dict(environment), executions=1)
 
 

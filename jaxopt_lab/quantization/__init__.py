@@ -2,6 +2,7 @@
 
 from jaxopt_lab.quantization._leaves import QuantizedState
 from jaxopt_lab.quantization.codecs import Codec, bfloat16, dynamic_code, int8
+from jaxopt_lab.quantization.conversion import decode_state, encode_state
 from jaxopt_lab.quantization.fused_step import fused_step
 from jaxopt_lab.quantization.quantize_state import quantize_state
 from jaxopt_lab.quantization.rounding import (
@@ -18,7 +19,9 @@ __all__ = [
     "apply_updates_compensated",
     "apply_updates_stochastic",
     "bfloat16",
+    "decode_state",
     "dynamic_code",
+    "encode_state",
     "fused_step",
     "init_compensation",
     "init_sharded",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import lax
 from jaxopt_lab import _compat
 from jaxopt_lab.quantization.codecs import Tiling
 
+Implementation = Literal["loop", "kernel", "interpreted kernel", "whole"]
 IMPLEMENTATIONS = ("loop", "kernel", "interpreted kernel", "whole")
 
 # With 256 entries each, a quarter of a megabyte of an int8 Adam step's operands. From twice of it
@@ -47,7 +48,7 @@ def run(
     step: Step,
     scalars: Sequence[jax.Array],
     arrays: Sequence[jax.Array],
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> list[jax.Array]:
     """Applies a step to all blocks.
 
@@ -73,7 +74,7 @@ def run(
         by_name["kernel"] = by_name["interpreted kernel"] = by_name["whole"]
     if implementation is not None:
         return by_name[implementation](scalars, arrays)
-    return lax.platform_dependent(
+    return _compat.platform_dependent(
         scalars, arrays, cpu=by_name["loop"], cuda=by_name["kernel"], default=by_name["whole"]
     )
 
@@ -90,7 +91,7 @@ def _loop(step: Step, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array])
         tiles = [lax.dynamic_slice(now[i], places[i], sizes[i]) for i in range(len(arrays))]
         # A branch that is always taken: what it needs has been read, and what it returns is there,
         # before anything is written. Else XLA would copy whole arrays in each turn.
-        found = lax.cond(
+        found = _compat.cond(
             row >= 0,
             lambda: step.compute(scalars, tiles),
             lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(step.compute, scalars, tiles)),
@@ -103,7 +104,7 @@ def _loop(step: Step, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array])
             return turn(first, block, rows, tiling.block_size, new)
 
         if tiling.whole > 1:
-            new = lax.fori_loop(0, tiling.whole, whole, new)
+            new = _compat.fori_loop(0, tiling.whole, whole, new)
         elif tiling.whole:
             new = whole(0, new)
         rest = tiling.length % tiling.block_size
@@ -111,7 +112,7 @@ def _loop(step: Step, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array])
 
     rows = min(_LOOP_BLOCKS, tiling.rows)
     new = [arrays[i] for i in changed]
-    new = lax.fori_loop(0, tiling.rows // rows, lambda i, new: turns(i * rows, rows, new), new)
+    new = _compat.fori_loop(0, tiling.rows // rows, lambda i, new: turns(i * rows, rows, new), new)
     rest = tiling.rows % rows
     return turns(jnp.int32(tiling.rows - rest), rest, new) if rest else new
 

@@ -18,7 +18,7 @@ import optax
 
 from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.quantization import _block_passes, _elementwise, _leaves
-from jaxopt_lab.quantization._leaves import CodecChoice, EncodedLeaf, QuantizedState
+from jaxopt_lab.quantization._leaves import CodecChoice, QuantizedState
 from jaxopt_lab.quantization.codecs import Blocks, Int8, Tiling
 
 
@@ -28,7 +28,7 @@ def fused_step(
     *,
     min_size: int = 4096,
     seed: int = 0,
-    implementation: str | None = None,
+    implementation: _block_passes.Implementation | None = None,
 ) -> Callable[..., tuple[optax.Params, QuantizedState]]:
     """Makes a function that does a step of `quantize_state(inner, codec)` and applies it.
 
@@ -42,21 +42,27 @@ def fused_step(
     Arrays must not be split over devices, unless the step is called under `shard_map`.
 
     Args:
-      inner: any optax transformation.
-      codec: see `quantize_state`.
-      min_size: see `quantize_state`.
-      seed: see `quantize_state`.
+      inner: any optax transformation that keeps no encoded state itself.
+      codec: `int8()`, `bfloat16()`, another `Codec`, or a function `(path, leaf) -> codec or None`
+        of the leaves of the inner state with at least `min_size` elements, where a path is such as
+        `0/mu/kernel`, a leaf a `jax.ShapeDtypeStruct`, and None keeps the leaf exact. It must be
+        the one that the state was made with.
+      min_size: smallest number of elements of an encoded leaf; that of the state.
+      seed: of stochastic rounding, which `bfloat16()` does; an integer.
       implementation: None for the best of the platform, or for all platforms "loop", "kernel",
         "interpreted kernel" (for tests) or "whole".
 
     Returns:
-      A jitted `step(grads, state, params, **extra_args) -> (params, state)`. The state is made by
-      `quantize_state(inner, codec, ...).init`. Donate state and parameters in the `jax.jit` around
-      it, or they are copied.
+      A jitted `step(grads, state, params, **extra_args) -> (params, state)`, of gradients and
+      parameters of the same shapes. The state is made by `quantize_state(inner, codec, ...).init`
+      or by `encode_state`. Donate state and parameters in the `jax.jit` around it, or they are
+      copied.
 
     Raises:
-      ValueError: `min_size` below 1, or an unknown `implementation`.
-      TypeError: see `quantize_state`; at the step, another state.
+      ValueError: `min_size` below 1, or an unknown `implementation`; at the step, a gradient of
+        another shape than its parameter, or a state made with another codec or `min_size`.
+      TypeError: `inner` is no transformation (or a factory that was not called), `codec` neither a
+        codec nor a function, `min_size` or `seed` no integer; at the step, another state.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -73,6 +79,7 @@ def fused_step(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, ICLR 2022.
     """
+    _hyperparams.check_transformation(inner=inner)
     _leaves.check(codec, min_size, seed)
     if implementation is not None:
         _hyperparams.check_choice(_block_passes.IMPLEMENTATIONS, implementation=implementation)
@@ -82,21 +89,21 @@ def fused_step(
     def step(
         grads: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Params, QuantizedState]:
-        state = _tree.check_state(state, QuantizedState)
+        old = _leaves.unpack_own(state, codec, min_size)
+        _tree.check_updates(grads, params, "params")
         count = _hyperparams.increment(state.count)
-        flat, structure = _leaves.flatten(state.inner_state)
 
         def whole(params: Any, leaves: list[Any], grads: Any, extra_args: Any) -> Any:
-            inner_state = structure.unflatten(leaves)
+            inner_state = old.structure.unflatten(leaves)
             updates, inner_state = inner.update(grads, inner_state, params, **extra_args)
-            return optax.apply_updates(params, updates), structure.flatten_up_to(inner_state)
+            return optax.apply_updates(params, updates), _leaves.flatten_like(old, inner_state)
 
-        decoded = [_leaves.decoded(leaf) for _, leaf in flat]
+        decoded = [_leaves.decoded(leaf) for leaf in old.leaves]
         program, (new_params, new_leaves) = _elementwise.trace(
             whole, params, decoded, grads, extra_args
         )
         weights, tree = jax.tree.flatten(params)
-        before = [*weights, *(leaf for _, leaf in flat)]
+        before = [*weights, *old.leaves]
         after = dict(enumerate([*jax.tree.leaves(new_params), *new_leaves]))
         done: dict[int, Any] = {}
         for group in program.groups():
@@ -104,14 +111,16 @@ def fused_step(
         results = list((after | done).values())
         first = len(weights)
         encoded = {i - first for i in done if i >= first}
-        leaves = _leaves.encode_like(flat, results[first:], seed, count, encoded)
-        return tree.unflatten(results[:first]), QuantizedState(count, structure.unflatten(leaves))
+        leaves = _leaves.encode_like(old, results[first:], seed, count, encoded)
+        return tree.unflatten(results[:first]), old.pack(count, leaves)
 
     return step
 
 
 def _in_parts(
-    group: _elementwise.Group, before: list[Any], implementation: str | None
+    group: _elementwise.Group,
+    before: list[Any],
+    implementation: _block_passes.Implementation | None,
 ) -> dict[int, Any]:
     """Computes the results that belong to a group, or none of them.
 
@@ -188,7 +197,7 @@ def _matrices(leaf: Any, tiling: Tiling) -> list[jax.Array]:
 def _read(leaf: Any, parts: list[jax.Array]) -> jax.Array:
     if not _leaves.is_encoded(leaf):
         return parts[0]
-    return leaf.codec.decode_tile(Blocks(*parts), leaf.dtype)
+    return leaf.codec.decode_tile(Blocks(*parts), leaf.encoding.dtype)
 
 
 def _measured(leaf: Any, value: jax.Array) -> tuple[jax.Array, ...]:
@@ -203,4 +212,4 @@ def _restored(leaf: Any, arrays: Iterator[jax.Array]) -> Any:
     if not _leaves.is_encoded(leaf):
         return next(arrays).reshape(leaf.shape)
     encoded = Blocks(*(next(arrays).reshape(x.shape) for x in leaf.encoded))
-    return EncodedLeaf(encoded, leaf.codec, leaf.dtype)
+    return leaf._replace(encoded=encoded)

@@ -14,7 +14,7 @@ from typing import Any
 
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _hyperparams
 from jaxopt_lab.quantization import _leaves
 from jaxopt_lab.quantization._leaves import CodecChoice, QuantizedState
 
@@ -36,33 +36,41 @@ def quantize_state(
     Each update decodes the state to the dtypes that `inner.init` made, calls `inner.update`, and
     encodes the result. Encoded are the floating leaves with at least `min_size` elements; smaller
     leaves and counters stay exact. Call `init` under `jax.jit` where the full state would not fit.
-    `flax.nnx.Optimizer` cannot carry an encoded state; with nnx, split the model and keep the state
-    beside it.
+
+    In the state, codes of a leaf's shape take the leaf's place, so that `flax.nnx.Optimizer` and
+    the boxes of `flax.linen` with names of mesh axes carry it like the plain state. `encode_state`
+    moves the state of a running optimizer there, `decode_state` moves it back.
+
+    Inside a `shard_map` over an axis that splits a weight `min_size` is compared with the size of
+    the shard: call it outside, under `jit` with sharded arrays.
 
     Args:
-      inner: any optax transformation.
-      codec: `bfloat16()`, `int8()`, another `Codec`, or a function `(path, leaf) -> codec or None`
-        of the leaves with at least `min_size` elements, where a path is such as `0/mu/kernel` and
-        None keeps the leaf exact. `int8(signed=None)` becomes unsigned for leaves known to be
-        non-negative by their field's name (`nu`, `nu_max`, `sum_of_squares`) and signed for all
-        others; `bfloat16` leaves 16-bit leaves as they are.
-      min_size: smallest number of elements of an encoded leaf.
-      seed: of stochastic rounding. The key of a step is made of the seed and the number of steps
-        taken, so that a run resumes with the same bits; no key is stored.
+      inner: any optax transformation that keeps no encoded state itself.
+      codec: `int8()`, `bfloat16()`, another `Codec`, or a function `(path, leaf) -> codec or None`
+        of the leaves with at least `min_size` elements, where a path is such as `0/mu/kernel`, a
+        leaf a `jax.ShapeDtypeStruct`, and None keeps the leaf exact. `int8(signed=None)` becomes
+        unsigned for leaves known to be non-negative by their field's name (`nu`, `nu_max`,
+        `sum_of_squares`) and signed for all others; `bfloat16` leaves 16-bit leaves as they are.
+      min_size: smallest number of elements of an encoded leaf, from 1 on.
+      seed: of stochastic rounding, an integer. The key of a step is made of the seed and the number
+        of steps taken, so that a run resumes with the same bits; no key is stored.
 
     Returns:
-      A `GradientTransformationExtraArgs`.
+      A `GradientTransformationExtraArgs` whose state is a `QuantizedState`.
 
     Raises:
-      ValueError: `min_size` below 1.
-      TypeError: `codec` is neither a codec nor a function, `min_size` or `seed` no integer, or, at
-        init, a codec for a leaf that is not real floating point.
+      ValueError: `min_size` below 1; at an update, a state that was made with another codec, block
+        size, code, sign or `min_size`, or a gradient of another shape than its parameter and state.
+      TypeError: `inner` is no transformation (or a factory that was not called), `codec` neither a
+        codec nor a function, `min_size` or `seed` no integer; at init, a codec for a leaf that is
+        not real floating point, or an inner state that is encoded already; at an update, a state of
+        another transformation.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from jaxopt_lab import quantization
       >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
-      >>> tx = quantization.quantize_state(optax.adamw(1e-3), quantization.int8(code="dynamic"))
+      >>> tx = quantization.quantize_state(optax.adamw(1e-3), quantization.int8())
       >>> state = jax.jit(tx.init)(params)
       >>> sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # optax.adamw: 33284
       8840
@@ -71,21 +79,22 @@ def quantize_state(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, ICLR 2022.
     """
+    _hyperparams.check_transformation(inner=inner)
     _leaves.check(codec, min_size, seed)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> QuantizedState:
-        return _leaves.encode_new(inner.init(params), codec, min_size, seed)
+        return _leaves.encode_new(inner.init(params), params, codec, min_size, seed)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, QuantizedState]:
-        state = _tree.check_state(state, QuantizedState)
+        before = _leaves.unpack_own(state, codec, min_size)
+        _leaves.check_gradients(updates, params)
         count = _hyperparams.increment(state.count)
-        flat, structure = _leaves.flatten(state.inner_state)
-        inner_state = structure.unflatten([_leaves.decoded(leaf) for _, leaf in flat])
-        updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        leaves = _leaves.encode_like(flat, structure.flatten_up_to(inner_state), seed, count)
-        return updates, QuantizedState(count, structure.unflatten(leaves))
+        new, inner_state = inner.update(updates, before.decoded(), params, **extra_args)
+        leaves = _leaves.flatten_like(before, inner_state)
+        _leaves.check_gradients(updates, new)
+        return new, before.pack(count, _leaves.encode_like(before, leaves, seed, count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -56,18 +56,27 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x has dtype {x.dtype}; expected real floating point")
+    return round_seeded(x, noise_seeds(key))
+
+
+def noise_seeds(key: jax.Array) -> jax.Array:
+    """Returns what `stochastic_round` draws from its key: two numbers, uint32, shape (2,)."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def round_seeded(x: jax.Array, seeds: jax.Array) -> jax.Array:
+    """Does what `stochastic_round` does, given the seeds of its key."""
     if x.dtype == jnp.bfloat16:
         return x
-    return _round(x.astype(jnp.float32), _noise(key, x.shape))
+    return _round(x.astype(jnp.float32), _noise(seeds, x.shape))
 
 
-def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns 16 random bits an entry: a hash of its position, seeded by `key`.
+def _noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns 16 random bits an entry: a hash of its position, seeded by two numbers.
 
     It fuses with what uses it. On a CPU `jax.random.bits` would take ten times longer than the
     whole step of Adam, and several arrays of this size.
     """
-    seeds = jax.random.bits(key, (2,), jnp.uint32)
     noise = jnp.full(shape, seeds[0])
     for axis in range(len(shape)):
         noise = _mix(noise ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis))
@@ -100,12 +109,15 @@ def apply_updates_stochastic(
     """Adds the updates; bfloat16 parameters are summed in float32 and rounded stochastically.
 
     The step of a bfloat16 parameter then equals its update in the mean. Parameters of other dtypes
-    are treated as by `optax.apply_updates`. The updates should be float32: in bfloat16 they have
-    been rounded already.
+    are treated as by `optax.apply_updates`.
+
+    Give the optimizer float32 gradients, `jax.tree.map(lambda g: g.astype("float32"), grads)`: a
+    rule may return updates in the dtype of the gradients, and an update of 16 bits has been rounded
+    to nearest before anything here can help.
 
     Args:
-      params: the parameters.
-      updates: a tree like `params`.
+      params: the parameters, floating arrays of any shapes.
+      updates: a tree like `params` with the same shapes, in float32.
       key: one random key, typed or an old-style array of uint32, a new one for each step. Each
         leaf rounds with its own, folded in by the leaf's index.
 
@@ -176,8 +188,9 @@ def apply_updates_compensated(
     parameter a step, where plain bfloat16 loses up to :math:`2^{-9}`.
 
     Args:
-      params: the parameters.
-      updates: a tree like `params`; best in float32.
+      params: the parameters, floating arrays of any shapes.
+      updates: a tree like `params` with the same shapes, in float32: a 16-bit update has been
+        rounded before this begins to carry what rounding takes.
       compensation: :math:`c_{t-1}`, first from `init_compensation`.
 
     Returns:

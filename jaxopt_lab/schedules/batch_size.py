@@ -10,7 +10,7 @@ Neural Network Training", 2020, arXiv:2006.09092.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import optax
@@ -18,14 +18,15 @@ import optax
 from jaxopt_lab import _hyperparams
 from jaxopt_lab.schedules import _phases
 
-_POWERS = {"linear": 1.0, "sqrt": 0.5}
+Rule = Literal["linear", "sqrt"]
+_POWERS: dict[Rule, float] = {"linear": 1.0, "sqrt": 0.5}
 
 
 def scale_learning_rate(
     rate: optax.ScalarOrSchedule,
     batch_size: int,
     new_batch_size: int,
-    rule: str,
+    rule: Rule,
     saturation: int | None = None,
 ) -> Any:
     r"""Scales a learning rate, or a whole schedule, from one batch size to another.
@@ -40,7 +41,7 @@ def scale_learning_rate(
     here.
 
     Args:
-      rate: :math:`\eta(B)`, a number, an array or a schedule.
+      rate: :math:`\eta(B)`, a number, an array of shape `()` or a schedule.
       batch_size: :math:`B`, examples in a batch for which `rate` is right.
       new_batch_size: :math:`B'`, examples in a batch of the new run.
       rule: `"linear"` for SGD, `"sqrt"` for Adam and its kin.
@@ -51,8 +52,9 @@ def scale_learning_rate(
       The new rate, of the kind of `rate`: a number, an array or a schedule.
 
     Raises:
-      ValueError: unknown `rule`, sizes below 1, or a rate that is negative or not finite.
-      TypeError: sizes that are no integers.
+      ValueError: unknown `rule`, sizes below 1, or a rate that is negative, not finite or an array
+        with axes.
+      TypeError: sizes that are no integers, or a rate that is no real number.
 
     Examples:
       >>> scale_learning_rate(0.1, 256, 1024, "linear")
@@ -66,13 +68,12 @@ def scale_learning_rate(
       Granziol et al., `Learning Rates as a Function of Batch Size
       <https://arxiv.org/abs/2006.09092>`_, 2020.
     """
-    _hyperparams.check_choice(tuple(_POWERS), rule=rule)
-    _phases.check_steps(1, batch_size=batch_size, new_batch_size=new_batch_size)
-    if saturation is not None:
-        _phases.check_steps(1, saturation=saturation)
-    bound = math.inf if saturation is None else saturation
-    factor = (min(new_batch_size, bound) / min(batch_size, bound)) ** _POWERS[rule]
+    _hyperparams.check_choice(get_args(Rule), rule=rule)
+    old = _phases.as_steps("batch_size", batch_size, 1)
+    new = _phases.as_steps("new_batch_size", new_batch_size, 1)
+    bound = math.inf if saturation is None else _phases.as_steps("saturation", saturation, 1)
+    factor = (min(new, bound) / min(old, bound)) ** _POWERS[rule]
     if callable(rate):
-        return lambda step: jnp.asarray(rate(step)) * factor
+        return lambda step: jnp.asarray(rate(_phases.as_count(step))) * factor
     _phases.check_rate(rate=rate)
     return rate * factor

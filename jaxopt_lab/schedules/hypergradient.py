@@ -11,7 +11,7 @@ Wang et al., "FedHyper", 2023, arXiv:2310.03156.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,12 @@ from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.schedules import _phases
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
-CONTRACT_EXCEPTIONS = {"learning_rate_schedule": "the rate is kept in the state"}
+CONTRACT_EXCEPTIONS = dict.fromkeys(
+    ("learning_rate_schedule", "nnx_current_learning_rate"), "the rate is kept in the state"
+)
 
-RULES = ("additive", "multiplicative", "fedhyper")
+Rule = Literal["additive", "multiplicative", "fedhyper"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 # The authors' clip of the sum of products: [-0.8, 4], added to 1.
 _FEDHYPER_BOUNDS = (0.2, 5.0)
 
@@ -40,7 +43,7 @@ def hypergradient(
     inner: optax.GradientTransformation,
     learning_rate: _phases.Scalar,
     meta_rate: _phases.Scalar,
-    rule: str = "additive",
+    rule: Rule = "additive",
     bounds: tuple[float, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales an inner rule by a learning rate that each gradient corrects before it is used.
@@ -69,9 +72,10 @@ def hypergradient(
       inner: the bare rule, without learning rate and sign: `optax.identity()` for SGD,
         `optax.trace(0.9)` for momentum, `optax.scale_by_adam()`.
       learning_rate: :math:`\eta_0`, a number or an array of shape `()`; a schedule is refused.
-      meta_rate: :math:`\kappa`, non-negative. With 0 every update is that of the inner rule. The
-        additive rule's is in rate per squared gradient and needs a value for the problem (the
-        authors start at 1e-6); the multiplicative rule's has no unit, 0.02 is a beginning.
+      meta_rate: :math:`\kappa`, a non-negative number or an array of shape `()`. With 0 every
+        update is that of the inner rule. The additive rule's is in rate per squared gradient and
+        needs a value for the problem (the authors start at 1e-6); the multiplicative rule's has no
+        unit, 0.02 is a beginning.
       rule: `"additive"`, `"multiplicative"` or `"fedhyper"`.
       bounds: lowest and highest rate as factors of `learning_rate`; 1 lies between them. None for
         no bounds, and for FedHyper's own, (0.2, 5.0); with momentum its authors take (0.8, 5.0).
@@ -82,9 +86,10 @@ def hypergradient(
       the inner one's does. `state.learning_rate` is the rate of the last update.
 
     Raises:
-      ValueError: a rate that is negative or not finite, an unknown `rule`, or `bounds` that do not
-        have 0 <= low <= 1 <= high.
-      TypeError: `learning_rate` that is a schedule, parameters that are not real floating point.
+      ValueError: a rate that is negative, not finite or an array with axes, an unknown `rule`, or
+        `bounds` that do not have 0 <= low <= 1 <= high.
+      TypeError: `inner` that is no transformation, `learning_rate` that is a schedule, rates or
+        bounds that are no real numbers, parameters that are not real floating point.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -109,12 +114,13 @@ def hypergradient(
             "learning_rate must be a number: the rate is kept in the state; chain "
             "optax.scale_by_schedule after hypergradient to combine it with a schedule"
         )
+    _hyperparams.check_transformation(inner=inner)
     _phases.check_rate(learning_rate=learning_rate, meta_rate=meta_rate)
     _hyperparams.check_choice(RULES, rule=rule)
     if bounds is None and rule == "fedhyper":
         bounds = _FEDHYPER_BOUNDS
-    if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1]):
-        raise ValueError(f"bounds must be (low, high) with 0 <= low <= 1 <= high, got {bounds}")
+    if bounds is not None:
+        _check_bounds(bounds)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> HypergradientState:
@@ -138,7 +144,8 @@ def hypergradient(
             new = eta + base * kappa * _dot(direction, state.previous, dtype)
         eta = jnp.where(jnp.isfinite(new), new, eta)
         if bounds is not None:
-            eta = jnp.clip(eta, bounds[0] * base, bounds[1] * base)
+            low, high = (jnp.asarray(bound, dtype) for bound in bounds)
+            eta = jnp.clip(eta, low * base, high * base)
 
         def scale(d: jax.Array, previous: jax.Array) -> tuple[jax.Array, jax.Array]:
             del previous
@@ -148,6 +155,14 @@ def hypergradient(
         return updates, HypergradientState(eta, previous, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_bounds(bounds: Any) -> None:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"bounds must be (low, high), two numbers, got {bounds!r}")
+    _hyperparams.check_scalar(**{"bounds[0]": bounds[0], "bounds[1]": bounds[1]})
+    if all(map(_hyperparams.is_number, bounds)) and not 0 <= bounds[0] <= 1 <= bounds[1]:
+        raise ValueError(f"bounds must be (low, high) with 0 <= low <= 1 <= high, got {bounds}")
 
 
 def _dot(a: optax.Updates, b: optax.Updates, dtype: Any) -> jax.Array:

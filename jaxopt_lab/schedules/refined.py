@@ -10,7 +10,7 @@ Norms that do not change give linear decay; norms that fall early give a warm-up
 from __future__ import annotations
 
 import bisect
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ from jax.core import Tracer
 from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.schedules import _phases
 
-KINDS = ("l1", "l2")
-_EXPONENTS = {"l1": -1.0, "l2": -2.0}
+Kind = Literal["l1", "l2"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Keep = Literal["first", "last"]
+_EXPONENTS: dict[Kind, float] = {"l1": -1.0, "l2": -2.0}
 # A smoothed norm of zero would ask for an infinite step: it counts as this part of the median.
 _FLOOR = 1e-6
 _NOT_RECORDED = -1.0
@@ -35,26 +37,33 @@ class RecordNormsState(NamedTuple):
     norms: jax.Array  # (length,), float32, or float64 with float64 gradients; -1: none yet
 
 
-def record_norms(kind: str, length: int) -> optax.GradientTransformation:
+def record_norms(kind: Kind, length: int, *, keep: Keep = "first") -> optax.GradientTransformation:
     r"""Passes gradients through and writes down their norm, over all leaves together.
 
     .. math::
       G_t = \sum_i |g_i| \quad (l_1) \qquad \text{or} \qquad
       G_t = \sqrt{\textstyle\sum_i g_i^2} \quad (l_2)
 
-    It stands first in a chain, before what changes the gradient. The buffer is filled from the
-    front; when it is full it keeps what it has and later norms are not recorded. Places that no
-    update has reached hold -1, which `refined_schedule` leaves out.
+    First in a chain it sees gradients, last in a chain updates. The buffer is filled from the
+    front. Places that no update has reached hold -1, which `refined_schedule` leaves out.
+
+    For a log of a running optimizer `optax.chain(record_norms("l2", 1, keep="last"), tx,
+    record_norms("l2", 1, keep="last"))` has in its state `state[0].norms[0]`, the norm of the last
+    gradient, and `state[-1].norms[0]`, that of the last update; `current_learning_rate` reads the
+    rate.
 
     Args:
-      kind: `"l1"` for Adam and its kin, `"l2"` for SGD.
+      kind: `"l1"` for Adam and its kin, `"l2"` for SGD, where `refined_schedule` is to use them.
       length: how many updates are recorded, from 1 on.
+      keep: when the buffer is full, `"first"` keeps what it has, as `refined_schedule` wants it,
+        and later norms are not recorded; `"last"` writes the norm of update t over that of
+        t - length: the latest is `norms[(count - 1) % length]`.
 
     Returns:
       A `GradientTransformation` with a `RecordNormsState`; its update needs no `params`.
 
     Raises:
-      ValueError: unknown `kind`, or `length` below 1.
+      ValueError: unknown `kind` or `keep`, or `length` below 1.
       TypeError: `length` that is no integer, or gradients that are not real floating point.
 
     Examples:
@@ -71,12 +80,13 @@ def record_norms(kind: str, length: int) -> optax.GradientTransformation:
       <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
     _hyperparams.check_choice(KINDS, kind=kind)
-    _phases.check_steps(1, length=length)
+    _hyperparams.check_choice(get_args(Keep), keep=keep)
+    size = _phases.as_steps("length", length, 1)
 
     def init_fn(params: optax.Params) -> RecordNormsState:
         _tree.check_params(params)
         dtype = _tree.compute_dtype(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(params)))
-        return RecordNormsState(jnp.zeros((), jnp.int32), jnp.full(length, _NOT_RECORDED, dtype))
+        return RecordNormsState(jnp.zeros((), jnp.int32), jnp.full(size, _NOT_RECORDED, dtype))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -88,7 +98,8 @@ def record_norms(kind: str, length: int) -> optax.GradientTransformation:
         updates = jax.tree.map(jnp.asarray, updates)
         magnitudes = [jnp.abs(g).astype(state.norms.dtype) for g in jax.tree.leaves(updates)]
         norm = (_l1_norm if kind == "l1" else _l2_norm)(magnitudes, state.norms.dtype)
-        norms = state.norms.at[state.count].set(jax.lax.stop_gradient(norm), mode="drop")
+        place = state.count % size if keep == "last" else state.count
+        norms = state.norms.at[place].set(jax.lax.stop_gradient(norm), mode="drop")
         return updates, RecordNormsState(_hyperparams.increment(state.count), norms)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -112,7 +123,7 @@ def refined_schedule(
     norms: Any,
     total_steps: int,
     peak_value: _phases.Scalar,
-    kind: str,
+    kind: Kind,
     smoothing: float = 0.1,
 ) -> optax.Schedule:
     r"""Makes a schedule from the gradient norms of an earlier run, whatever that one's schedule.
@@ -149,7 +160,8 @@ def refined_schedule(
     Raises:
       ValueError: `norms` of another rank, with fewer than two usable ones, with negative ones or
         all zero; a bad rate, unknown `kind`, `smoothing` outside [0, 1], `total_steps` below 2.
-      TypeError: `norms` that are traced, or `total_steps` that is no integer.
+      TypeError: `norms` that are traced, `total_steps` that is no integer, or a rate that is no
+        real number.
 
     Examples:
       >>> import numpy as np
@@ -166,12 +178,12 @@ def refined_schedule(
     """
     _hyperparams.check_choice(KINDS, kind=kind)
     _phases.check_rate(peak_value=peak_value)
-    _phases.check_steps(2, total_steps=total_steps)
+    total = _phases.as_steps("total_steps", total_steps, 2)
     if not _hyperparams.is_number(smoothing):
         raise TypeError(f"smoothing must be a number, got {type(smoothing).__name__}")
     _hyperparams.check_fraction(smoothing=smoothing)
     table = _refined(_usable(norms), _EXPONENTS[kind], smoothing)
-    stretch = (table.size - 1) / (total_steps - 1)
+    stretch = (table.size - 1) / (total - 1)
 
     def schedule(step: Any) -> jax.Array:
         position = jnp.clip(_phases.since(step) * stretch, 0, table.size - 1)

@@ -24,7 +24,7 @@ from jaxopt_lab.schedules import _phases
 def rewarmed(
     make_schedule: Callable[[int, int], optax.Schedule],
     phase_steps: Sequence[int],
-    start_step: int = 0,
+    start_step: int | np.integer | np.ndarray | jax.Array = 0,
 ) -> optax.Schedule:
     r"""Starts a schedule again at the beginning of each phase.
 
@@ -38,7 +38,8 @@ def rewarmed(
       phase_steps: the length :math:`L_k` of each phase, in updates.
       start_step: :math:`t_{start}`, the count that the optimizer has when the first phase begins. A
         checkpoint restored with its count goes on counting, so that a new run of phases after 1000
-        updates has `start_step=1000`.
+        updates has `start_step=1000`. An integer, or what a count is restored as: an integer array
+        of shape `()` of NumPy or JAX, signed or not, traced or not.
 
     Returns:
       A function of the step to the rate in float32 (in float64 for a step in float64). Steps before
@@ -46,7 +47,8 @@ def rewarmed(
 
     Raises:
       ValueError: no phase, a phase without an update, or a negative `start_step`.
-      TypeError: lengths that are no integers, or `make_schedule` that is no function.
+      TypeError: lengths or a `start_step` that are no integers, or `make_schedule` that is no
+        function.
 
     Examples:
       >>> import optax
@@ -55,17 +57,17 @@ def rewarmed(
       [1.0, 0.75, 0.5, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
     """
     _phases.check_schedule(make_schedule=make_schedule)
-    _phases.check_steps(start_step=start_step)
+    begin = _phases.as_start("start_step", start_step)
     lengths = _lengths(phase_steps)
     schedules = [make_schedule(phase, steps) for phase, steps in enumerate(lengths)]
     for phase, schedule in enumerate(schedules):
         _phases.check_schedule(**{f"make_schedule({phase}, {lengths[phase]})": schedule})
-    starts = [int(start_step) + n for n in itertools.accumulate([0, *lengths[:-1]])]
+    offsets = list(itertools.accumulate([0, *lengths[:-1]]))
 
     def joined(step: Any) -> jax.Array:
         rate = None
-        for start, schedule in zip(starts, schedules):
-            own = _phases.since(step, start)
+        for offset, schedule in zip(offsets, schedules):
+            own = _phases.since(step, begin, offset)
             value = jnp.asarray(schedule(jnp.maximum(own, 0)), own.dtype)
             rate = value if rate is None else jnp.where(own < 0, rate, value)
         return jnp.asarray(rate)
@@ -80,7 +82,7 @@ def rewarmed_schedule(
     *,
     init_value: _phases.Scalar = 0.0,
     end_value: _phases.Scalar | None = None,
-    start_step: int = 0,
+    start_step: int | np.integer | np.ndarray | jax.Array = 0,
 ) -> optax.Schedule:
     r"""Warms up linearly and decays along a cosine, anew in each phase.
 
@@ -101,7 +103,8 @@ def rewarmed_schedule(
         below the phase's length. The last of them has the peak.
       init_value: where each warm-up starts from. The first update is already above it.
       end_value: where each decay ends; by default a tenth of the phase's peak.
-      start_step: the count that the optimizer has when the first phase begins, see `rewarmed`.
+      start_step: the count that the optimizer has when the first phase begins: an integer, or an
+        integer array of shape `()` of NumPy or JAX, signed or not, traced or not.
 
     Returns:
       A function of the step, an integer or a real number of any shape, to the rate in float32 (in
@@ -109,9 +112,10 @@ def rewarmed_schedule(
       phase it is `end_value`.
 
     Raises:
-      ValueError: a rate that is negative or not finite, `init_value` or `end_value` above a peak,
-        a warm-up as long as its phase, or another number of values than of phases.
-      TypeError: steps that are no integers.
+      ValueError: a rate that is negative, not finite or an array with axes, `init_value` or
+        `end_value` above a peak, a warm-up as long as its phase, or another number of values than
+        of phases.
+      TypeError: steps that are no integers, rates that are no real numbers.
 
     Examples:
       >>> schedule = rewarmed_schedule((1.0, 0.5), (100, 100), warmup_steps=10, start_step=1000)
@@ -129,9 +133,9 @@ def rewarmed_schedule(
         _phases.check_rate(**{f"peak_value of phase {phase}": peak})
     ends = [0.1 * peak for peak in peaks] if end_value is None else [end_value] * len(lengths)
     _phases.check_rate(init_value=init_value)
+    warmups = [_phases.as_steps(f"warmup_steps of phase {k}", n) for k, n in enumerate(warmups)]
     for phase, (peak, end, warmup, steps) in enumerate(zip(peaks, ends, warmups, lengths)):
         _phases.check_rate(end_value=end)
-        _phases.check_steps(**{f"warmup_steps of phase {phase}": warmup})
         _phases.check_not_above("init_value", init_value, "peak_value", peak)
         _phases.check_not_above("end_value", end, "peak_value", peak)
         if warmup >= steps:
@@ -157,9 +161,7 @@ def _lengths(phase_steps: Sequence[int]) -> list[int]:
         raise TypeError(f"phase_steps must be a sequence of integers, got {phase_steps!r}")
     if len(phase_steps) == 0:
         raise ValueError("phase_steps must have at least one phase, got none")
-    for phase, steps in enumerate(phase_steps):
-        _phases.check_steps(1, **{f"phase_steps[{phase}]": steps})
-    return [int(steps) for steps in phase_steps]
+    return [_phases.as_steps(f"phase_steps[{k}]", steps, 1) for k, steps in enumerate(phase_steps)]
 
 
 def _per_phase(name: str, value: Any, phases: int) -> list[Any]:

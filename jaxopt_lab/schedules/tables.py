@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxopt_lab.schedules import _phases
 
@@ -41,11 +42,10 @@ def as_table(schedule: optax.Schedule, steps: Any) -> np.ndarray:
     """
     _phases.check_schedule(schedule=schedule)
     if np.ndim(steps) == 0:
-        _phases.check_steps(steps=steps)
-        steps = jnp.arange(steps, dtype=jnp.int32)
+        steps = jnp.arange(_phases.as_steps("steps", steps), dtype=jnp.int32)
     if np.ndim(steps) != 1:
         raise ValueError(f"steps must be a number or have shape (n,), got {np.shape(steps)}")
-    rates = jax.vmap(lambda step: jnp.asarray(schedule(step)))(jnp.asarray(steps))
+    rates = jax.vmap(lambda step: jnp.asarray(schedule(step)))(_phases.as_count(jnp.asarray(steps)))
     if rates.ndim != 1:
         raise ValueError(f"schedule must return a scalar, got shape {rates.shape[1:]}")
     return np.asarray(rates)
@@ -59,19 +59,23 @@ def current_learning_rate(opt_state: optax.OptState, schedule: optax.Schedule) -
 
     The count is the one of the state that holds a schedule's count (`optax.scale_by_schedule`,
     `optax.scale_by_learning_rate`, `optax.inject_hyperparams`), however deep it lies; without any,
-    the only other `count` there is, such as Adam's. Before the first update it is the rate of step
-    0; after an update it is *not* the rate which that update had but the one of the next.
+    the only other `count` there is, such as Adam's. Equal counts, as in the groups of `muon` or
+    `lora_plus`, are one count. Before the first update it is the rate of step 0; after an update it
+    is *not* the rate which that update had but the one of the next.
 
     Args:
-      opt_state: the state of any optax optimizer. Traced states are fine, in `jit` and `scan`.
-      schedule: the schedule that the optimizer was made with.
+      opt_state: the state of any optax optimizer, also as `flax.nnx.Optimizer` holds it
+        (`optimizer.opt_state`). Traced states are fine, in `jit` and `scan`.
+      schedule: the schedule that the optimizer was made with, a function of the step. It is called
+        with int32 (int64 if there is one), whatever integer a restored count is.
 
     Returns:
-      `schedule(count)`; for states mapped by `jax.vmap`, one rate for each.
+      `schedule(count)`; for states mapped by `jax.vmap`, one rate for each. Traced counts cannot be
+      compared before they are known: where several differ, the rate is NaN.
 
     Raises:
-      ValueError: no count, or several that could be meant; the message has their paths. Pass the
-        part of the state that is meant, such as one group of `optax.partition`.
+      ValueError: no count, or several that differ; the message has their paths. Pass the part of
+        the state that is meant, such as one group of `optax.partition`.
       TypeError: `schedule` that is no function.
 
     Examples:
@@ -84,20 +88,55 @@ def current_learning_rate(opt_state: optax.OptState, schedule: optax.Schedule) -
       0.90
     """
     _phases.check_schedule(schedule=schedule)
-    every = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
-    # A field of a state, not a parameter that happens to be called so.
-    owners = [(getattr(path[-1], "tuple_name", None), path, count) for path, count in every]
-    counts = [owner for owner in owners if owner[0] is not None]
-    found = [owner for owner in counts if owner[0] in _OF_SCHEDULES] or counts
+    counts = _counts(opt_state, ())
+    found = [count for count in counts if count.owner in _OF_SCHEDULES] or counts
     if not found:
         raise ValueError(
             "opt_state has no count: the learning rate was made without a schedule, or this is no "
             "state of an optimizer"
         )
-    if len(found) > 1:
-        paths = ", ".join(jax.tree_util.keystr(tuple(path)) for _, path, _ in found)
-        raise ValueError(
-            f"opt_state has {len(found)} counts that could be meant: {paths}; pass the part of the "
-            "state that the schedule belongs to"
+    steps = [_phases.as_count(count.value) for count in found]
+    traced = any(isinstance(step, Tracer) for step in steps)
+    alike = [
+        jnp.shape(step) == jnp.shape(steps[0]) and (traced or bool(jnp.all(step == steps[0])))
+        for step in steps
+    ]
+    if not all(alike):
+        listed = ", ".join(
+            f"opt_state{jax.tree_util.keystr(count.path)}"
+            + ("" if traced else f" ({np.asarray(step).tolist()})")
+            for count, step in zip(found, steps)
         )
-    return jnp.asarray(schedule(found[0][2]))
+        raise ValueError(
+            f"opt_state has {len(found)} counts that could be meant, and they differ: {listed}; "
+            "pass the part of the state that the schedule belongs to"
+        )
+    rate = jnp.asarray(schedule(steps[0]))
+    if not traced:
+        return rate
+    for step in steps[1:]:
+        rate = jnp.where(step == steps[0], rate, jnp.asarray(jnp.nan).astype(rate.dtype))
+    return rate
+
+
+class _Count(NamedTuple):
+    """A field `count` of a state."""
+
+    owner: str  # type of the state
+    path: tuple[Any, ...]
+    value: Any
+
+
+def _counts(node: Any, path: tuple[Any, ...]) -> list[_Count]:
+    """Returns the counts of states: fields of named tuples, not parameters of that name."""
+    below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    found = []
+    for key, child in below:
+        if not key:  # the node is a leaf
+            continue
+        if hasattr(node, "_fields") and getattr(key[0], "name", None) == "count":
+            # One array, or a container around it such as a variable of Flax.
+            found += [_Count(type(node).__name__, (*path, *key), x) for x in jax.tree.leaves(child)]
+        else:
+            found += _counts(child, (*path, *key))
+    return found

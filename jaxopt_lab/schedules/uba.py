@@ -9,7 +9,7 @@ arXiv:2505.24452, 2025.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ import optax
 from jaxopt_lab import _hyperparams
 from jaxopt_lab.schedules import _phases
 
-ANGLES = ("continuous", "chebyshev")
+Angle = Literal["continuous", "chebyshev"]
+ANGLES: tuple[Angle, ...] = get_args(Angle)
 
 
 def uba_schedule(
@@ -26,7 +27,7 @@ def uba_schedule(
     end_value: _phases.Scalar,
     total_steps: int,
     phi: _phases.Scalar,
-    angle: str = "continuous",
+    angle: Angle = "continuous",
     warmup_steps: int = 0,
 ) -> optax.Schedule:
     r"""Decays from `peak_value` to `end_value` over a budget of steps; `phi` says how early.
@@ -65,9 +66,10 @@ def uba_schedule(
       float64 for a step in float64). Outside of its range the rate stays as it is at the end.
 
     Raises:
-      ValueError: a rate that is negative or not finite, `end_value` above `peak_value`, `phi` not
-        above 0, `total_steps` not above `warmup_steps`, or an unknown `angle`.
-      TypeError: steps that are no integers.
+      ValueError: a rate that is negative, not finite or an array with axes, `end_value` above
+        `peak_value`, `phi` not above 0, `total_steps` not above `warmup_steps`, or an unknown
+        `angle`.
+      TypeError: steps that are no integers, rates that are no real numbers.
 
     Examples:
       >>> schedule = uba_schedule(1.0, 0.1, total_steps=10, phi=2.0)  # a cosine
@@ -84,17 +86,14 @@ def uba_schedule(
     _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
     _hyperparams.check_positive(phi=phi)
     _hyperparams.check_choice(ANGLES, angle=angle)
-    _phases.check_steps(warmup_steps=warmup_steps)
-    _phases.check_steps(1, total_steps=total_steps)
-    if total_steps <= warmup_steps:
-        raise ValueError(
-            f"total_steps must exceed warmup_steps, got {total_steps} <= {warmup_steps}"
-        )
-    budget = int(total_steps) - int(warmup_steps)
+    warmup = _phases.as_steps("warmup_steps", warmup_steps)
+    budget = _phases.as_steps("total_steps", total_steps, 1) - warmup
+    if budget <= 0:
+        raise ValueError(f"total_steps must exceed warmup_steps, got {total_steps} <= {warmup}")
 
     def schedule(step: Any) -> jax.Array:
         t = _phases.since(step)
-        after = t - warmup_steps
+        after = _phases.since(step, warmup)
         if angle == "continuous":
             half = 0.5 * jnp.pi * (jnp.clip(after, 0, budget) / budget)
         else:
@@ -103,6 +102,6 @@ def uba_schedule(
         fraction = cosine / (cosine + 0.5 * jnp.asarray(phi, t.dtype) * jnp.square(jnp.sin(half)))
         peak, end = (jnp.asarray(x, t.dtype) for x in (peak_value, end_value))
         decay = end + (peak - end) * fraction
-        return _phases.warmed_up(t, decay, 0.0, peak, warmup_steps)
+        return _phases.warmed_up(t, decay, 0.0, peak, warmup)
 
     return schedule

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxopt_lab import _hyperparams
@@ -28,8 +29,8 @@ def wsd_schedule(
     *,
     init_value: _phases.Scalar = 0.0,
     end_value: _phases.Scalar = 0.0,
-    warmup_shape: str = "linear",
-    decay_shape: str = "sqrt",
+    warmup_shape: _phases.WarmupShape = "linear",
+    decay_shape: _phases.DecayShape = "sqrt",
     zero_based_warmup: bool = False,
 ) -> optax.Schedule:
     r"""Warms up, keeps the rate, and decays; or keeps it for ever.
@@ -68,9 +69,10 @@ def wsd_schedule(
       float64 for a step in float64). Outside of its range the rate stays as it is at the end.
 
     Raises:
-      ValueError: a rate that is negative or not finite, `init_value` or `end_value` above
-        `peak_value`, an unknown shape, or only one of `stable_steps` and `decay_steps`.
-      TypeError: steps that are no integers.
+      ValueError: a rate that is negative, not finite or an array with axes, `init_value` or
+        `end_value` above `peak_value`, an unknown shape, or only one of `stable_steps` and
+        `decay_steps`.
+      TypeError: steps that are no integers, rates that are no real numbers.
 
     Examples:
       >>> schedule = wsd_schedule(1.0, 2, 4, 4, decay_shape="linear")
@@ -86,32 +88,33 @@ def wsd_schedule(
     _phases.check_not_above("init_value", init_value, "peak_value", peak_value)
     _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
     _hyperparams.check_choice(_phases.WARMUP_SHAPES, warmup_shape=warmup_shape)
-    _phases.check_steps(warmup_steps=warmup_steps)
+    warmup = _phases.as_steps("warmup_steps", warmup_steps)
     if (stable_steps is None) != (decay_steps is None):
         raise ValueError(
             "stable_steps and decay_steps must both be given, or both be None for a stable rate "
             f"without end (see branch_decay); got {stable_steps} and {decay_steps}"
         )
+    start = decay = None
     if stable_steps is None or decay_steps is None:
         _hyperparams.check_choice(_phases.DECAY_SHAPES, decay_shape=decay_shape)
     else:
         _phases.check_decay(decay_shape, end_value)
-        _phases.check_steps(stable_steps=stable_steps)
-        _phases.check_steps(1, decay_steps=decay_steps)
+        start = warmup + _phases.as_steps("stable_steps", stable_steps)
+        decay = _phases.as_steps("decay_steps", decay_steps, 1)
 
     def schedule(step: Any) -> jax.Array:
         t = _phases.since(step)
-        if stable_steps is None or decay_steps is None:
+        if start is None or decay is None:
             rate = jnp.broadcast_to(jnp.asarray(peak_value, t.dtype), t.shape)
         else:
-            q = (t - (warmup_steps + stable_steps)) / decay_steps
+            q = _phases.since(step, start) / decay
             rate = _phases.decayed(q, peak_value, end_value, decay_shape)
         return _phases.warmed_up(
             t,
             rate,
             init_value,
             peak_value,
-            warmup_steps,
+            warmup,
             shape=warmup_shape,
             zero_based=zero_based_warmup,
         )
@@ -121,10 +124,10 @@ def wsd_schedule(
 
 def branch_decay(
     schedule: optax.Schedule,
-    start_step: int | jax.Array,
+    start_step: int | np.integer | np.ndarray | jax.Array,
     decay_steps: int,
     end_value: _phases.Scalar = 0.0,
-    decay_shape: str = "sqrt",
+    decay_shape: _phases.DecayShape = "sqrt",
 ) -> optax.Schedule:
     r"""Follows a schedule up to a step and cools down from the rate that it has there.
 
@@ -137,17 +140,22 @@ def branch_decay(
 
     Args:
       schedule: what is followed before `start_step`, any function of the step.
-      start_step: :math:`t_0`, the first update of the decay, still at the schedule's rate.
+      start_step: :math:`t_0`, the first update of the decay, still at the schedule's rate; an
+        integer, or what a count is restored as: an integer array of shape `()` of NumPy or JAX,
+        signed or not, traced or not.
       decay_steps: :math:`D`, updates of the decay, from 1 on.
       end_value: the rate after the decay; a scalar.
       decay_shape: `"linear"`, `"cosine"`, `"sqrt"` (:math:`1 - \sqrt{q}`) or `"exponential"`, which
         needs a positive `end_value`.
 
     Returns:
-      A function of the step, as in `wsd_schedule`.
+      A function of the step, an integer or a real number of any shape, to the rate in float32 (in
+      float64 for a step in float64). `schedule` is called with int32 (int64 if there is one) or
+      with a real number. After the decay the rate stays at `end_value`.
 
     Raises:
-      ValueError: `end_value` that is negative or not finite, an unknown shape, or steps too small.
+      ValueError: `end_value` that is negative, not finite or an array with axes, an unknown shape,
+        or steps too small.
       TypeError: steps that are no integers, or `schedule` that is no function.
 
     Examples:
@@ -163,15 +171,15 @@ def branch_decay(
     _phases.check_schedule(schedule=schedule)
     _phases.check_rate(end_value=end_value)
     _phases.check_decay(decay_shape, end_value)
-    _phases.check_steps(1, decay_steps=decay_steps)
-    if not isinstance(start_step, jax.Array):
-        _phases.check_steps(start_step=start_step)
+    decay = _phases.as_steps("decay_steps", decay_steps, 1)
+    start = _phases.as_start("start_step", start_step)
 
     def branched(step: Any) -> jax.Array:
-        after = _phases.since(step, start_step)
-        start_value = jnp.asarray(schedule(start_step), after.dtype)
-        cooling = _phases.decayed(after / decay_steps, start_value, end_value, decay_shape)
-        return jnp.where(after < 0, jnp.asarray(schedule(step), after.dtype), cooling)
+        after = _phases.since(step, start)
+        start_value = jnp.asarray(schedule(_phases.as_count(start)), after.dtype)
+        cooling = _phases.decayed(after / decay, start_value, end_value, decay_shape)
+        before = jnp.asarray(schedule(_phases.as_count(step)), after.dtype)
+        return jnp.where(after < 0, before, cooling)
 
     return branched
 
@@ -197,12 +205,13 @@ def inverse_sqrt_schedule(
       zero_based_warmup: count :math:`t / W`, so that the first update has `init_value`.
 
     Returns:
-      A function of the step, as in `wsd_schedule`.
+      A function of the step, an integer or a real number of any shape, to the rate in float32 (in
+      float64 for a step in float64).
 
     Raises:
-      ValueError: a rate that is negative or not finite, `init_value` above `peak_value`, or neither
-        a warm-up nor a `timescale`.
-      TypeError: steps that are no integers.
+      ValueError: a rate that is negative, not finite or an array with axes, `init_value` above
+        `peak_value`, or neither a warm-up nor a `timescale`.
+      TypeError: steps that are no integers, rates that are no real numbers.
 
     Examples:
       >>> schedule = inverse_sqrt_schedule(1.0, warmup_steps=4)
@@ -214,18 +223,15 @@ def inverse_sqrt_schedule(
     """
     _phases.check_rate(peak_value=peak_value, init_value=init_value)
     _phases.check_not_above("init_value", init_value, "peak_value", peak_value)
-    _phases.check_steps(warmup_steps=warmup_steps)
-    if timescale is None and warmup_steps == 0:
+    warmup = _phases.as_steps("warmup_steps", warmup_steps)
+    if timescale is None and warmup == 0:
         raise ValueError("timescale is needed if warmup_steps is 0, got None")
-    scale = warmup_steps if timescale is None else timescale
-    _phases.check_steps(1, timescale=scale)
+    scale = warmup if timescale is None else _phases.as_steps("timescale", timescale, 1)
 
     def schedule(step: Any) -> jax.Array:
         t = _phases.since(step)
         peak = jnp.asarray(peak_value, t.dtype)
-        rate = peak * jax.lax.rsqrt(jnp.maximum(t - warmup_steps, 0) / scale + 1)
-        return _phases.warmed_up(
-            t, rate, init_value, peak, warmup_steps, zero_based=zero_based_warmup
-        )
+        rate = peak * jax.lax.rsqrt(jnp.maximum(_phases.since(step, warmup), 0) / scale + 1)
+        return _phases.warmed_up(t, rate, init_value, peak, warmup, zero_based=zero_based_warmup)
 
     return schedule

@@ -1,7 +1,8 @@
 """Which part of a gradient gets optimizer state: projections, and FRUGAL's splitting."""
 
+from jaxopt_lab.subspace._layers import by_layer
 from jaxopt_lab.subspace.badam import badam
-from jaxopt_lab.subspace.blocks import blocks, by_layer
+from jaxopt_lab.subspace.blocks import blocks
 from jaxopt_lab.subspace.columns import columns, entries
 from jaxopt_lab.subspace.dct import dct
 from jaxopt_lab.subspace.dct_adamw import dct_adamw

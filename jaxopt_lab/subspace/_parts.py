@@ -46,6 +46,18 @@ class Parts:
         flat = self.structure.flatten_up_to(tree)
         return [flat[index] for index in members]
 
+    def widened(self, grads: Sequence[Any], params: Sequence[Any] | None) -> list[jax.Array]:
+        """Returns gradients in the wider of their own dtype and that of their parameters.
+
+        It is the dtype that updates leave with, and that `full` and `free` are given, so that
+        narrow gradients of wide weights cost no digits on the way.
+        """
+        own = [t.leaf for t in self.treatments] if params is None else params
+        return [
+            jnp.asarray(g).astype(_wider(jnp.result_type(g), jnp.result_type(x)))
+            for g, x in zip(grads, own)
+        ]
+
     def select(self, members: Sequence[int], selection: Sequence[Any]) -> None:
         """Notes the selection of the members."""
         for index, value in zip(members, selection):
@@ -132,6 +144,7 @@ class Phase:
         if not self.members:
             return Result([], state, [], [])
         old = self.selection
+        check_rule_state(state, jax.eval_shape(rule.init, self._shapes_seen()))
 
         def renewed() -> Any:
             new = self.projection.choose(self.infos, old, grads, step)
@@ -140,8 +153,8 @@ class Phase:
         def same() -> Any:
             return old, state if on_refresh == "project" else None
 
-        new, carried = renewed() if refresh is None else jax.lax.cond(refresh, renewed, same)
-        compact = self.project(new, grads)
+        new, carried = renewed() if refresh is None else _compat.cond(refresh, renewed, same)
+        compact = self.projection.without_rounding(self.infos, grads, self.project(new, grads))
         seen = self._seen(compact, dtypes)
         weights = None if params is None else self.compact_params(params, new)
         if on_refresh == "project":
@@ -164,13 +177,17 @@ class Phase:
         names = self.parts.structure.unflatten(range(len(self.parts.treatments)))
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(names)[0]]
         shapes = [a.shape for a in jax.eval_shape(self.project, old, self._abstract())]
-
         carried = set()
 
         def carry(path: Any, leaf: Any) -> Any:
             for place, index in enumerate(self.members):
                 own = paths[index]
-                if path[len(path) - len(own) :] == own and jnp.shape(leaf) == shapes[place]:
+                is_moment = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)  # and no code
+                if (
+                    is_moment
+                    and path[len(path) - len(own) :] == own
+                    and jnp.shape(leaf) == shapes[place]
+                ):
                     carried.add(place)
                     squared = _tree.is_non_negative(path)
                     return self.projection.carry(
@@ -187,8 +204,18 @@ class Phase:
                 )
         return state
 
+    def _shapes_seen(self) -> Any:
+        """Returns the tree that `full` is given at init, without arrays."""
+        compact = jax.eval_shape(self.project, self.selection, self._abstract())
+        dtypes = [info.dtype for info in self.infos]
+        return jax.eval_shape(lambda compact: self._seen(compact, dtypes), compact)
+
     def _abstract(self) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in self.infos]
+
+
+def _wider(one: Any, other: Any) -> Any:
+    return one if one == other else _tree.compute_dtype(one, other)
 
 
 def _narrowed(a: jax.Array, dtype: Any) -> jax.Array:
@@ -204,8 +231,86 @@ def lower(x: jax.Array, like: jax.Array) -> jax.Array:
     return _compat.reshard_like(x.astype(like.dtype), like)
 
 
+def check_selection(phase: Phase) -> None:
+    """Refuses selections of other shapes than the treatments say, as files may restore them.
+
+    Raises:
+      ValueError: the message has the leaf and both shapes.
+    """
+    for info, given, like in zip(phase.infos, phase.selection, jax.eval_shape(phase.first)):
+        shapes, expected = [[jnp.shape(x) for x in jax.tree.leaves(s)] for s in (given, like)]
+        if shapes != expected:
+            raise ValueError(
+                f"the selection of '{info.name}' in the state has shapes {shapes}, expected "
+                f"{expected}"
+            )
+
+
+def check_error(parts: Parts, error: Any, error_feedback: bool) -> None:
+    """Refuses a state with an error that nobody asked for, or without one that was asked for.
+
+    Raises:
+      ValueError: the message says which.
+    """
+    members = parts.of_kind("split") if error_feedback else []
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(error)]
+    if shapes != [parts.treatments[index].leaf.shape for index in members]:
+        raise ValueError(
+            f"the state was made by another transformation: its error has the shapes {shapes}, "
+            f"which does not go with error_feedback={error_feedback}"
+        )
+
+
+def check_rule_state(state: optax.OptState, fresh: optax.OptState) -> None:
+    """Refuses the state of a rule that does not have the form of `fresh`, its own from `init`.
+
+    Containers of other kinds are none of its business: wrappers of modules exchange them. Named
+    tuples tell rules apart, shapes tell sizes.
+
+    Raises:
+      TypeError: another rule's.
+      ValueError: that of other shapes.
+    """
+    found, expected = _form(state), _form(fresh)
+    rules, wanted = [[x for x in form if isinstance(x, str)] for form in (found, expected)]
+    if rules != wanted:
+        raise TypeError(
+            f"expected a state of type {', '.join(wanted) or 'none'} of the rule inside, got "
+            f"{', '.join(rules) or 'none'}: was it made by another transformation's init?"
+        )
+    if found != expected:
+        detail = f"{len(found)} arrays, expected {len(expected)}"
+        if len(found) == len(expected):
+            given, wanted = next((a, b) for a, b in zip(found, expected) if a != b)
+            detail = f"an array of shape {given}, expected {wanted}"
+        raise ValueError(
+            "the state of the rule inside was made by another transformation's init: it has "
+            f"{detail}"
+        )
+
+
+def _form(state: Any) -> list[Any]:
+    """Returns the names of the named tuples and the shapes of the arrays, in order."""
+
+    def is_named(x: Any) -> bool:
+        return hasattr(x, "_fields") and not isinstance(x, optax.MaskedNode)
+
+    form: list[Any] = []
+    for x in jax.tree.leaves(state, is_leaf=is_named):
+        if is_named(x):
+            form.append(type(x).__name__)
+            form += [entry for field in x for entry in _form(field)]
+        else:
+            form.append(jnp.shape(x))
+    return form
+
+
 def restarted(fresh: Any, state: Any, refresh: jax.Array | None) -> Any:
-    """Returns `fresh` if it is time, else `state`."""
-    if refresh is None:
-        return fresh
-    return jax.tree.map(lambda f, s: jnp.where(refresh, f, s), fresh, state)
+    """Returns `fresh` if it is time, else `state`, whose dtypes and places stay."""
+
+    def one(f: jax.Array, s: jax.Array) -> jax.Array:
+        f = f if f.dtype == s.dtype else f.astype(s.dtype)
+        # Mesh axes that are part of a type must agree.
+        return f if refresh is None else jnp.where(refresh, _compat.reshard_like(f, s), s)
+
+    return jax.tree.map(one, fresh, state)

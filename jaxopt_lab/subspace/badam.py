@@ -8,7 +8,6 @@ Models", NeurIPS 2024, arXiv:2404.02827.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _tree
-from jaxopt_lab.subspace.blocks import blocks, by_layer
-from jaxopt_lab.subspace.frugal import frugal
+from jaxopt_lab.subspace._layers import Group
+from jaxopt_lab.subspace.blocks import Order, blocks
+from jaxopt_lab.subspace.frugal import FrugalState, frugal
 from jaxopt_lab.subspace.treatments import AlwaysFull, treatments_of
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
@@ -33,11 +33,11 @@ def badam(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
-    order: str = "descending",
-    group: Callable[[str], str] | None = by_layer,
+    order: Order = "descending",
+    group: Group = "layer",
     always_full: AlwaysFull = (),
     seed: int = 0,
 ) -> optax.GradientTransformation:
@@ -51,23 +51,37 @@ def badam(
 
     Args:
       learning_rate: step size or schedule.
-      update_gap: K, steps on a block. The authors suggest the number of batches of an epoch
-        divided by the number of blocks, but at least 50 and at most 100.
+      update_gap: K, steps on a block, a positive integer. The authors suggest the number of batches
+        of an epoch divided by the number of blocks, but at least 50 and at most 100.
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root of the second moment; positive.
-      weight_decay: decoupled decay of the active block, multiplied by the learning rate.
+      weight_decay: decoupled decay of the active block, multiplied by the learning rate; a number
+        or a schedule of the number of steps taken.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      order: of the blocks, "descending", "ascending" or "random"; see `blocks`.
-      group: maps a leaf's path to the name of its block; None makes each leaf one.
-      always_full: what is always active: patterns, a tree of booleans or a function; see `frugal`.
-      seed: of the random order.
+      order: of the blocks, which are sorted by name, numbers by value: "descending" (from the last
+        on), "ascending", or "random", in a new order at every pass.
+      group: which leaves are a block. "layer" looks at all paths and shapes: leaves are cut into
+        layers where names repeat with different numbers, whatever they are nested in, and what is
+        in no layer forms a block for each module. Or a function of a leaf's path, such as
+        `blocks/3/up/kernel`, that returns the name of its block; None makes each leaf a block. A
+        leaf in which a scan has stacked layers is a block, of which nothing smaller can be active:
+        the state is that of the largest such leaf, and of a model with only one leaf all of
+        AdamW's.
+      always_full: what is always active: regular expressions, each of which must be found in the
+        path of at least one parameter, a tree of booleans, or a function of the parameters that
+        returns one.
+      seed: integer, of the random order.
 
     Returns:
       A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
+      Updates have the wider of the gradient's dtype and the parameter's.
 
     Raises:
-      ValueError: see `frugal`; also a negative learning rate or weight decay.
+      ValueError: a number out of range; an unknown `order`; at init, a pattern that matches
+        nothing; at update, gradients or a state that do not match.
+      TypeError: an argument of a wrong kind; parameters or gradients that are not real floating
+        point.
 
     Examples:
       >>> import jax.numpy as jnp, jaxopt_lab
@@ -79,7 +93,7 @@ def badam(
     References:
       Luo, Yu and Li, `BAdam <https://arxiv.org/abs/2404.02827>`_, NeurIPS 2024, algorithm 1.
     """
-    _hyperparams.check_non_negative(weight_decay=weight_decay)
+    _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
     inner = frugal(
         _adam.scale_by_adam(b1, b2, eps),
         optax.set_to_zero(),
@@ -99,9 +113,11 @@ def badam(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = inner.update(updates, state, params, **extra_args)
+        before = _tree.check_state(state, FrugalState)
+        updates, state = inner.update(updates, before, params, **extra_args)
         if not decays:
             return updates, state
+        rate = _hyperparams.value_at("weight_decay", weight_decay, before.count)
         params = _tree.require_params(params, "badam with weight_decay")
         chosen = list(zip(_tree.mask_leaves(mask, params), treatments_of(state.treatments)))
 
@@ -109,9 +125,9 @@ def badam(
             selected, treatment = of
             if not selected:
                 return (u,)
-            decayed = u + jnp.asarray(weight_decay, u.dtype) * theta
+            decayed = u + jnp.asarray(rate, u.dtype) * theta
             if treatment.kind == "split":
-                decayed = jnp.where(treatment.selection, decayed, u)
+                decayed = jnp.where(treatment.selection != 0, decayed, u)
             return (decayed,)
 
         (updates,) = _tree.map_leaves(decay, updates, params=params, static=chosen)

@@ -12,24 +12,25 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _compat
-from jaxopt_lab.subspace import projections
+from jaxopt_lab import _compat, _hyperparams
+from jaxopt_lab.subspace import _arguments, projections
+from jaxopt_lab.subspace._layers import Group, layers_of
 from jaxopt_lab.subspace.projections import Density, Leaf, Step
 
-_ORDERS = ("descending", "ascending", "random")
+Order = Literal["descending", "ascending", "random"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """See `blocks`."""
 
-    order: str
-    group: Callable[[str], str] | None
+    order: Order
+    group: Group
     choose_active: Callable[[jax.Array], Any] | None
 
     mirrors: ClassVar[bool] = False
@@ -40,10 +41,21 @@ class Blocks:
         size = len(_members(leaves, self.group))
         return [(projections.number_kept(density, size, round), size)] * len(leaves)
 
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, the number of its block; the order says which shares a slot."""
+        words = [""] * len(leaves)
+        for number, block in enumerate(_members(leaves, self.group)):
+            for index in block:
+                words[index] = f"blocks in {self.order} order, being in block {number}"
+        return words
+
     def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
-        """Returns flags of the leaves: those of the first block of every queue."""
+        """Returns a flag a leaf, 1 for those of the first block of every queue.
+
+        Numbers and not booleans: what blends states by arithmetic (optax.contrib.sam) keeps them.
+        """
         chosen = {leaf for queue in self._plan(leaves).queues for leaf in queue[0]}
-        return [jnp.asarray(index in chosen) for index in range(len(leaves))]
+        return [jnp.asarray(index in chosen, jnp.int32) for index in range(len(leaves))]
 
     def choose(
         self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
@@ -62,9 +74,11 @@ class Blocks:
                 key = jax.random.fold_in(jax.random.key(step.seed), step.period // len(queue))
                 key = jax.random.fold_in(key, number)
                 place = jax.random.permutation(key, len(queue))[place]
-            for position, block in enumerate(queue):
+            active = (jnp.arange(len(queue)) == place).astype(jnp.int32)
+            each = projections.unstack(active, [()] * len(queue), step.count)
+            for flag, block in zip(each, queue):
                 for leaf in block:
-                    flags[leaf] = place == position
+                    flags[leaf] = flag
         return flags
 
     def project(
@@ -87,8 +101,15 @@ class Blocks:
 
             active = jnp.argmax(jnp.stack([selection[block[0]] for block in queue]))
             branches = [functools.partial(arrays_of, block) for block in queue]
-            slots.append(jax.lax.switch(active, branches))
+            slots.append(_compat.switch(active, branches))
         return slots
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[list[jax.Array]]
+    ) -> list[list[jax.Array]]:
+        """Returns `compact`: whole leaves are exact."""
+        del leaves, xs
+        return compact
 
     def restore(
         self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[list[jax.Array]]
@@ -96,7 +117,7 @@ class Blocks:
         """Returns the slots' arrays for the active leaves, zeros for the others."""
         plan = self._plan(leaves)
         return [
-            jnp.where(flag, compact[slot][place], 0)
+            jnp.where(flag != 0, compact[slot][place], 0)
             for flag, slot, place in zip(selection, plan.slots, plan.places)
         ]
 
@@ -109,7 +130,7 @@ class Blocks:
     ) -> list[jax.Array]:
         """Returns the leaves that are not active, zeros for the others."""
         del leaves, compact
-        return [jnp.where(flag, 0, x) for flag, x in zip(selection, xs)]
+        return [jnp.where(flag != 0, 0, x) for flag, x in zip(selection, xs)]
 
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
@@ -154,30 +175,9 @@ class _Plan(NamedTuple):
     places: list[int]  # ... and the array of the slot
 
 
-def by_layer(name: str) -> str:
-    """The layer that a leaf belongs to: its path up to the first part that has a number.
-
-    Leaves outside numbered layers form one block for each first part of their paths.
-
-    Args:
-      name: path of a leaf, such as `blocks/3/up/kernel`.
-
-    Returns:
-      The name of the block.
-
-    Examples:
-      >>> from jaxopt_lab.subspace import by_layer
-      >>> by_layer("blocks/3/up/kernel"), by_layer("layer12/bias"), by_layer("norm/scale")
-      ('blocks/3', 'layer12', 'norm')
-    """
-    parts = name.split("/")
-    numbered = [index for index, part in enumerate(parts) if re.search(r"\d", part)]
-    return "/".join(parts[: numbered[0] + 1]) if numbered else parts[0]
-
-
 def blocks(
-    order: str = "descending",
-    group: Callable[[str], str] | None = None,
+    order: Order = "descending",
+    group: Group = None,
     choose: Callable[[jax.Array], Any] | None = None,
 ) -> Blocks:
     """Selects whole leaves, or groups of leaves, in turn.
@@ -187,13 +187,16 @@ def blocks(
     number of blocks this is a window of k blocks that moves by k. The state has one slot a queue,
     with room for each of its blocks, in which blocks share arrays of equal shape: for layers of
     equal structure exactly one layer's moments.
-    The number of active blocks is rounded to nearest, half to even.
+    The number of active blocks is rounded to nearest, half to even, but at least one.
 
     Args:
       order: "descending" (from the last block on), "ascending" or "random": each queue in a new
         order at every pass, so that each block is visited once a pass.
-      group: maps a leaf's path to the name of its block, such as `by_layer`; by default each leaf
-        is a block.
+      group: function of a leaf's path that returns the name of its block, such as `by_layer`; or
+        "layer", which looks at all paths and shapes: leaves are cut into layers where names repeat
+        with different numbers, whatever they are nested in, and what is in no layer forms a block
+        for each module; by default each leaf is a block. A stack of scanned layers
+        is one leaf, of which nothing smaller can be active.
       choose: function `(count) -> positions` of the number of steps taken that replaces the order:
         for each queue, the position of its active block, an integer array of shape (k,).
 
@@ -214,16 +217,28 @@ def blocks(
     References:
       Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, NeurIPS 2024, algorithm 1.
     """
-    if order not in _ORDERS:
-        raise ValueError(f"order must be one of {_ORDERS}, got {order!r}")
+    _hyperparams.check_choice(get_args(Order), order=order)
+    if group != "layer" and group is not None and not callable(group):
+        raise TypeError(f'group must be a function, "layer" or None, got {group!r}')
+    _arguments.check_function(choose=choose)
     return Blocks(order, group, choose)
 
 
-def _members(leaves: Sequence[Leaf], group: Callable[[str], str] | None) -> list[list[int]]:
+def _members(leaves: Sequence[Leaf], group: Group) -> list[list[int]]:
     """Returns the leaves of each block, in the order of the blocks' names."""
+    names = [leaf.name for leaf in leaves]
+    if group == "layer":
+        names = layers_of(names, [leaf.shape for leaf in leaves])
+    elif group is not None:
+        given, names = names, [group(name) for name in names]
+        for name, block in zip(given, names):
+            if not isinstance(block, str):
+                raise TypeError(
+                    f"group must return the name of a block, a text, got {block!r} for '{name}'"
+                )
     found: dict[str, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        found.setdefault(leaf.name if group is None else group(leaf.name), []).append(index)
+    for index, _ in enumerate(leaves):
+        found.setdefault(names[index], []).append(index)
     return [found[name] for name in sorted(found, key=_natural)]
 
 

@@ -8,15 +8,16 @@ Zmushko et al., "FRUGAL", ICML 2025, arXiv:2411.07837, section 4.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxopt_lab.subspace import projections
+from jaxopt_lab import _hyperparams
+from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 
 
@@ -24,13 +25,16 @@ from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 class Columns(projections.LeafProjection):
     """See `columns`."""
 
-    axis: str
+    axis: Literal["in", "out"]
     choose_indices: Choose | None
 
     def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
         projections.require_matrix(leaf, "columns")
         size = leaf.matrix[0 if self.axis == "in" else 1]
         return projections.number_kept(density, size, math.floor), size
+
+    def _describe(self, leaf: Leaf) -> str:
+        return "inputs" if self.axis == "in" else "outputs"
 
     def _first(self, leaf: Leaf) -> jax.Array:
         shape = (*projections.stacked(leaf), leaf.kept)
@@ -47,8 +51,9 @@ class Columns(projections.LeafProjection):
             counts = [math.prod(projections.stacked(leaves[index])) for index in members]
             keys = jax.random.split(jax.random.fold_in(step.key, number), sum(counts))
             draws = jax.vmap(lambda key, size=size, kept=kept: _draw(key, size, kept))(keys)
-            for index, start, count in zip(members, np.cumsum([0, *counts]), counts):
-                found[index] = draws[start : start + count].reshape(old[index].shape)
+            shapes = [old[index].shape for index in members]
+            for index, draw in zip(members, projections.unstack(draws, shapes, step.count)):
+                found[index] = draw
         return found
 
     def _choose(
@@ -65,14 +70,17 @@ class Columns(projections.LeafProjection):
         self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[jax.Array]
     ) -> list[jax.Array]:
         """Returns arrays of the leaves' shapes with `compact` in its place and zeros elsewhere."""
+        return [
+            projections.shared(self, "_put_back", leaf, slots, a)
+            for leaf, slots, a in zip(leaves, self._slots(leaves, selection), compact)
+        ]
+
+    def _put_back(self, leaf: Leaf, slots: jax.Array, compact: jax.Array) -> jax.Array:
         # Reading the compact array through the inverse of the selection fuses with what follows;
         # a scatter would write zeros first.
-        results = []
-        for leaf, slots, a in zip(leaves, _slots(leaves, selection), compact):
-            values = _take(a, jnp.maximum(slots, 0), self._axis)
-            selected = self._along_axis(slots >= 0, values)
-            results.append(projections.from_matrix(jnp.where(selected, values, 0), leaf))
-        return results
+        values = _take(compact, jnp.maximum(slots, 0), self._axis)
+        selected = self._along_axis(slots >= 0, values)
+        return projections.from_matrix(jnp.where(selected, values, 0), leaf)
 
     def remainder(
         self,
@@ -83,12 +91,33 @@ class Columns(projections.LeafProjection):
     ) -> list[jax.Array]:
         """Returns what `project` left out."""
         del compact
-        results = []
-        for leaf, slots, x in zip(leaves, _slots(leaves, selection), xs):
-            matrix = projections.to_matrix(x, leaf)
-            selected = self._along_axis(slots >= 0, matrix)
-            results.append(projections.from_matrix(jnp.where(selected, 0, matrix), leaf))
-        return results
+        return [
+            projections.shared(self, "_without", leaf, slots, x)
+            for leaf, slots, x in zip(leaves, self._slots(leaves, selection), xs)
+        ]
+
+    def _without(self, leaf: Leaf, slots: jax.Array, x: jax.Array) -> jax.Array:
+        matrix = projections.to_matrix(x, leaf)
+        selected = self._along_axis(slots >= 0, matrix)
+        return projections.from_matrix(jnp.where(selected, 0, matrix), leaf)
+
+    def _slots(self, leaves: Sequence[Leaf], selection: list[jax.Array]) -> list[jax.Array]:
+        """Returns, for each leaf and each of its coordinates, the place in the selection, or -1."""
+        found: list[Any] = [None] * len(leaves)
+        for (size, kept), members in _by_size(leaves).items():
+            rows = jnp.concatenate([selection[index].reshape(-1, kept) for index in members])
+            slots = projections.one_by_one(self, "_inverse", leaves[members[0]], rows)
+            shapes = [(*projections.stacked(leaves[index]), size) for index in members]
+            # An index is never negative, as a count.
+            own = projections.unstack(slots, shapes, jnp.maximum(rows[0, 0], 0))
+            for index, x in zip(members, own):
+                found[index] = x
+        return found
+
+    def _inverse(self, leaf: Leaf, indices: jax.Array) -> jax.Array:
+        # A scatter would be a loop over what is selected, on a CPU.
+        equal = indices[:, None] == jnp.arange(leaf.size, dtype=jnp.int32)[None]
+        return jnp.max(jnp.where(equal, jnp.arange(leaf.kept, dtype=jnp.int32)[:, None], -1), 0)
 
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
@@ -105,11 +134,11 @@ class Columns(projections.LeafProjection):
         return jnp.broadcast_to(x[..., None] if self.axis == "in" else x[..., None, :], like.shape)
 
 
-def columns(axis: str = "in", choose: Choose | None = None) -> Columns:
+def columns(axis: Literal["in", "out"] = "in", choose: Choose | None = None) -> Columns:
     """Selects random inputs of a matrix, or random outputs.
 
     A draw without replacement, sorted, independent for each leaf and each matrix of a stack; the
-    number selected is rounded down. State beside the moments: one int32 an index.
+    number selected is rounded down, but at least one. State beside the moments: one int32 an index.
 
     Args:
       axis: "in" for inputs (rows of a kernel (in, out); the columns of a weight matrix as written
@@ -132,8 +161,8 @@ def columns(axis: str = "in", choose: Choose | None = None) -> Columns:
       >>> state.selected[0].mu["kernel"].shape
       (6, 2)
     """
-    if axis not in ("in", "out"):
-        raise ValueError(f'axis must be "in" or "out", got {axis!r}')
+    _hyperparams.check_choice(("in", "out"), axis=axis)
+    _arguments.check_function(choose=choose)
     return Columns(axis, choose)
 
 
@@ -147,16 +176,36 @@ class Entries(projections.LeafProjection):
         size = math.prod(leaf.shape)
         return projections.number_kept(density, size, math.floor), size
 
+    def _describe(self, leaf: Leaf) -> str:
+        return "entries"
+
     def _first(self, leaf: Leaf) -> jax.Array:
         return jnp.arange(leaf.kept, dtype=jnp.int32)
+
+    def choose(
+        self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
+    ) -> list[jax.Array]:
+        """Draws new indices; leaf number i with the step's key folded with i."""
+        if self.choose_indices is not None:
+            return super().choose(leaves, old, grads, step)
+        found: list[Any] = [None] * len(leaves)
+        for members in _by_size(leaves).values():
+            numbers = jnp.asarray(members, jnp.uint32)
+            keys = jax.vmap(functools.partial(jax.random.fold_in, step.key))(numbers)
+            draws = projections.one_by_one(self, "_drawn", leaves[members[0]], keys)
+            shapes = [old[index].shape for index in members]
+            for index, draw in zip(members, projections.unstack(draws, shapes, step.count)):
+                found[index] = draw
+        return found
+
+    def _drawn(self, leaf: Leaf, key: jax.Array) -> jax.Array:
+        return _draw(key, leaf.size, leaf.kept)
 
     def _choose(
         self, leaf: Leaf, old: jax.Array, grad: jax.Array, count: jax.Array, key: jax.Array
     ) -> jax.Array:
-        if self.choose_indices is not None:
-            found = self.choose_indices(leaf.name, count, grad)
-            return projections.checked_choice(found, old, leaf)
-        return _draw(key, leaf.size, leaf.kept)
+        assert self.choose_indices is not None
+        return projections.checked_choice(self.choose_indices(leaf.name, count, grad), old, leaf)
 
     def _project(self, leaf: Leaf, selection: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.take(x.reshape(-1), selection, unique_indices=True, mode="clip")
@@ -176,18 +225,23 @@ class Entries(projections.LeafProjection):
     ) -> jax.Array:
         """Moves what stays selected to its new place; what is new becomes zero."""
         del leaf, squared
-        return carry_by_index(old, new, moment, -1)
+        # Entries are many: their indices are searched for.
+        order = jnp.argsort(old)
+        ascending = old[order]
+        place = jnp.minimum(jnp.searchsorted(ascending, new), old.shape[0] - 1)
+        return _moved(moment, order[place], ascending[place] == new, -1)
 
 
 def entries(choose: Choose | None = None) -> Entries:
     """Selects random entries of a leaf of any shape.
 
-    A draw without replacement, sorted; the number selected is rounded down. State beside the
-    moments: one int32 a selected entry, half as much as Adam's moments.
+    A draw without replacement, sorted; the number selected is rounded down, but at least one. State
+    beside the moments: one int32 a selected entry, half as much as Adam's moments.
 
     Args:
-      choose: function `(name, count, gradient) -> indices` into the flattened leaf that replaces
-        the draw; see `columns`.
+      choose: function `(name, count, gradient) -> indices` that replaces the draw: of the leaf's
+        path, the number of steps taken (int32 array) and the gradient, to an integer array of
+        shape (kept,) into the flattened leaf. It runs traced, inside a `jax.lax.cond`.
 
     Returns:
       A projection for `frugal`.
@@ -199,11 +253,14 @@ def entries(choose: Choose | None = None) -> Entries:
       >>> tx.init({"kernel": jnp.zeros((6, 4))}).selected[0].mu["kernel"].shape
       (6,)
     """
+    _arguments.check_function(choose=choose)
     return Entries(choose)
 
 
 def carry_by_index(old: jax.Array, new: jax.Array, moment: jax.Array, axis: int) -> jax.Array:
     """Moves slices of `moment` from their place in `old` to that in `new`; new ones are zero.
+
+    Every old index is compared with every new one, which for thousands is less than to sort them.
 
     Args:
       old: indices, shape (..., kept).
@@ -211,14 +268,15 @@ def carry_by_index(old: jax.Array, new: jax.Array, moment: jax.Array, axis: int)
       moment: has `kept` on `axis`, counted from the end.
       axis: -1 or -2.
     """
-    order = jnp.argsort(old, axis=-1)
-    ascending = jnp.take_along_axis(old, order, -1)
-    search = jnp.searchsorted
-    for _ in range(old.ndim - 1):
-        search = jax.vmap(search)
-    position = jnp.clip(search(ascending, new), 0, old.shape[-1] - 1)
-    found = jnp.take_along_axis(ascending, position, -1) == new
-    values = _take(moment, jnp.take_along_axis(order, position, -1), axis)
+    equal = old[..., :, None] == new[..., None, :]
+    position = jnp.max(
+        jnp.where(equal, jnp.arange(old.shape[-1], dtype=jnp.int32)[:, None], -1), -2
+    )
+    return _moved(moment, position, position >= 0, axis)
+
+
+def _moved(moment: jax.Array, position: jax.Array, found: jax.Array, axis: int) -> jax.Array:
+    values = _take(moment, jnp.maximum(position, 0), axis)
     return jnp.where(found[..., None] if axis == -2 else _before_last(found, moment), values, 0)
 
 
@@ -241,21 +299,3 @@ def _take(x: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
     """Takes slices of (..., rows, cols) along `axis` with one index array a matrix."""
     take = lambda x, i: jnp.take(x, i, axis, mode="clip")  # noqa: E731
     return jax.vmap(take)(x, indices) if indices.ndim == 2 else take(x, indices)
-
-
-def _slots(leaves: Sequence[Leaf], selection: list[jax.Array]) -> list[jax.Array]:
-    """Returns, for each leaf and each of its coordinates, the place in the selection, or -1."""
-    found: list[Any] = [None] * len(leaves)
-    for (size, kept), members in _by_size(leaves).items():
-        # One scatter for all leaves of a size.
-        rows = jnp.concatenate([selection[index].reshape(-1, kept) for index in members])
-        places = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32), rows.shape)
-        empty = jnp.full((rows.shape[0], size), -1, jnp.int32)
-        each = jnp.arange(rows.shape[0])[:, None]
-        slots = empty.at[each, rows].set(places, unique_indices=True, mode="drop")
-        start = 0
-        for index in members:
-            stop = start + math.prod(projections.stacked(leaves[index]))
-            found[index] = slots[start:stop].reshape(*projections.stacked(leaves[index]), size)
-            start = stop
-    return found

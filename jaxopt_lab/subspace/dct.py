@@ -10,16 +10,18 @@ Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Lan
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab import _compat
-from jaxopt_lab.subspace import projections
+from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace.columns import carry_by_index
-from jaxopt_lab.subspace.projections import Choose, Density, Leaf
-from jaxopt_lab.subspace.svd import without_rounding
+from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
+from jaxopt_lab.subspace.svd import without_noise, without_rounding
 
 _TYPES = (2, 3)
 _NORMS = (1, 2)
@@ -38,19 +40,51 @@ class DCT(projections.LeafProjection):
         size = min(leaf.matrix)
         return projections.number_kept(density, size, round), size
 
+    def _describe(self, leaf: Leaf) -> str:
+        return f"cosines of type {self.type}"
+
     def _first(self, leaf: Leaf) -> jax.Array:
         shape = (*projections.stacked(leaf), leaf.kept)
         return jnp.broadcast_to(jnp.arange(leaf.kept, dtype=jnp.int32), shape)
 
+    def choose(
+        self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
+    ) -> list[jax.Array]:
+        """Returns the columns with the largest scores."""
+        if self.choose_indices is not None:
+            return super().choose(leaves, old, grads, step)
+        found: list[Any] = list(old)
+        groups: dict[Any, list[int]] = {}
+        for index, (leaf, g) in enumerate(zip(leaves, grads)):
+            groups.setdefault((leaf.size, leaf.kept, str(jax.typeof(g).dtype)), []).append(index)
+        for (size, kept, _), members in groups.items():
+            scores = [
+                projections.shared(
+                    self, "_scores", leaves[i], jax.lax.stop_gradient(grads[i]), step.count
+                ).reshape(-1, size)
+                for i in members
+            ]
+            _, best = jax.lax.top_k(jnp.concatenate(scores), kept)
+            shapes = [old[i].shape for i in members]
+            for i, new in zip(members, projections.unstack(best, shapes, step.count)):
+                # The scores of a gradient without information are NaN.
+                usable = jnp.isfinite(scores[members.index(i)][:, :1]).reshape(*new.shape[:-1], 1)
+                found[i] = jnp.where(usable, new.astype(old[i].dtype), old[i])
+        return found
+
     def _choose(
         self, leaf: Leaf, old: jax.Array, grad: jax.Array, count: jax.Array, key: jax.Array
     ) -> jax.Array:
-        del key
-        if self.choose_indices is not None:
-            found = self.choose_indices(leaf.name, count, grad)
-            return projections.checked_choice(found, old, leaf)
+        assert self.choose_indices is not None
+        found = self.choose_indices(leaf.name, count, grad)
+        return projections.checked_choice(found, old, leaf)
+
+    def _scores(self, leaf: Leaf, grad: jax.Array, count: jax.Array) -> jax.Array:
+        """Returns the score of each column, NaN for a gradient that is zero or not finite."""
         matrix = projections.to_matrix(grad, leaf)
-        everything = jnp.arange(leaf.size, dtype=jnp.int32)
+        # A count is never negative. A basis of constants a compiler would work out by itself, for
+        # minutes, and keep in the program.
+        everything = jnp.arange(leaf.size, dtype=jnp.int32) + jnp.minimum(count, 0)
         basis = cosine_basis(everything, leaf.size, self.type, matrix.dtype)
         size = _compat.max_magnitude(matrix, (-2, -1), keepdims=True)
         usable = (size > 0) & jnp.isfinite(size)
@@ -58,13 +92,25 @@ class DCT(projections.LeafProjection):
         # A power of a large or tiny gradient must not leave the range of the dtype.
         powers = jnp.abs(products / jnp.where(usable, size, 1)) ** self.norm
         scores = jnp.sum(powers, -1 if _inputs(leaf) else -2)
-        _, indices = jax.lax.top_k(scores, leaf.kept)
-        return jnp.where(usable[..., 0], indices.astype(old.dtype), old).reshape(old.shape)
+        return jnp.where(usable[..., 0], scores, jnp.nan)
 
     def _project(self, leaf: Leaf, selection: jax.Array, x: jax.Array) -> jax.Array:
         matrix = projections.to_matrix(x, leaf)
         basis = cosine_basis(selection, leaf.size, self.type, x.dtype)
         return _product(_t(basis), matrix) if _inputs(leaf) else _product(matrix, basis)
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Zeroes columns of which a gradient has nothing, and entries of a product's rounding."""
+        return [
+            projections.shared(self, "_without_rounding", leaf, x, a)
+            for leaf, x, a in zip(leaves, xs, compact)
+        ]
+
+    def _without_rounding(self, leaf: Leaf, x: jax.Array, compact: jax.Array) -> jax.Array:
+        matrix = projections.to_matrix(x, leaf)
+        return without_noise(compact, matrix, (0,) if _inputs(leaf) else (1,))
 
     def _restore(self, leaf: Leaf, selection: jax.Array, compact: jax.Array) -> jax.Array:
         basis = cosine_basis(selection, leaf.size, self.type, compact.dtype)
@@ -85,7 +131,7 @@ class DCT(projections.LeafProjection):
         return carry_by_index(old, new, moment, -2 if _inputs(leaf) else -1)
 
 
-def dct(type: int = 3, norm: int = 1, choose: Choose | None = None) -> DCT:
+def dct(type: Literal[2, 3] = 3, norm: Literal[1, 2] = 1, choose: Choose | None = None) -> DCT:
     r"""Selects the columns of a cosine basis on which the gradient is largest.
 
     .. math::
@@ -93,15 +139,18 @@ def dct(type: int = 3, norm: int = 1, choose: Choose | None = None) -> DCT:
       \text{score}_j = \|(A Q)_{:j}\|
 
     Projected is the smaller axis of a kernel (in, out), the inputs if they are equal. The number of
-    columns is rounded to nearest, half to even; they stand in the order of their scores. No basis
-    is stored: entries of C are looked up in a table of 4n cosines. A gradient that is zero or not
-    finite keeps the old columns. State beside the moments: one int32 a column.
+    columns is rounded to nearest, half to even, but at least one; they stand in the order of their
+    scores. No basis is stored: entries of C are looked up in a table of 4n cosines. A gradient that
+    is zero or not finite keeps the old columns; columns of which it has only rounding get no step.
+    State beside the moments: one int32 a column.
 
     Args:
       type: 3 for Q = C, so that A Q is the DCT-III of the rows of A (the authors' "matmul"); 2 for
         its transpose and the DCT-II (the authors' "makhoul"). The two are different bases.
       norm: 1 or 2, the norm that scores a column. 2 minimises the remainder.
-      choose: function `(name, count, gradient) -> indices` that replaces the scores; see `columns`.
+      choose: function `(name, count, gradient) -> indices` that replaces the scores: of the leaf's
+        path, the number of steps taken (int32 array) and the gradient, to an integer array of
+        shape (kept,), or (matrices, kept) for a stack. It runs traced, inside a `jax.lax.cond`.
 
     Returns:
       A projection for `frugal`.
@@ -120,10 +169,10 @@ def dct(type: int = 3, norm: int = 1, choose: Choose | None = None) -> DCT:
       Modoranu et al., `SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models
       <https://arxiv.org/abs/2505.17967>`_, 2025.
     """
-    if type not in _TYPES:
-        raise ValueError(f"type must be one of {_TYPES}, got {type!r}")
-    if norm not in _NORMS:
-        raise ValueError(f"norm must be one of {_NORMS}, got {norm!r}")
+    for name, value, options in (("type", type, _TYPES), ("norm", norm, _NORMS)):
+        if isinstance(value, bool) or value not in options:
+            raise ValueError(f"{name} must be one of {options}, got {value!r}")
+    _arguments.check_function(choose=choose)
     return DCT(type, norm, choose)
 
 

@@ -8,9 +8,13 @@ Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Lan
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
+from jaxopt_lab.subspace import _arguments
 from jaxopt_lab.subspace.dct import dct
 from jaxopt_lab.subspace.frugal import frugal
 from jaxopt_lab.subspace.projections import Projection
@@ -30,7 +34,7 @@ def dct_adamw(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     projection: Projection | None = None,
@@ -48,6 +52,10 @@ def dct_adamw(
     `jaxopt_lab.quantize_state` to keep it in 8 bits); kernels with more than two axes are kept
     full unless `dimension_numbers` makes them matrices.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       learning_rate: step size or schedule.
       rank: number of columns, at most the smaller side.
@@ -55,22 +63,30 @@ def dct_adamw(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root of the second moment; positive.
-      weight_decay: decoupled decay, multiplied by the learning rate.
+      weight_decay: decoupled decay, multiplied by the learning rate; a number or a schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      projection: by default `dct()`.
+      projection: what is selected, by default `dct()`.
       rotate: moments follow their columns when the selection changes, and begin at zero for new
         columns; otherwise they stay in their slots, as in the authors' default.
       error_feedback: what is not selected is added to the next gradient, instead of being dropped;
         4 bytes a parameter in float32.
-      always_full: see `frugal`; by default everything but hidden matrices.
-      dimension_numbers: see `frugal`.
-      stagger: see `frugal`; with `update_gap` above 1.
+      always_full: what is never split: regular expressions, each of which must be found in the path
+        of at least one parameter, a tree of booleans, or a function of the parameters that returns
+        one; by default everything but hidden matrices.
+      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers` with None for what is no
+        matrix, or a function of the parameters that returns one: which axes are inputs and outputs
+        of a kernel. All other axes count matrices, each of which has its own selection.
+      stagger: number of groups of leaves that are refreshed at different steps, at most
+        `update_gap`, so that no step but the first pays for all.
 
     Returns:
       A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: see `frugal`; also `rank` below 1, a negative learning rate or weight decay.
+      ValueError: a number out of range; at init, a projection that cannot serve a leaf or a pattern
+        that matches nothing; at update, gradients or a state that do not match.
+      TypeError: an argument of a wrong kind; parameters or gradients that are not real floating
+        point.
 
     Examples:
       >>> import jax.numpy as jnp, jaxopt_lab
@@ -83,7 +99,14 @@ def dct_adamw(
       Modoranu et al., `SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models
       <https://arxiv.org/abs/2505.17967>`_, 2025, algorithm 1.
     """
-    _hyperparams.check_positive_integer(rank=rank, update_gap=update_gap)
+    _arguments.check_static(
+        rank=rank, rotate=rotate, error_feedback=error_feedback, stagger=stagger
+    )
+    _hyperparams.check_positive_integer(rank=rank)
+    _hyperparams.check_flag(rotate=rotate, error_feedback=error_feedback)
+    _hyperparams.check_positive_integer(update_gap=update_gap)
+    gap: Any = update_gap
+    first_gap: Any = (max if isinstance(gap, int) else jnp.maximum)(gap - 1, 1)
     split = frugal(
         _adam.scale_by_adam(b1, b2, eps),
         None if error_feedback else optax.set_to_zero(),
@@ -94,7 +117,7 @@ def dct_adamw(
         error_feedback=error_feedback,
         always_full=always_full,
         dimension_numbers=dimension_numbers,
-        first_gap=max(update_gap - 1, 1),
+        first_gap=first_gap,
         stagger=stagger,
     )
     return _hyperparams.ready_made(split, learning_rate, weight_decay, mask, method="dct_adamw")

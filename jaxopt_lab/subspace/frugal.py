@@ -9,17 +9,34 @@ Training", ICML 2025, arXiv:2411.07837, algorithm 1.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
-from jaxopt_lab.subspace._parts import Parts, Phase, lower, restarted
+from jaxopt_lab import _adam, _hyperparams, _matrices, _roles, _tree
+from jaxopt_lab.subspace import _arguments
+from jaxopt_lab.subspace._parts import (
+    Parts,
+    Phase,
+    check_error,
+    check_rule_state,
+    check_selection,
+    lower,
+    restarted,
+)
 from jaxopt_lab.subspace.columns import columns
 from jaxopt_lab.subspace.projections import Density, Projection, Step
-from jaxopt_lab.subspace.treatments import AlwaysFull, check_updates, plan, treatments_of
+from jaxopt_lab.subspace.treatments import (
+    AlwaysFull,
+    check_plan,
+    check_updates,
+    plan,
+    treatments_of,
+)
+
+OnRefresh = Literal["reset", "keep", "project", "reset_all"]
 
 
 class FrugalState(NamedTuple):
@@ -45,7 +62,7 @@ def frugal(
     *,
     projected_scale: _hyperparams.Scalar = 1.0,
     free_scale: _hyperparams.Scalar = 1.0,
-    on_refresh: str = "reset",
+    on_refresh: OnRefresh = "reset",
     error_feedback: bool = False,
     always_full: AlwaysFull = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
@@ -62,9 +79,16 @@ def frugal(
     `full` sees compact arrays only, so its state shrinks with `density`. The selection is renewed
     every `update_gap` steps, within a `jax.lax.cond`. Where the density keeps all of a leaf,
     `full` sees the leaf itself, nothing is ever reset, and `free` has no part; where it keeps
-    none, the whole gradient goes to `free`. With "reset" a refresh puts the state and the counters
-    of the selected part back to those of `full.init`. `treatments(tx, params)` says how
-    each parameter is treated.
+    none, the whole gradient goes to `free`; a density above 0 keeps something of every leaf. With
+    "reset" a refresh puts the state and the counters of the selected part back to those of
+    `full.init`. `treatments(tx, params)` says how each parameter is treated. Updates have the wider
+    of the gradient's dtype and the parameter's, in which `full` and `free` work. A state that was
+    made with other arguments, as far as its shapes or the meaning of its arrays depend on them, is
+    refused.
+
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
 
     Args:
       full: transformation of the selected part, and of what is always kept full; by default Adam
@@ -87,13 +111,17 @@ def frugal(
         bytes a parameter in float32.
       always_full: what is never split: regular expressions, each of which must be found in the path
         of at least one parameter, or a tree of booleans, or a function of the parameters that
-        returns one. By default everything without two axes (or `dimension_numbers`), and what a
-        part of the path calls `embedding`, `embed`, `unembed`, `lm_head`, `head`, `logits` or
-        `output`.
-      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers` with None for what is no
-        matrix, or a function of the parameters that returns one: which axes are inputs and outputs
-        of a kernel. All other axes count matrices, each of which has its own selection. By default
-        leaves with two axes are (in, out).
+        returns one. A pattern need not know of the `value` at the end of a path in `flax.nnx`. By
+        default everything but hidden matrices: biases, scales, norms, tables of embeddings, input
+        and output layers, depthwise convolutions, and kernels whose axes nothing tells, of which a
+        warning tells once.
+      dimension_numbers: which axes are inputs and outputs of a kernel: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what is no matrix, or a function of the
+        parameters that returns one, or a mapping of patterns to them, each a regular expression for
+        a path, or the path of a layer, from its beginning or from a "/" to its end, with all other
+        leaves by default. All other axes count matrices, each of which has its own selection. By
+        default names, shapes and neighbours decide: see `jaxopt_lab.muon_dimension_numbers`, whose
+        matrices are the hidden ones.
       first_gap: steps from the first refresh to the second; by default `update_gap`.
       stagger: number of groups that are refreshed at different steps, so that no step pays for all
         (but the first). Leaves are spread so that the decompositions cost about the same.
@@ -103,7 +131,7 @@ def frugal(
     Returns:
       A `GradientTransformationExtraArgs`; its update needs `params` if that of `full` or `free`
       does. Under `optax.inject_hyperparams` list what shapes and Python numbers depend on
-      in `static_args`: `density`, `update_gap`, `stagger` and `seed`, or `rank`.
+      in `static_args`: `density`, `stagger` and `error_feedback`, or `rank`.
 
     Raises:
       ValueError: an argument out of range; at init, a projection that cannot serve a leaf, a
@@ -125,11 +153,16 @@ def frugal(
     first_gap = update_gap if first_gap is None else first_gap
     _check(selector, density, update_gap, first_gap, stagger, seed, on_refresh)
     _hyperparams.check_non_negative(projected_scale=projected_scale, free_scale=free_scale)
+    _arguments.check_static(stagger=stagger, error_feedback=error_feedback)
+    _hyperparams.check_flag(error_feedback=error_feedback)
     if error_feedback and free is not None:
         raise ValueError("with error_feedback the remainder is kept: free must be None")
     full = _adam.scale_by_adam(0.9, 0.999, 1e-8) if full is None else full
     free = optax.scale_by_sign() if free is None else free
+    _hyperparams.check_transformation(full=full, free=free)
     rule, stateless = map(optax.with_extra_args_support, (full, free))
+    # What `full` sees of a split leaf has the leaf's path, but is a part of its matrix.
+    part_rule = _roles.on_compact(rule) if selector.mirrors else rule
     phases = range(stagger if selector.mirrors else 1)
 
     def init_fn(params: optax.Params) -> FrugalState:
@@ -148,7 +181,7 @@ def frugal(
             group = Phase(parts, phase, selector)
             selection = group.first()
             parts.select(group.members, selection)
-            selected.append(rule.init(group.compact_params(leaves, selection)))
+            selected.append(part_rule.init(group.compact_params(leaves, selection)))
         free_state = stateless.init(parts.tree(leaves, parts.of_kind("split", "free")))
         if jax.tree.leaves(free_state):
             raise ValueError("free must have no state; what needs state belongs in full")
@@ -165,6 +198,26 @@ def frugal(
             error=error,
         )
 
+    def check_made_here(parts: Parts, state: FrugalState, updates: optax.Updates) -> None:
+        """Refuses the state of a `frugal` with other arguments."""
+        if len(state.selected) != len(phases):
+            raise ValueError(
+                f"the state was made by another transformation: it has {len(state.selected)} "
+                f"phases (stagger), expected {len(phases)}"
+            )
+        check_plan(
+            parts.treatments,
+            updates,
+            selector,
+            density,
+            always_full,
+            dimension_numbers,
+            len(phases),
+        )
+        for phase in phases:
+            check_selection(Phase(parts, phase, selector))
+        check_error(parts, state.error, error_feedback)
+
     def refresh(count: jax.Array, phase: int) -> tuple[jax.Array | None, jax.Array]:
         """Whether it is time, None for always, and how many selections there have been."""
         since = count - jnp.maximum(first_gap - phase * update_gap // stagger, 1)
@@ -179,10 +232,10 @@ def frugal(
         """Returns the updates and the state of what has state as a whole."""
         members = parts.of_kind("full", "whole")
         seen, own = parts.tree(grads, members), parts.tree(params, members)
-        rule_state = state.full
+        rule_state, like = state.full, seen if own is None else own
+        check_rule_state(rule_state, jax.eval_shape(rule.init, like))
         if on_refresh == "reset_all":
-            fresh = rule.init(seen if own is None else own)
-            rule_state = restarted(fresh, rule_state, refresh(state.count, 0)[0])
+            rule_state = restarted(rule.init(like), rule_state, refresh(state.count, 0)[0])
         u, rule_state = rule.update(seen, rule_state, own, **extra_args)
         results = dict(zip(members, parts.leaves(u, members)))
         for index in parts.of_kind("whole"):
@@ -203,7 +256,9 @@ def frugal(
             due, period = refresh(state.count, phase)
             step = Step(state.count, period, seed)
             dtypes = [grads[index].dtype for index in group.members]
-            found = group.step(rule, lifted, dtypes, params, old, due, step, on_refresh, extra_args)
+            found = group.step(
+                part_rule, lifted, dtypes, params, old, due, step, on_refresh, extra_args
+            )
             parts.select(group.members, found.selection)
             selected |= zip(group.members, found.update)
             remainders |= zip(group.members, found.remainder)
@@ -226,10 +281,11 @@ def frugal(
         state = _tree.check_state(state, FrugalState)
         check_updates(updates, treatments_of(state.treatments))
         parts = Parts(jax.tree.structure(updates), treatments_of(state.treatments))
+        check_made_here(parts, state, updates)
         for name, gradient in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, gradient)
-        grads = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
         weights = None if params is None else jax.tree.leaves(params)
+        grads = parts.widened(jax.tree.leaves(updates), weights)
 
         results, full_state = update_whole(parts, state, grads, weights, extra_args)
         selected, remainders, states = update_split(parts, state, grads, weights, extra_args)
@@ -271,21 +327,15 @@ def _check(
     seed: Any,
     on_refresh: str,
 ) -> None:
-    if not hasattr(projection, "project"):
+    if not hasattr(projection, "project") or isinstance(projection, type):
         raise TypeError(
             f"projection must be one, such as columns() or svd(); got {type(projection).__name__}"
         )
-    if not callable(density):
-        if not _hyperparams.is_number(density):
-            raise ValueError(
-                "density must be a number or a function, because shapes depend on it; with "
-                "optax.inject_hyperparams list it in static_args"
-            )
-        _hyperparams.check_fraction(density=density)
+    _arguments.check_density(density)
     _hyperparams.check_positive_integer(update_gap=update_gap, first_gap=first_gap, stagger=stagger)
     if _hyperparams.is_number(update_gap) and stagger > update_gap:
         raise ValueError(f"stagger must be at most update_gap ({update_gap}), got {stagger}")
-    _hyperparams.check_seed(seed)
+    _arguments.check_seed(seed)
     allowed = (*projection.on_refresh, "reset_all")
     if on_refresh not in allowed:
         raise ValueError(

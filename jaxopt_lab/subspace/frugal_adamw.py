@@ -11,7 +11,7 @@ from __future__ import annotations
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
-from jaxopt_lab.subspace.frugal import frugal
+from jaxopt_lab.subspace.frugal import OnRefresh, frugal
 from jaxopt_lab.subspace.projections import Density, Projection
 from jaxopt_lab.subspace.treatments import AlwaysFull
 
@@ -30,14 +30,14 @@ def frugal_adamw(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     projection: Projection | None = None,
     free: optax.GradientTransformation | None = None,
     projected_scale: _hyperparams.Scalar = 1.0,
     free_scale: _hyperparams.Scalar = 1.0,
-    on_refresh: str = "reset",
+    on_refresh: OnRefresh = "reset",
     always_full: AlwaysFull = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
     stagger: int = 1,
@@ -49,30 +49,46 @@ def frugal_adamw(
     by `free_scale=0.1`. A step of the remainder has the size of the learning rate whatever the
     gradient's, so that clipping gradients does not bound it.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       learning_rate: step size or schedule.
-      density: the fraction of each hidden matrix that has state, in [0, 1]; see `frugal`.
+      density: the fraction of each hidden matrix that has state, in [0, 1], at least one column
+        unless it is 0; or a function that returns the number selected of a given number.
       update_gap: number of steps between changes of that part.
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root of the second moment; positive.
-      weight_decay: decoupled decay, multiplied by the learning rate alone.
+      weight_decay: decoupled decay, multiplied by the learning rate alone; a number or a schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       projection: random columns by default; the authors also use `blocks()` and `svd()`.
-      free: see `frugal`.
-      projected_scale: see `frugal`.
-      free_scale: see `frugal`.
-      on_refresh: see `frugal`.
-      always_full: see `frugal`; by default everything but hidden matrices.
-      dimension_numbers: see `frugal`.
-      stagger: see `frugal`.
-      seed: see `frugal`.
+      free: transformation without state of the remainder: by default `optax.scale_by_sign()`;
+        `optax.identity()` for gradient descent, `optax.set_to_zero()` to drop it.
+      projected_scale: non-negative factor of all updates but those of what is always full.
+      free_scale: non-negative, the learning rate of the remainder relative to the selected part's.
+      on_refresh: what happens to the moments at a refresh: "reset" begins anew, "keep" leaves them
+        in their slots, "project" expresses them in the new selection, "reset_all" also begins anew
+        with what is always full.
+      always_full: what is never split: regular expressions, each of which must be found in the path
+        of at least one parameter, a tree of booleans, or a function of the parameters that returns
+        one; by default everything but hidden matrices.
+      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers` with None for what is no
+        matrix, or a function of the parameters that returns one: which axes are inputs and outputs
+        of a kernel. All other axes count matrices, each of which has its own selection.
+      stagger: number of groups of leaves that are refreshed at different steps, at most
+        `update_gap`, so that no step but the first pays for all.
+      seed: integer, of random selections; leaves draw apart from one another.
 
     Returns:
       A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: see `frugal`; also a negative learning rate or weight decay.
+      ValueError: a number out of range; at init, a projection that cannot serve a leaf or a pattern
+        that matches nothing; at update, gradients or a state that do not match.
+      TypeError: an argument of a wrong kind; parameters or gradients that are not real floating
+        point.
 
     Examples:
       >>> import jax.numpy as jnp, jaxopt_lab

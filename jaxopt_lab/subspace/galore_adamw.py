@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
-from jaxopt_lab.subspace.frugal import frugal
+from jaxopt_lab.subspace import _arguments
+from jaxopt_lab.subspace.frugal import OnRefresh, frugal
 from jaxopt_lab.subspace.projections import Projection
 from jaxopt_lab.subspace.svd import svd
 from jaxopt_lab.subspace.treatments import AlwaysFull
@@ -36,11 +37,11 @@ def galore_adamw(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-6,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     projection: Projection | None = None,
-    on_refresh: str = "keep",
+    on_refresh: OnRefresh = "keep",
     always_full: AlwaysFull = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
     stagger: int = 1,
@@ -57,6 +58,10 @@ def galore_adamw(
     Moments survive a change of basis. `optax.contrib.galore` differs: it projects the larger side,
     adds epsilon after the bias correction, decays the old weights, and scales by 1.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       learning_rate: step size or schedule; that of hidden matrices is `scale` times it.
       rank: number of directions, at most the size of the projected side.
@@ -65,21 +70,31 @@ def galore_adamw(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root of the second moment before the bias correction; positive.
-      weight_decay: decoupled decay of the new weights.
+      weight_decay: decoupled decay of the new weights; a number or a schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       projection: by default `svd()`; `svd(method="gram")` and `svd(method="randomized")` take
         less time.
-      on_refresh: see `frugal`; the authors' is "keep".
-      always_full: see `frugal`; by default everything but hidden matrices.
-      dimension_numbers: see `frugal`.
-      stagger: see `frugal`.
-      seed: see `frugal`; only a randomised decomposition draws.
+      on_refresh: what happens to the moments at a refresh: "reset" begins anew, "keep" leaves them
+        in their slots, "project" expresses them in the new selection, "reset_all" also begins anew
+        with what is always full. The authors' is "keep".
+      always_full: what is never split: regular expressions, each of which must be found in the path
+        of at least one parameter, a tree of booleans, or a function of the parameters that returns
+        one; by default everything but hidden matrices.
+      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers` with None for what is no
+        matrix, or a function of the parameters that returns one: which axes are inputs and outputs
+        of a kernel. All other axes count matrices, each of which has its own selection.
+      stagger: number of groups of leaves that are refreshed at different steps, at most
+        `update_gap`, so that no step but the first pays for all.
+      seed: integer; only a randomised decomposition draws.
 
     Returns:
       A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: see `frugal`; also `rank` below 1, a negative learning rate or weight decay.
+      ValueError: a number out of range; at init, a projection that cannot serve a leaf or a pattern
+        that matches nothing; at update, gradients or a state that do not match.
+      TypeError: an argument of a wrong kind; parameters or gradients that are not real floating
+        point.
 
     Examples:
       >>> import jax.numpy as jnp, jaxopt_lab
@@ -91,7 +106,9 @@ def galore_adamw(
     References:
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, ICML 2024, algorithm 2.
     """
+    _arguments.check_static(rank=rank, stagger=stagger)
     _hyperparams.check_positive_integer(rank=rank)
+    _hyperparams.check_scalar_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
     split = frugal(
         _adam.scale_by_adam(b1, b2, eps, eps_in_root=False),
         optax.set_to_zero(),
@@ -105,40 +122,67 @@ def galore_adamw(
         stagger=stagger,
         seed=seed,
     )
-    links = [split, _hyperparams.scale_by_learning_rate(learning_rate)]
-    if not _hyperparams.is_number(weight_decay) or weight_decay != 0:
-        links.append(_decay_new_weights(learning_rate, weight_decay, mask))
-    return optax.chain(*links)
+    last = _step_and_decay(learning_rate, weight_decay, mask)
+    chain = optax.chain(split, last)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        _hyperparams.check_links(state, ("splitting", "step"), "galore_adamw")
+        return chain.update(updates, state, params, **extra_args)
+
+    return _hyperparams.in_full_precision(
+        optax.GradientTransformationExtraArgs(chain.init, update_fn)
+    )
 
 
-def _decay_new_weights(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: _hyperparams.Scalar, mask: _tree.Mask
+def _step_and_decay(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: _tree.Mask,
 ) -> optax.GradientTransformation:
-    """Decays the weights as they are after the update that comes in."""
-    _hyperparams.check_non_negative(weight_decay=weight_decay)
+    """Takes the step, and decays the weights as they are after it."""
 
     def init_fn(params: optax.Params) -> optax.OptState:
         _tree.mask_leaves(mask, params)
-        if callable(learning_rate):
+        # One count for both: whoever asks for the learning rate finds one.
+        if callable(learning_rate) or callable(weight_decay):
             return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
         return optax.EmptyState()
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        params = _tree.require_params(params, "galore_adamw with weight_decay")
-        rate = learning_rate
-        if callable(learning_rate):
-            state = _tree.check_state(state, optax.ScaleByScheduleState)
-            rate = learning_rate(state.count)
-            state = optax.ScaleByScheduleState(count=_hyperparams.increment(state.count))
+        count: Any = None
+        if callable(learning_rate) or callable(weight_decay):
+            count = _tree.check_state(state, optax.ScaleByScheduleState).count
+            state = optax.ScaleByScheduleState(count=_hyperparams.increment(count))
+        rate = _hyperparams.value_at("learning_rate", learning_rate, count)
+        decay = _hyperparams.value_at("weight_decay", weight_decay, count)
 
-        def decay(u: jax.Array, theta: jax.Array, selected: bool) -> tuple[jax.Array]:
-            factor = jnp.asarray(rate, u.dtype) * jnp.asarray(weight_decay, u.dtype)
-            return (u - factor * (theta + u) if selected else u,)
+        def rates(dtype: Any) -> tuple[jax.Array, jax.Array]:
+            return jnp.asarray(rate, dtype), jnp.asarray(decay, dtype)
+
+        if _hyperparams.is_number(decay) and decay == 0:
+
+            def step(u: jax.Array, shared: Any) -> tuple[jax.Array]:
+                return (-shared[0] * u,)
+
+            (updates,) = _tree.map_leaves(step, updates, shared=rates)
+            return updates, state
+        params = _tree.require_params(params, "galore_adamw with weight_decay")
+
+        def decayed(
+            u: jax.Array, theta: jax.Array, selected: bool, shared: Any
+        ) -> tuple[jax.Array]:
+            rate, decay = shared
+            u = -rate * u
+            return (u - rate * decay * (theta + u) if selected else u,)
 
         selected = _tree.mask_leaves(mask, params)
-        (updates,) = _tree.map_leaves(decay, updates, params=params, static=selected)
+        (updates,) = _tree.map_leaves(
+            decayed, updates, params=params, static=selected, shared=rates
+        )
         return updates, state
 
     return optax.GradientTransformation(init_fn, update_fn)

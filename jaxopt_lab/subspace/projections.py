@@ -7,6 +7,7 @@ transformation sees, which most projections make leaf by leaf.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -14,8 +15,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from jaxopt_lab import _matrices
+from jaxopt_lab import _compat, _matrices
+
+# Of the arrays that are stacked: 16 MiB in float32.
+_ENTRIES_TOGETHER = 1 << 22
 
 Density = float | Callable[[int], int]
 Choose = Callable[[str, jax.Array, jax.Array], Any]
@@ -30,6 +35,7 @@ class Leaf(NamedTuple):
     axes: _matrices.MatrixAxes | None  # None if it is no matrix
     kept: int = 0  # columns, entries, directions or blocks that are selected ...
     size: int = 0  # ... of so many; filled in from `Projection.sizes`
+    part: str = ""  # what these are, in words; from `Projection.describe`
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -73,6 +79,14 @@ class Projection(Protocol):
         """
         ...
 
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, in words, what a selection of it means.
+
+        Two projections that give the same words understand each other's selections and compact
+        arrays; a state that was made with other words is refused.
+        """
+        ...
+
     def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
         """Returns a valid selection to begin with."""
         ...
@@ -87,6 +101,15 @@ class Projection(Protocol):
         self, leaves: Sequence[Leaf], selection: list[jax.Array], xs: list[jax.Array]
     ) -> list[Any]:
         """Returns the selected part of gradients or parameters as compact arrays."""
+        ...
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[Any]
+    ) -> list[Any]:
+        """Returns `compact` with zeros for what is only the rounding of the projection of `xs`.
+
+        A rule that normalises would make whole steps of it.
+        """
         ...
 
     def restore(
@@ -122,6 +145,10 @@ class LeafProjection:
         """Returns, for each leaf, how much is selected of how much."""
         return [self._size(leaf, density) for leaf in leaves]
 
+    def describe(self, leaves: Sequence[Leaf]) -> list[str]:
+        """Returns, for each leaf, what a selection of it means."""
+        return [self._describe(leaf) for leaf in leaves]
+
     def first(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
         """Returns a valid selection to begin with."""
         return [self._first(leaf) for leaf in leaves]
@@ -140,13 +167,22 @@ class LeafProjection:
         self, leaves: Sequence[Leaf], selection: list[jax.Array], xs: list[jax.Array]
     ) -> list[jax.Array]:
         """Returns the selected part of each leaf."""
-        return [self._project(leaf, s, x) for leaf, s, x in zip(leaves, selection, xs)]
+        return [shared(self, "_project", leaf, s, x) for leaf, s, x in zip(leaves, selection, xs)]
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Returns `compact`: what is taken out of a gradient is exact."""
+        del leaves, xs
+        return compact
 
     def restore(
         self, leaves: Sequence[Leaf], selection: list[jax.Array], compact: list[jax.Array]
     ) -> list[jax.Array]:
         """Returns arrays of the leaves' shapes with `compact` in its place and zeros elsewhere."""
-        return [self._restore(leaf, s, a) for leaf, s, a in zip(leaves, selection, compact)]
+        return [
+            shared(self, "_restore", leaf, s, a) for leaf, s, a in zip(leaves, selection, compact)
+        ]
 
     def remainder(
         self,
@@ -157,7 +193,8 @@ class LeafProjection:
     ) -> list[jax.Array]:
         """Returns what `project` left out."""
         return [
-            self._remainder(leaf, s, x, a) for leaf, s, x, a in zip(leaves, selection, xs, compact)
+            shared(self, "_remainder", leaf, s, x, a)
+            for leaf, s, x, a in zip(leaves, selection, xs, compact)
         ]
 
     def carry(
@@ -167,6 +204,9 @@ class LeafProjection:
         raise NotImplementedError
 
     def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _describe(self, leaf: Leaf) -> str:
         raise NotImplementedError
 
     def _first(self, leaf: Leaf) -> jax.Array:
@@ -190,13 +230,15 @@ class LeafProjection:
 
 
 def number_kept(density: Density, size: int, rounded: Callable[[float], int]) -> int:
-    """Returns how many of `size` are selected.
+    """Returns how many of `size` are selected: at least one, of a density above 0.
+
+    Rounding must not leave a small leaf without state that some was asked for.
 
     Raises:
       ValueError: a function as density returned something out of range.
     """
     if not callable(density):
-        return rounded(size * density)
+        return max(rounded(size * density), min(size, 1) if density > 0 else 0)
     kept = density(size)
     if not isinstance(kept, int) or not 0 <= kept <= size:
         raise ValueError(f"density({size}) must be an integer in [0, {size}], got {kept!r}")
@@ -235,6 +277,71 @@ def stacked(leaf: Leaf) -> tuple[int, ...]:
     if not leaf.axes.batch:
         return ()
     return (math.prod(leaf.shape[a] for a in leaf.axes.batch),)
+
+
+def shared(projection: Any, method: str, leaf: Leaf, *arrays: Any) -> Any:
+    """Returns `projection.method(leaf, *arrays)`, traced once for leaves that differ in name."""
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays)):
+        return getattr(projection, method)(leaf, *arrays)
+    return _function(projection, method, leaf._replace(name=""))(*arrays)
+
+
+@functools.lru_cache(4096)
+def _function(projection: Any, method: str, leaf: Leaf) -> Callable[..., Any]:
+    return jax.jit(functools.partial(getattr(projection, method), leaf))
+
+
+def together(leaves: Sequence[Leaf], xs: Sequence[jax.Array]) -> list[list[int]]:
+    """Returns the indices of leaves whose matrices can be stacked, in groups.
+
+    A decomposition of a stack is compiled once. A group is small, so that the stack, which is a
+    copy, takes no memory to speak of, while large matrices stand alone.
+    """
+    groups: dict[Any, list[list[int]]] = {}
+    for index, (leaf, x) in enumerate(zip(leaves, xs)):
+        key = leaf._replace(name="", part=""), str(jax.typeof(x))
+        found = groups.setdefault(key, [[]])
+        if (len(found[-1]) + 1) * math.prod(leaf.shape) > _ENTRIES_TOGETHER and found[-1]:
+            found.append([])
+        found[-1].append(index)
+    return [group for found in groups.values() for group in found]
+
+
+def one_by_one(projection: Any, method: str, leaf: Leaf, *stacks: Any) -> Any:
+    """Returns `projection.method(leaf, *slices)` of the slices of stacks, stacked.
+
+    It is a loop and no vectorised program: what uses the result cannot take parts of it in.
+    """
+    function = functools.partial(getattr(projection, method), leaf)
+    if len(jax.tree.leaves(stacks)[0]) == 1:
+        found = function(*jax.tree.map(lambda x: x[0], stacks))
+        return jax.tree.map(lambda x: x[None], found)
+    return jax.lax.map(lambda slices: function(*slices), stacks)
+
+
+def unstack(x: jax.Array, shapes: Sequence[tuple[int, ...]], count: jax.Array) -> list[jax.Array]:
+    """Returns consecutive slices of `x` along its first axis, reshaped.
+
+    They are taken at places that a compiler does not know. Where it does, XLA for CPUs makes a
+    kernel of its own of every slice, and of what is fused with it, for equal kernels are compiled
+    once only: a thousand leaves would take it many seconds.
+
+    Args:
+      x: shape (total, ...).
+      shapes: of the slices, all of whose sizes are multiples of an entry of `x`.
+      count: any number of steps, which is never negative; shape ().
+    """
+    entry = math.prod(x.shape[1:])
+    sizes = [math.prod(shape) // entry for shape in shapes]
+    starts = [jnp.int32(stop - size) for stop, size in zip(np.cumsum(sizes), sizes)]
+    # A loop of one turn, which a compiler cannot know.
+    turns = 1 + jnp.minimum(count, 0)
+    places = [jnp.zeros((), jnp.int32)] * len(sizes)
+    places = _compat.fori_loop(0, turns, lambda turn, places: starts, places)
+    return [
+        jax.lax.dynamic_slice_in_dim(x, place, size).reshape(shape)
+        for place, size, shape in zip(places, sizes, shapes)
+    ]
 
 
 def checked_choice(value: Any, expected: jax.Array, leaf: Leaf) -> jax.Array:

@@ -10,25 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxopt_lab import _compat, _hyperparams, _tree
-from jaxopt_lab.subspace import projections
-from jaxopt_lab.subspace.projections import Choose, Density, Leaf
+from jaxopt_lab.subspace import _arguments, projections
+from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 
-_SIDES = ("smaller", "larger", "in", "out", "both")
-_METHODS = ("full", "gram", "randomized")
+Side = Literal["smaller", "larger", "in", "out", "both"]
+Method = Literal["full", "gram", "randomized"]
+_SIDES, _METHODS = get_args(Side), get_args(Method)
+# Units of rounding in a product, relative to the norms of its factors: 8 times what is usual.
+_OF_A_PRODUCT = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class SVD(projections.LeafProjection):
     """See `svd`."""
 
-    side: str
-    method: str
+    side: Side
+    method: Method
     oversampling: int
     power_iterations: int
     choose_basis: Choose | None
@@ -48,6 +52,10 @@ class SVD(projections.LeafProjection):
         inputs = fan_in <= fan_out if self.side == "smaller" else fan_in > fan_out
         return (0,) if inputs else (1,)
 
+    def _describe(self, leaf: Leaf) -> str:
+        ends = " and ".join(("inputs", "outputs")[axis] for axis in self._projected(leaf))
+        return f"directions of the {ends}"
+
     def _first(self, leaf: Leaf) -> Any:
         bases = tuple(
             jnp.broadcast_to(
@@ -58,31 +66,65 @@ class SVD(projections.LeafProjection):
         )
         return bases if self.side == "both" else bases[0]
 
+    def choose(
+        self, leaves: Sequence[Leaf], old: list[Any], grads: list[jax.Array], step: Step
+    ) -> list[Any]:
+        """Returns new bases; equal matrices, of whatever leaves, are one program's."""
+        if self.choose_basis is not None:
+            return super().choose(leaves, old, grads, step)
+        found: list[Any] = [None] * len(leaves)
+        for members in projections.together(leaves, grads):
+            leaf = leaves[members[0]]
+            stacks = [
+                jax.tree.map(lambda x, leaf=leaf: x.reshape(-1, *x.shape[-2:]), both)
+                for both in (
+                    (projections.to_matrix(jax.lax.stop_gradient(grads[i]), leaf), old[i])
+                    for i in members
+                )
+            ]
+            matrices, bases = jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
+            keys = self._keys(leaf, members, step)
+            new = projections.one_by_one(self, "_renewed", leaf, matrices, bases, keys)
+            shapes = [[x.shape for x in self._bases(old[i])] for i in members]
+            ends = [
+                projections.unstack(x, of, step.count)
+                for x, of in zip(self._bases(new), zip(*shapes))
+            ]
+            for i, own in zip(members, zip(*ends)):
+                found[i] = own if self.side == "both" else own[0]
+        return found
+
+    def _keys(self, leaf: Leaf, members: list[int], step: Step) -> jax.Array | None:
+        """Returns one key a matrix; it does not depend on what a matrix is stacked with."""
+        if self.method != "randomized":
+            return None
+        numbers = jnp.asarray(members, jnp.uint32)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, step.key))(numbers)
+        if not projections.stacked(leaf):
+            return keys
+        (count,) = projections.stacked(leaf)
+        return jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
+
     def _choose(
         self, leaf: Leaf, old: Any, grad: jax.Array, count: jax.Array, key: jax.Array
     ) -> Any:
-        if self.choose_basis is not None:
-            found = self.choose_basis(leaf.name, count, grad)
-            return jax.tree.map(lambda o, f: projections.checked_choice(f, o, leaf), old, found)
-        matrix = projections.to_matrix(grad, leaf)
+        assert self.choose_basis is not None
+        found = self.choose_basis(leaf.name, count, grad)
+        return jax.tree.map(lambda o, f: projections.checked_choice(f, o, leaf), old, found)
 
-        def one(matrix: jax.Array, old: Any, key: jax.Array) -> Any:
-            axes = self._projected(leaf)
-            found = self._directions(matrix, axes, leaf.kept, key)
-            # Nothing can be learned from a gradient that is zero or not finite.
-            size = _compat.max_magnitude(matrix)
-            usable = (size > 0) & jnp.isfinite(size)
-            new = found if self.side == "both" else found[0]
-            return jax.tree.map(
-                lambda o, n: jnp.where(usable, _fix_signs(n).astype(o.dtype), o), old, new
-            )
-
-        if not projections.stacked(leaf):
-            return one(matrix, old, key)
-        return jax.vmap(one)(matrix, old, jax.random.split(key, matrix.shape[0]))
+    def _renewed(self, leaf: Leaf, matrix: jax.Array, old: Any, key: jax.Array | None) -> Any:
+        """Returns the basis or bases of one matrix."""
+        found = self._directions(matrix, self._projected(leaf), leaf.kept, key)
+        # Nothing can be learned from a gradient that is zero or not finite.
+        size = _compat.max_magnitude(matrix)
+        usable = (size > 0) & jnp.isfinite(size)
+        new = found if self.side == "both" else found[0]
+        return jax.tree.map(
+            lambda o, n: jnp.where(usable, _fix_signs(n).astype(o.dtype), o), old, new
+        )
 
     def _directions(
-        self, matrix: jax.Array, axes: tuple[int, ...], rank: int, key: jax.Array
+        self, matrix: jax.Array, axes: tuple[int, ...], rank: int, key: jax.Array | None
     ) -> tuple[jax.Array, ...]:
         """Returns orthonormal columns for each of `axes`."""
         # Squares of large or tiny gradients must not leave the range of the dtype.
@@ -97,6 +139,7 @@ class SVD(projections.LeafProjection):
         sides = (matrix, matrix.T)
         if self.method == "gram":
             return tuple(_leading_of_gram(sides[axis], rank) for axis in axes)
+        assert key is not None
         return tuple(
             _randomized(sides[axis], rank, self.oversampling, self.power_iterations, key)
             for axis in axes
@@ -108,6 +151,18 @@ class SVD(projections.LeafProjection):
             basis = basis.astype(x.dtype)
             a = _product(_t(basis), a) if axis == 0 else _product(a, basis)
         return a
+
+    def without_rounding(
+        self, leaves: Sequence[Leaf], xs: list[jax.Array], compact: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Zeroes directions of which a gradient has nothing, and what is a product's rounding."""
+        return [
+            projections.shared(self, "_without_rounding", leaf, x, a)
+            for leaf, x, a in zip(leaves, xs, compact)
+        ]
+
+    def _without_rounding(self, leaf: Leaf, x: jax.Array, compact: jax.Array) -> jax.Array:
+        return without_noise(compact, projections.to_matrix(x, leaf), self._projected(leaf))
 
     def _restore(self, leaf: Leaf, selection: Any, compact: jax.Array) -> jax.Array:
         x = compact
@@ -134,8 +189,8 @@ class SVD(projections.LeafProjection):
 
 
 def svd(
-    side: str = "smaller",
-    method: str = "full",
+    side: Side = "smaller",
+    method: Method = "full",
     *,
     oversampling: int = 8,
     power_iterations: int = 1,
@@ -143,11 +198,15 @@ def svd(
 ) -> SVD:
     r"""Selects the leading singular directions of the current gradient.
 
-    The number of directions is rounded to nearest, half to even. Of each direction the entry of
-    largest magnitude is made positive, since signs are arbitrary and moments may outlive a change
-    of basis. A gradient that is zero or not finite keeps the old basis. State beside the moments:
-    the basis, (size of the side, kept), at least
-    float32.
+    The number of directions is rounded to nearest, half to even, but at least one. Of each
+    direction the entry of largest magnitude is made positive, since signs are arbitrary and moments
+    may outlive a change of basis. A gradient that is zero or not finite keeps the old basis. State
+    beside the moments: the basis, (size of the side, kept), at least float32.
+
+    Beyond the rank of a gradient (a small batch) singular directions are arbitrary. They stay in
+    the basis, as in GaLore, since a later gradient may have something of them; but as long as what
+    it has is rounding, they get no step. The bound is 8 sqrt(larger side) units of rounding
+    relative to the Frobenius norm; what is small but not rounding is left to the rule.
 
     Args:
       side: which axis of a kernel (in, out) is projected: "smaller" (GaLore; "in" if they are
@@ -182,12 +241,40 @@ def svd(
       Martinsson and Tropp, `Finding structure with randomness
       <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.3 and 4.4.
     """
-    if side not in _SIDES:
-        raise ValueError(f"side must be one of {_SIDES}, got {side!r}")
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
-    _hyperparams.check_non_negative(oversampling=oversampling, power_iterations=power_iterations)
+    _hyperparams.check_choice(_SIDES, side=side)
+    _hyperparams.check_choice(_METHODS, method=method)
+    _arguments.check_whole_number(oversampling=oversampling, power_iterations=power_iterations)
+    _arguments.check_function(choose=choose)
     return SVD(side, method, oversampling, power_iterations, choose)
+
+
+def without_noise(compact: jax.Array, matrix: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Zeroes what of a projection is rounding: its size says nothing, its sign is chance.
+
+    Beyond the rank of a matrix singular directions are arbitrary, and its coordinates there are
+    about 1e-7 of it, which Adam would turn into whole steps. A direction has coordinates of its own
+    if their norm is above the rounding of a decomposition; a single coordinate, if it is above that
+    of the product with a column. Of a projection of both sides only the first can be said.
+
+    Args:
+      compact: the coordinates, shape (..., inputs or kept, outputs or kept).
+      matrix: what they are of, shape (..., inputs, outputs).
+      axes: which of inputs (0) and outputs (1) are projected.
+    """
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    along, across = (-2, -1) if axes[0] == 0 else (-1, -2)
+    columns = _square_sum(matrix, along)
+    whole = jnp.sum(columns, across, keepdims=True)
+    # Backward errors of decompositions grow with the root of the size, in practice.
+    of_a_direction = (8 * eps) ** 2 * max(matrix.shape[-2:]) * whole
+    if len(axes) == 2:
+        noise = jnp.square(compact) < of_a_direction
+    else:
+        noise = (_square_sum(compact, across) < of_a_direction) | (
+            jnp.square(compact) < (_OF_A_PRODUCT * eps) ** 2 * columns
+        )
+    # Of what is not finite nothing is known.
+    return jnp.where(noise & jnp.isfinite(whole), 0, compact)
 
 
 def without_rounding(rest: jax.Array, x: jax.Array, leaf: Leaf, along: list[int]) -> jax.Array:
@@ -195,14 +282,17 @@ def without_rounding(rest: jax.Array, x: jax.Array, leaf: Leaf, along: list[int]
 
     The remainder of a gradient inside the subspace is 1e-7 of the gradient, and its sign would
     become a full step. It grows with the norm over the axes `along` and, as the basis is rounded
-    too, with the condition of the selected part: the factor leaves room for 8 times the rounding of
-    a product.
+    too, with the condition of the selected part.
     """
-    matrix = projections.to_matrix(x, leaf)
-    norm = _hyperparams.sqrt(jnp.sum(jnp.square(matrix), along, keepdims=True))
-    threshold = 32 * float(jnp.finfo(x.dtype).eps) * norm
+    norm = _hyperparams.sqrt(_square_sum(projections.to_matrix(x, leaf), along))
+    threshold = _OF_A_PRODUCT * float(jnp.finfo(x.dtype).eps) * norm
     rest = projections.to_matrix(rest, leaf)
-    return projections.from_matrix(jnp.where(jnp.abs(rest) <= threshold, 0, rest), leaf)
+    noise = (jnp.abs(rest) < threshold) & jnp.isfinite(norm)
+    return projections.from_matrix(jnp.where(noise, 0, rest), leaf)
+
+
+def _square_sum(x: jax.Array, axis: int | Sequence[int]) -> jax.Array:
+    return jnp.sum(jnp.square(x), axis, keepdims=True)
 
 
 _product = functools.partial(jnp.matmul, precision="highest")
@@ -224,7 +314,10 @@ def _complete(basis: jax.Array, rank: int) -> jax.Array:
 def _leading_of_gram(matrix: jax.Array, rank: int) -> jax.Array:
     gram = _product(matrix, matrix.T)
     _, vectors = jnp.linalg.eigh(gram)
-    return vectors[:, ::-1][:, :rank]
+    basis = vectors[:, ::-1][:, :rank]
+    # The square of the matrix mixes what is beyond its rank with the small singular directions;
+    # what the matrix itself has of each direction tells them apart.
+    return _product(basis, _complete(jnp.linalg.svd(_product(basis.T, matrix), False)[0], rank))
 
 
 def _randomized(
@@ -237,8 +330,8 @@ def _randomized(
     for _ in range(power_iterations):
         q = jnp.linalg.qr(_product(matrix, jnp.linalg.qr(_product(matrix.T, q))[0]))[0]
     # The leading directions within the range that was found.
-    small = _product(q.T, matrix)
-    return _product(q, _leading_of_gram(small, rank))
+    found = jnp.linalg.svd(_product(q.T, matrix), full_matrices=False)[0]
+    return _product(q, _complete(found, rank)[:, :rank])
 
 
 def _fix_signs(basis: jax.Array) -> jax.Array:

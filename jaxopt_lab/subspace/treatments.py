@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _matrices, _tree
+from jaxopt_lab import _flax, _matrices, _treatments, _tree
+from jaxopt_lab._treatments import treatments
 from jaxopt_lab.subspace.projections import Density, Leaf, Projection
+
+__all__ = ["Treatment", "treatments"]
 
 Patterns = Sequence[str]
 AlwaysFull = Patterns | Callable[[optax.Params], Any] | Any | None
@@ -45,9 +48,19 @@ class Treatment:
     selection: Any = None
 
     @property
+    def rule(self) -> str:
+        """Name of the rule."""
+        return "frugal"
+
+    @property
     def name(self) -> str:
         """Path of the parameter."""
         return self.leaf.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return self.leaf.shape
 
     def __str__(self) -> str:
         """One line: path, shape, treatment and reason."""
@@ -55,43 +68,7 @@ class Treatment:
         return f"{self.name or 'parameter'} {self.leaf.shape}: {self.kind}{part} ({self.reason})"
 
 
-@dataclasses.dataclass(frozen=True)
-class Treatments:
-    """What `treatments` found; `str(result)` has one line a parameter."""
-
-    parameters: tuple[Treatment, ...]
-
-    def __str__(self) -> str:
-        """One line a parameter."""
-        return "\n".join(str(treatment) for treatment in self.parameters)
-
-
-def treatments(tx: optax.GradientTransformation, params: optax.Params) -> Treatments:
-    """Says for each parameter how `frugal` treats it; nothing is allocated.
-
-    Args:
-      tx: a transformation that contains `frugal`, such as `frugal_adamw(...)`, in any wrapper that
-        keeps its state in its own.
-      params: the parameters, or their `jax.ShapeDtypeStruct`.
-
-    Returns:
-      A `Treatments`, in the order of the parameters.
-
-    Raises:
-      ValueError: `tx` does not contain `frugal`.
-
-    Examples:
-      >>> import jax.numpy as jnp, jaxopt_lab
-      >>> params = {"embed": jnp.zeros((9, 4)), "up": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}
-      >>> print(jaxopt_lab.subspace.treatments(jaxopt_lab.frugal_adamw(1e-3), params))
-      bias (8,): full (1 axis)
-      embed (9, 4): full (embedding or output layer by its path)
-      up (4, 8): split 1 of 4 (matrix)
-    """
-    found = tuple(treatments_of(jax.eval_shape(tx.init, params)))
-    if not found:
-        raise ValueError("tx does not contain frugal: its state says nothing about splitting")
-    return Treatments(found)
+_flax.register(Treatment, ["selection"])
 
 
 def treatments_of(state: Any) -> list[Treatment]:
@@ -127,26 +104,114 @@ def plan(
     Raises:
       ValueError: see `frugal`.
     """
-    named = _tree.leaves_with_names(params)
-    axes = _matrices.matrix_axes(dimension_numbers, params, default=_two_axes)
-    leaves = [Leaf(name, jnp.shape(x), jnp.result_type(x), a) for (name, x), a in zip(named, axes)]
-    reasons = _always_full(always_full, params, leaves)
+    choices = _matrices.choices(dimension_numbers, params, default=_matrices.any_matrix)
+    found = _planned(params, choices, projection, density, always_full, stagger)
+    _treatments.report(found)
+    if always_full is None:
+        _treatments.tell_of_unknown("frugal", choices, "full")
+    return found
+
+
+def _planned(
+    params: optax.Params,
+    choices: Sequence[_matrices.Choice],
+    projection: Projection,
+    density: Density,
+    always_full: AlwaysFull,
+    stagger: int,
+) -> list[Treatment]:
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(params)]
+    leaves = [Leaf(c.name, c.shape, dtype, c.axes) for c, dtype in zip(choices, dtypes)]
+    reasons = _always_full(always_full, params, choices)
+    matrices = [choice.reason if choice.axes is not None else "by request" for choice in choices]
+    return _sized(leaves, reasons, matrices, projection, density, stagger)
+
+
+def check_plan(
+    found: Sequence[Treatment],
+    updates: optax.Updates,
+    projection: Projection,
+    density: Density,
+    always_full: AlwaysFull,
+    dimension_numbers: _matrices.DimensionNumbers,
+    stagger: int,
+) -> None:
+    """Refuses the treatments of a state that this transformation's `init` would not have made.
+
+    What is full and which axes are a matrix is asked again of the updates' tree. Where a wrapper
+    (flax.nnx.Optimizer) comes back with other paths than it had at init, that much is taken from
+    the state, and the rest is compared.
+
+    Args:
+      found: the treatments in the state.
+      updates: the gradients, whose shapes are those of `found`.
+      projection: see `frugal`, as all below.
+      density: the fraction selected.
+      always_full: what is never split.
+      dimension_numbers: the axes of matrices.
+      stagger: the number of phases.
+
+    Raises:
+      ValueError: the message has the leaf, what the state has and what was expected.
+    """
+    leaves, structure = jax.tree.flatten(updates)
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(x), t.leaf.dtype) for x, t in zip(leaves, found)]
+    tree = structure.unflatten(shapes)
+    if [name for name, _ in _tree.leaves_with_names(tree)] == [t.name for t in found]:
+        choices = _matrices.choices(dimension_numbers, tree, default=_matrices.any_matrix)
+        expected = _planned(tree, choices, projection, density, always_full, stagger)
+    else:
+        known = [t.leaf._replace(kept=0, size=0, part="") for t in found]
+        reasons = [t.reason if t.kind == "full" else None for t in found]
+        expected = _sized(known, reasons, [""] * len(found), projection, density, stagger)
+    for old, new in zip(found, expected):
+        if _made_with(old) != _made_with(new):
+            raise ValueError(
+                f"the state was made by another transformation: '{old.name}' is {_made_with(old)} "
+                f"there, expected {_made_with(new)}"
+            )
+
+
+def _made_with(treatment: Treatment) -> str:
+    """All that a state's shapes and the meaning of its arrays depend on, in words."""
+    leaf = treatment.leaf
+    if treatment.kind != "split":
+        return treatment.kind
+    axes = "" if leaf.axes is None else f", axes {leaf.axes.reduction} to {leaf.axes.output}"
+    phase = f"refreshed in phase {treatment.phase}"
+    return f"split, {leaf.kept} of {leaf.size} {leaf.part}{axes}, {phase}"
+
+
+def _sized(
+    leaves: Sequence[Leaf],
+    reasons: Sequence[str | None],
+    matrices: Sequence[str],
+    projection: Projection,
+    density: Density,
+    stagger: int,
+) -> list[Treatment]:
+    """Returns the treatments of leaves that are full for a reason, or else to be split.
+
+    `matrices` says in a few words what a leaf is that is split.
+    """
+    # What has no elements has no state either way, and no projection has to serve it.
+    empty = [None if math.prod(leaf.shape) else "no elements" for leaf in leaves]
+    reasons = [reason or nothing for reason, nothing in zip(reasons, empty)]
     split = [leaf for leaf, reason in zip(leaves, reasons) if reason is None]
-    sizes = iter(projection.sizes(split, density))
+    sizes = iter(zip(projection.sizes(split, density), projection.describe(split)))
     found: list[Treatment] = []
-    for leaf, reason in zip(leaves, reasons):
+    for leaf, reason, matrix in zip(leaves, reasons, matrices):
         if reason is not None:
             found.append(Treatment(leaf, "full", reason))
             continue
-        kept, size = next(sizes)
-        leaf = leaf._replace(kept=kept, size=size)
+        (kept, size), part = next(sizes)
+        leaf = leaf._replace(kept=kept, size=size, part=part)
         if kept == size:
             found.append(Treatment(leaf, "whole", f"all {size} are kept"))
         elif kept == 0:
             found.append(Treatment(leaf, "free", f"none of {size} is kept"))
         else:
-            what = "matrix" if leaf.axes is not None else "by request"
-            found.append(Treatment(leaf, "split", what))
+            found.append(Treatment(leaf, "split", matrix))
     return _with_phases(found, stagger)
 
 
@@ -169,47 +234,44 @@ def _refresh_cost(leaf: Leaf) -> int:
     return max(math.prod(leaf.shape), 1) * (min(leaf.matrix) if leaf.axes is not None else 1)
 
 
-def _two_axes(params: optax.Params) -> Any:
-    numbers = optax.contrib.MuonDimensionNumbers(0, 1)
-    return jax.tree.map(lambda x: numbers if jnp.ndim(x) == 2 else None, params)
-
-
 def _always_full(
-    always_full: AlwaysFull, params: optax.Params, leaves: list[Leaf]
+    always_full: AlwaysFull, params: optax.Params, choices: Sequence[_matrices.Choice]
 ) -> list[str | None]:
     """Returns, for each leaf, why it is kept full, or None if it is to be split."""
     if always_full is None:
-        flat, _ = jax.tree_util.tree_flatten_with_path(params)
-        return [_by_default(path, leaf) for (path, _), leaf in zip(flat, leaves)]
+        return [_by_default(choice) for choice in choices]
+    names = [choice.name for choice in choices]
     if isinstance(always_full, str):
-        return _by_patterns([always_full], leaves)
+        return _by_patterns([always_full], names)
     if isinstance(always_full, (list, tuple)) and all(isinstance(p, str) for p in always_full):
-        return _by_patterns(always_full, leaves)
-    flags = _tree.broadcast_prefix(
-        always_full(params) if callable(always_full) else always_full, params, "always_full"
-    )
+        return _by_patterns(always_full, names)
+    flags = _tree.flags(always_full, params, "always_full")
     return ["by request" if flag else None for flag in flags]
 
 
-def _by_default(path: Any, leaf: Leaf) -> str | None:
-    if len(leaf.shape) < 2:
-        return "1 axis" if leaf.shape else "scalar"
-    if leaf.axes is None:
-        return f"{len(leaf.shape)} axes, no dimension_numbers"
-    if _matrices.ends_of_a_model(path):
-        return "embedding or output layer by its path"
-    return None
+def _by_default(choice: _matrices.Choice) -> str | None:
+    if choice.role is None:
+        return choice.reason if choice.axes is None else None
+    return None if choice.role.kind == "matrix" else choice.role.reason
 
 
-def _by_patterns(patterns: Patterns, leaves: list[Leaf]) -> list[str | None]:
-    reasons: list[str | None] = [None] * len(leaves)
+def _by_patterns(patterns: Patterns, names: Sequence[str]) -> list[str | None]:
+    reasons: list[str | None] = [None] * len(names)
     for pattern in patterns:
-        matched = [index for index, leaf in enumerate(leaves) if re.search(pattern, leaf.name)]
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"always_full: {pattern!r} is no pattern: {error}") from None
+        matched = [
+            index
+            for index, name in enumerate(names)
+            if any(map(regex.search, _matrices.spellings(name)))
+        ]
         # A tree without leaves is what optax.tree.map_params asks with.
-        if leaves and not matched:
-            names = ", ".join(leaf.name for leaf in leaves[:5])
+        if names and not matched:
             raise ValueError(
-                f"always_full: the pattern {pattern!r} matches no parameter (the first are {names})"
+                f"always_full: the pattern {pattern!r} matches no parameter (the first are "
+                f"{', '.join(names[:5])}; the nearest are {_matrices.nearest(pattern, names)})"
             )
         for index in matched:
             reasons[index] = f"matches {pattern!r}"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxopt_lab.testing._causes import cause_of
 from jaxopt_lab.testing._registry import BreachError, NotApplicableError, check
 from jaxopt_lab.testing._subject import Subject, training_step
 from jaxopt_lab.testing._values import (
@@ -175,13 +176,13 @@ def inject_hyperparams(subject: Subject) -> None:
     _injected_equals_plain(subject, "float32", _INJECTED_TOLERANCE)
 
 
-@check("composition")
+@check("composition", level="library")
 def inject_hyperparams_bfloat16(subject: Subject) -> None:
     """Through `inject_hyperparams(hyperparam_dtype=float32)` with bfloat16 weights: the same."""
     _injected_equals_plain(subject, "bfloat16", BFLOAT16_TOLERANCE, hyperparam_dtype=np.float32)
 
 
-@check("composition")
+@check("composition", level="library", traced=False)
 def inject_hyperparams_rounded(subject: Subject) -> None:
     """Hyper-parameters rounded to bfloat16: finite updates, or a refusal naming hyperparam_dtype.
 
@@ -235,7 +236,7 @@ def apply_if_finite(subject: Subject) -> None:
     expect_close(weights, subject.run(params, first, second).params, "params after recovery")
 
 
-@check("composition")
+@check("composition", traced=False)
 def extra_arguments(subject: Subject) -> None:
     """Extra keyword arguments of `update` are accepted, and unknown ones change nothing."""
     params = kernel_and_bias()
@@ -246,7 +247,29 @@ def extra_arguments(subject: Subject) -> None:
     expect_equal(extra, plain, "updates")
 
 
-@check("composition")
+@check("composition", traced=False)
+def extra_arguments_ready_made(subject: Subject) -> None:
+    """`update(..., value=..., grad=..., loss=...)` of a ready-made optimizer ignores what is new.
+
+    Solvers, `flax.nnx.Optimizer` and train states of others pass such arguments unasked.
+    """
+    subject.require_ready_made("extra_arguments_ready_made")
+    params = kernel_and_bias()
+    state, gradient = subject.transform.init(params), normal_like(params)
+    update: Any = subject.transform.update
+    value = jnp.ones(())
+    extra = {"value": value, "grad": gradient, "loss": value, "unknown_argument": value}
+    try:
+        found, _ = update(gradient, state, params, **extra, value_fn=lambda params: value)
+    except TypeError as error:
+        raise BreachError(f"extra arguments are refused: {cause_of(error).text}") from error
+    if not isinstance(subject.transform, optax.GradientTransformationExtraArgs):
+        raise BreachError("is no GradientTransformationExtraArgs: wrappers keep extra arguments")
+    expected, _ = optax.with_extra_args_support(subject.transform).update(gradient, state, params)
+    expect_equal(found, expected, "updates")
+
+
+@check("composition", traced=False)
 def tree_map_params(subject: Subject) -> None:
     """`optax.tree.map_params` reaches every leaf of the state that is shaped like a parameter."""
     params = kernel_and_bias()

@@ -72,6 +72,49 @@ def shard_map_unchecked(subject: Subject) -> None:
     _shard_map(subject, check_vma=False)
 
 
+def _stacked(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * DEVICES), tree)
+
+
+def _at(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _each_device_alone(subject: Subject, own_state: bool) -> None:
+    params = _params()
+    histories = [normal_like(_stacked(params), seed) for seed in (10, 20, 30)]
+    step = training_step(subject.transform)
+
+    def local(params: Any, state: Any, histories: Any) -> Any:
+        if own_state:
+            params, state = _at((params, state), 0)
+        for gradient in histories:
+            params, state, _ = step(params, state, _at(gradient, 0))
+        return jax.tree.map(lambda leaf: leaf[None], params)
+
+    start = params, subject.transform.init(params)
+    place = P("x") if own_state else P()
+    mapped = jax.shard_map(
+        local, mesh=_mesh(), in_specs=(place, place, P("x")), out_specs=P("x"), check_vma=True
+    )
+    found = jax.jit(mapped)(*(_stacked(start) if own_state else start), histories)
+    for index in range(DEVICES):
+        alone = subject.run(params, *[_at(gradient, index) for gradient in histories]).params
+        expect_close(_at(found, index), alone, f"params of device {index}")
+
+
+@check("devices")
+def shard_map_varying_gradients(subject: Subject) -> None:
+    """In `shard_map` on each device's own gradients, weights and state from one: as if alone."""
+    _each_device_alone(subject, own_state=False)
+
+
+@check("devices")
+def shard_map_varying_state(subject: Subject) -> None:
+    """In `shard_map` on weights, state and gradients of each device, as replicas have: as alone."""
+    _each_device_alone(subject, own_state=True)
+
+
 @check("devices")
 def pmap(subject: Subject) -> None:
     """A step inside `pmap`, gradients averaged, equals the step on the mean gradient."""
@@ -121,13 +164,13 @@ def _initialised(subject: Subject, init: Any) -> None:
         _expect_sharded_like(init(params), params, f"{layout}: state")
 
 
-@check("devices")
+@check("devices", traced=False)
 def sharded_state_eager_init(subject: Subject) -> None:
     """After an eager init the state is sharded like the weights, by rows and by columns."""
     _initialised(subject, subject.transform.init)
 
 
-@check("devices")
+@check("devices", level="library", traced=False)
 def sharded_state_jitted_init(subject: Subject) -> None:
     """After a jitted init the state is sharded like the weights, by rows and by columns."""
     _initialised(subject, jax.jit(subject.transform.init))

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.testing._causes import describe
 from jaxopt_lab.testing._registry import BreachError, NotApplicableError, check
 from jaxopt_lab.testing._subject import Subject
 from jaxopt_lab.testing._values import (
-    describe,
     expect,
     expect_close,
     expect_finite,
@@ -21,7 +21,7 @@ from jaxopt_lab.testing._values import (
 )
 
 
-@check("refusals")
+@check("refusals", level="library", traced=False)
 def gradient_shape_refused(subject: Subject) -> None:
     """A gradient of another shape is a ValueError with the leaf's path and both shapes."""
     params = kernel_and_bias()
@@ -44,21 +44,21 @@ def _tree_refused(subject: Subject, gradient: Any, name: str, what: str) -> None
     )
 
 
-@check("refusals")
+@check("refusals", level="library", traced=False)
 def missing_leaf_refused(subject: Subject) -> None:
     """A gradient tree that lacks a leaf is a ValueError with its path."""
     gradient = {"kernel": kernel_and_bias()["kernel"]}
     _tree_refused(subject, gradient, "bias", "gradients without 'bias'")
 
 
-@check("refusals")
+@check("refusals", level="library", traced=False)
 def extra_leaf_refused(subject: Subject) -> None:
     """A gradient tree with one leaf more is a ValueError with its path."""
     gradient = {**kernel_and_bias(), "surplus": normal((5,))}
     _tree_refused(subject, gradient, "surplus", "gradients with an extra leaf 'surplus'")
 
 
-@check("refusals")
+@check("refusals", level="library", traced=False)
 def integer_gradient_refused(subject: Subject) -> None:
     """An integer gradient is a TypeError with the leaf's path."""
     params = kernel_and_bias()
@@ -79,19 +79,19 @@ def _weights_refused(subject: Subject, dtype: str) -> None:
     )
 
 
-@check("refusals")
+@check("refusals", level="library", traced=False)
 def integer_weights_refused(subject: Subject) -> None:
     """Integer weights are a TypeError at init with the leaf's path."""
     _weights_refused(subject, "int32")
 
 
-@check("refusals")
+@check("refusals", level="library", traced=False)
 def bool_weights_refused(subject: Subject) -> None:
     """Boolean weights are a TypeError at init with the leaf's path."""
     _weights_refused(subject, "bool")
 
 
-@check("refusals")
+@check("refusals", level="library")
 def complex_weights(subject: Subject) -> None:
     """Complex weights work in their dtype, or are a TypeError at init with the leaf's path."""
     params = {"kernel": normal((4, 5)) + 1j * normal((4, 5), seed=1)}
@@ -104,7 +104,7 @@ def complex_weights(subject: Subject) -> None:
     expect_finite(run.updates, "updates")
 
 
-@check("refusals")
+@check("refusals", traced=False)
 def missing_params(subject: Subject) -> None:
     """Without `params`, `update` gives the same or is a ValueError that says `params`."""
     params = kernel_and_bias()
@@ -137,7 +137,7 @@ def _foreign(state: Any, params: Any) -> tuple[Any, int]:
     return _ForeignState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)), 1
 
 
-@check("refusals")
+@check("refusals", level="library", traced=False)
 def foreign_state_refused(subject: Subject) -> None:
     """The state of another transformation is an error, not used silently."""
     params = kernel_and_bias()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from jaxopt_lab.testing._subject import Subject
+
+
+Level = Literal["must", "library"]
+LEVELS: tuple[Level, ...] = ("must", "library")
 
 
 class BreachError(AssertionError):
@@ -27,12 +31,17 @@ class Check:
       group: the theme under which a report lists it.
       promise: one line that says what a transformation keeps.
       run: raises if the promise is broken or the check does not apply.
+      level: `must` if optax's own transformations keep it by and large and its wrappers, JAX's
+        transformations or Flax rely on it; `library` if it is a promise of this library.
+      traced: whether a transformation that cannot be traced breaks it in any case.
     """
 
     name: str
     group: str
     promise: str
     run: Callable[[Subject], None] = dataclasses.field(repr=False)
+    level: Level = "must"
+    traced: bool = True
 
 
 GROUPS = (
@@ -42,6 +51,8 @@ GROUPS = (
     "composition",
     "transformations",
     "devices",
+    "settings",
+    "flax",
     "refusals",
 )
 
@@ -49,7 +60,12 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    group: str, *, name: str | None = None, promise: str | None = None
+    group: str,
+    *,
+    name: str | None = None,
+    promise: str | None = None,
+    level: Level = "must",
+    traced: bool = True,
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Adds a function to the contract under its own name and the first line of its docstring."""
 
@@ -58,7 +74,7 @@ def check(
         line = promise or (run.__doc__ or "").strip().splitlines()[0].rstrip(".")
         if key in CHECKS or group not in GROUPS:
             raise ValueError(f"check {key!r} is registered twice, or its group {group!r} is new")
-        CHECKS[key] = Check(key, group, line, run)
+        CHECKS[key] = Check(key, group, line, run, level, traced)
         return run
 
     return add

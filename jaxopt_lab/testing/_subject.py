@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jaxopt_lab.testing._registry import NotApplicableError
-from jaxopt_lab.testing._values import expect_same_types, normal_like
+from jaxopt_lab.testing._values import expect_same_types, kernel_and_bias, normal_like
 
 DEVICES = 4
 
@@ -35,6 +35,13 @@ class Run(NamedTuple):
     updates: Any
 
 
+class Obstacle(NamedTuple):
+    """What stands in the way of every check that compiles a step."""
+
+    what: str
+    error: Exception
+
+
 class Subject:
     """A transformation under test.
 
@@ -44,8 +51,15 @@ class Subject:
     constructor: Callable[..., Any] | None
     transform: optax.GradientTransformation
 
-    def __init__(self, transform: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
+    def __init__(
+        self,
+        transform: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        asked_for: frozenset[str] = frozenset(),
+    ):
         self.constructor = None
+        self.asked_for = asked_for
         if isinstance(transform, optax.GradientTransformation):
             if args or kwargs:
                 raise TypeError(
@@ -76,9 +90,37 @@ class Subject:
         self.name = f"{getattr(transform, '__name__', transform)}({', '.join(texts)})"
 
     @functools.cached_property
-    def step(self) -> Callable[[Any, Any, Any], tuple[Any, Any, Any]]:
+    def step(self) -> Any:
         """The compiled training step."""
         return jax.jit(training_step(self.transform))
+
+    @functools.cached_property
+    def obstacle(self) -> Obstacle | None:
+        """Why a step cannot be traced, though it works eagerly, or cannot be compiled; if so."""
+        params = kernel_and_bias()
+        gradient = normal_like(params)
+        try:
+            state = self.transform.init(params)
+        except Exception:
+            return None
+        try:
+            traced = self.step.trace(params, state, gradient)
+        except Exception as error:
+            eager = self._eager_error()
+            return None if eager else Obstacle("the update cannot be traced", error)
+        try:
+            traced.lower()
+        except Exception as error:
+            # An eager step compiles one operation at a time, and so knows the line.
+            return Obstacle("the update cannot be compiled", self._eager_error() or error)
+        return None
+
+    def _eager_error(self) -> Exception | None:
+        try:
+            self.run(kernel_and_bias(), jit=False)
+        except Exception as error:
+            return error
+        return None
 
     def run(self, params: Any, *gradients: Any, jit: bool = True) -> Run:
         """Inits eagerly and takes one step per gradient (two with normal ones if none is given)."""
@@ -104,6 +146,29 @@ class Subject:
         bound = inspect.signature(self.constructor).bind(*self.args, **self.kwargs)
         bound.apply_defaults()
         return self.constructor, bound.arguments
+
+    def require_argument(self, *names: str) -> tuple[Callable[..., Any], dict[str, Any], list[str]]:
+        """The constructor, its arguments, and those of `names` that it has."""
+        constructor, arguments = self.constructor_and_arguments()
+        found = [name for name in names if name in arguments]
+        if not found:
+            raise NotApplicableError(f"has no argument {' or '.join(names)}")
+        return constructor, arguments, found
+
+    def require_ready_made(self, check: str) -> None:
+        """Returns if this is an optimizer whose updates are steps, not a rule for a chain."""
+        if check in self.asked_for:
+            return
+        if self.constructor is None:
+            raise NotApplicableError(
+                "needs the constructor to tell a ready-made optimizer from a rule for a chain; "
+                f"checks=[{check!r}] asks for it"
+            )
+        if "learning_rate" not in inspect.signature(self.constructor).parameters:
+            raise NotApplicableError(
+                "has no learning_rate: a rule for a chain; if it is an optimizer all the same, "
+                f"checks=[{check!r}] asks for it"
+            )
 
     def require_state_per_parameter(self, params: Any) -> Any:
         """The state for `params`, if a leaf of it is shaped like one of them."""

@@ -171,13 +171,13 @@ def lowering_deterministic(subject: Subject) -> None:
     expect(texts[0] == texts[1], "the second trace lowers to another program")
 
 
-@check("transformations")
+@check("transformations", level="library", traced=False)
 def init_on_shape_structs(subject: Subject) -> None:
     """`init` on `jax.ShapeDtypeStruct`s gives the types of the real init."""
     _abstract_init(subject, subject.transform.init)
 
 
-@check("transformations")
+@check("transformations", traced=False)
 def init_under_eval_shape(subject: Subject) -> None:
     """`jax.eval_shape(init, ...)` gives the types of the real init."""
     _abstract_init(subject, functools.partial(jax.eval_shape, subject.transform.init))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab.testing._registry import check
+from jaxopt_lab.testing._causes import cause_of
+from jaxopt_lab.testing._registry import BreachError, check
 from jaxopt_lab.testing._subject import Subject
 from jaxopt_lab.testing._values import (
     expect,
@@ -66,6 +67,14 @@ _LEAVES = {
     "four_axes_leaf": (2, 1, 3, 4),
 }
 
+# One axis after the other, and all, of a vector, a matrix, a stack and a convolution.
+_SIZES = ((3,), (3, 4), (2, 3, 4), (3, 3, 4, 5))
+_WITHOUT_ELEMENTS = tuple(
+    tuple(0 if index == empty or empty == len(sizes) else size for index, size in enumerate(sizes))
+    for sizes in _SIZES
+    for empty in range(len(sizes) + 1)
+)
+
 
 def _tree(name: str) -> Any:
     kernel, bias = kernel_and_bias().values()
@@ -103,6 +112,23 @@ for _name, _shape in _LEAVES.items():
 
 
 @check("trees")
+def empty_leaves(subject: Subject) -> None:
+    """Leaves without elements, whichever of their axes is empty, alone and beside others."""
+    kernel = normal((4, 3))
+    tree = {}
+    for shape in _WITHOUT_ELEMENTS:
+        params = {"layer": {"kernel": jnp.zeros(shape)}}
+        state = jax.eval_shape(subject.transform.init, params)
+        try:
+            updates, _ = jax.eval_shape(subject.transform.update, params, state, params)
+        except Exception as error:
+            raise BreachError(f"a leaf of shape {shape}: {cause_of(error).text}") from error
+        expect_same_types(updates, params, f"updates of a leaf of shape {shape}: ")
+        tree["x".join(map(str, shape))] = params["layer"]
+    _steps_on(subject, {"layers": tree, "other": kernel})
+
+
+@check("trees")
 def nesting_invariance(subject: Subject) -> None:
     """The same leaves in another nesting and order get the same updates."""
     flat = kernel_and_bias()
@@ -116,7 +142,7 @@ def nesting_invariance(subject: Subject) -> None:
     expect_close(found.updates, nest(expected.updates), "updates")
 
 
-@check("trees")
+@check("trees", traced=False)
 def numpy_leaves(subject: Subject) -> None:
     """NumPy weights and gradients are accepted and become arrays."""
     params = jax.tree.map(np.asarray, kernel_and_bias())
@@ -124,7 +150,7 @@ def numpy_leaves(subject: Subject) -> None:
     _accepts_host_values(subject, params, gradient)
 
 
-@check("trees")
+@check("trees", level="library", traced=False)
 def python_float_leaves(subject: Subject) -> None:
     """Python floats as weights and gradients are accepted and become arrays."""
     _accepts_host_values(subject, {"kernel": 1.5, "bias": -0.5}, {"kernel": 0.3, "bias": 0.1})

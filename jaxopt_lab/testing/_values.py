@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxopt_lab.testing._causes import describe
 from jaxopt_lab.testing._registry import BreachError
 
 # Rounding of a few float32 operations in another order, relative to a leaf's largest entry.
@@ -25,6 +26,15 @@ def normal(shape: tuple[int, ...], dtype: Any = "float32", seed: int = 0) -> jax
 def kernel_and_bias(dtype: Any = "float32", seed: int = 0) -> dict[str, jax.Array]:
     """The tree of most checks: two leaves of different rank, with names a message can cite."""
     return {"kernel": normal((4, 5), dtype, seed), "bias": normal((5,), dtype, seed + 1)}
+
+
+def mixed_dtypes_tree() -> dict[str, jax.Array]:
+    """A leaf of each of three dtypes, named by it."""
+    return {
+        "bfloat16": normal((4, 3), "bfloat16"),
+        "float16": normal((3,), "float16"),
+        "float32": normal((3,), "float32"),
+    }
 
 
 def normal_like(tree: Any, seed: int = 10, dtype: Any = None) -> Any:
@@ -134,9 +144,3 @@ def expect_refusal(
         expect(clear, f"{what}: raised {describe(raised)}; {wanted}")
     else:
         raise BreachError(f"{what}: accepted silently; {wanted}")
-
-
-def describe(error: BaseException, limit: int = 300) -> str:
-    """The type and the first `limit` characters of an error, on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:limit]}{'...' if len(text) > limit else ''}"

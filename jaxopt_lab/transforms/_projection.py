@@ -11,60 +11,141 @@ output) and then the *layer* view (the whole matrix as one vector), of dimension
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices
+from jaxopt_lab import _compat, _hyperparams, _matrices, _roles, _tree
+
+# Leaves whose sums are treated together.
+_AT_ONCE = 8
 
 
-def last_axis_is_output(params: optax.Params) -> optax.Params:
-    """Default axes: of two and more, the last is the output; vectors and scalars are left alone."""
+def channel_axes(role: _roles.Role) -> _matrices.MatrixAxes | None:
+    """Default axes: those of a matrix, a channel for each output; of a table, for each row.
 
-    def numbers(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if jnp.ndim(x) < 2:
-            return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(jnp.ndim(x) - 1)), -1)
+    A row of a table of embeddings is what the authors' code, which takes the first axis of all
+    that has two, calls its channel.
+    """
+    if role.kind == "embedding" and role.axes is not None:
+        batch, reduction, output = role.axes
+        return _matrices.MatrixAxes(batch, output, reduction)
+    return role.axes
 
-    return jax.tree.map(numbers, params)
+
+class Radial(NamedTuple):
+    """What to take out of a direction where the weights look scale-invariant."""
+
+    factor: jax.Array  # of the weights in the radial part, or zero; broadcasts to the parameter
+    projects: jax.Array  # whether it is taken out, one boolean a matrix; broadcasts likewise
 
 
-def radial_part(
-    p: jax.Array,
-    g: jax.Array,
-    theta: jax.Array,
-    axes: _matrices.MatrixAxes,
+def channel_sums(
+    p: jax.Array, g: jax.Array, theta: jax.Array, axes: _matrices.MatrixAxes
+) -> tuple[jax.Array, ...]:
+    """Returns the sums over each channel of which `radial_parts` makes the cosines.
+
+    Those of gradient times weights, of both squares, and of weights times direction.
+    """
+    return tuple(_sum(x, axes.reduction) for x in (g * theta, g * g, theta * theta, theta * p))
+
+
+def radial_parts(
+    sums: Sequence[tuple[jax.Array, ...]],
+    shapes: Sequence[tuple[int, ...]],
+    axes: Sequence[_matrices.MatrixAxes | None],
     *,
     delta: _hyperparams.Scalar,
     eps: _hyperparams.Scalar,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns what to take out of the direction `p` where the weights look scale-invariant.
+) -> list[Radial | None]:
+    """Returns the radial part of each leaf from its sums, None for a leaf that has none.
+
+    These are small arrays, and those of equal leaves are treated as one: a program has a handful of
+    kernels for many leaves, and not a dozen for each.
+    """
+
+    def part(sums: jax.Array, shape: tuple[int, ...], axes: _matrices.MatrixAxes) -> Radial:
+        """Of sums (leaves, 4, *channels): one kernel for both views where it can be one."""
+        fan_in = math.prod(shape[a] for a in axes.reduction)
+        fan_out = math.prod(shape[a] for a in axes.output)
+        outputs = tuple(a + 1 for a in axes.output)
+
+        def view(sums: jax.Array, dimension: int) -> tuple[jax.Array, jax.Array]:
+            g_theta, g_g, theta_theta, theta_p = (sums[:, i] for i in range(4))
+            length = _hyperparams.sqrt(theta_theta)
+            cosine = jnp.abs(g_theta) / (
+                jnp.maximum(_hyperparams.sqrt(g_g), eps) * jnp.maximum(length, eps)
+            )
+            fires = jnp.max(cosine, outputs, keepdims=True) < delta / math.sqrt(dimension)
+            return fires, theta_p / jnp.square(length + eps)
+
+        per_layer = jnp.sum(sums, tuple(a + 1 for a in outputs), keepdims=True)
+        channel_fires, channel_radial = view(sums, fan_in)
+        layer_fires, layer_radial = view(per_layer, fan_in * fan_out)
+        radial = jnp.where(channel_fires, channel_radial, jnp.where(layer_fires, layer_radial, 0))
+        return Radial(radial, channel_fires | layer_fires)
+
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, (found, shape, of) in enumerate(zip(sums, shapes, axes)):
+        if found:
+            groups[shape, of, _compat.type_of(found[0])].append(index)
+    results: list[Radial | None] = [None] * len(sums)
+    for (shape, of, _), alike in groups.items():
+        for first in range(0, len(alike), _AT_ONCE):
+            members = alike[first : first + _AT_ONCE]
+            stacked = jnp.stack([x for index in members for x in sums[index]])
+            stacked = stacked.reshape(len(members), -1, *stacked.shape[1:])
+            # Behind the barriers XLA neither merges the sums over a layer into the large ones nor
+            # repeats what is small in the kernel of each leaf.
+            stacked = jax.lax.optimization_barrier(stacked)
+            parts = jax.lax.optimization_barrier(part(stacked, shape, of))
+            for place, index in enumerate(members):
+                results[index] = jax.tree.map(lambda x, place=place: x[place], parts)
+    return results
+
+
+def map_projected(
+    sums: Callable[..., tuple[Any, ...]],
+    rule: Callable[..., tuple[jax.Array, ...]],
+    updates: optax.Updates,
+    *states: Any,
+    params: Any,
+    static: Sequence[tuple[_matrices.MatrixAxes | None, bool]],
+    shared: Callable[[Any], Any],
+    delta: _hyperparams.Scalar,
+    eps: _hyperparams.Scalar,
+) -> tuple[Any, ...]:
+    """Maps a rule that projects over the leaves: first what each sums, then what each does.
+
+    Args:
+      sums: as a rule of `_tree.map_leaves`, with `channel_sums` or () after its results.
+      rule: the rule, with a `Radial` or None after its static argument.
+      updates: the gradients.
+      *states: trees with the parameters' structure and shapes.
+      params: the parameters.
+      static: the axes, and whether a leaf decays.
+      shared: as for `_tree.map_leaves`.
+      delta: threshold of the cosine, times the root of the vector's dimension.
+      eps: added to the norms.
 
     Returns:
-      The factor of `theta` in the radial part of `p`, zero where nothing is to be taken out, and
-      whether it is: one boolean a matrix. Both broadcast to the parameter.
+      As `_tree.map_leaves` of the rule.
     """
-    per_channel = [_sum(x, axes.reduction) for x in (g * theta, g * g, theta * theta, theta * p)]
-    per_layer = [jnp.sum(x, axes.output, keepdims=True) for x in per_channel]
-
-    def view(sums: list[jax.Array], dimension: int) -> tuple[jax.Array, jax.Array]:
-        g_theta, g_g, theta_theta, theta_p = sums
-        length = _hyperparams.sqrt(theta_theta)
-        cosine = jnp.abs(g_theta) / (
-            jnp.maximum(_hyperparams.sqrt(g_g), eps) * jnp.maximum(length, eps)
-        )
-        fires = jnp.max(cosine, axes.output, keepdims=True) < delta / math.sqrt(dimension)
-        return fires, theta_p / jnp.square(length + eps)
-
-    fan_in = math.prod(p.shape[a] for a in axes.reduction)
-    fan_out = math.prod(p.shape[a] for a in axes.output)
-    channel_fires, channel_radial = view(per_channel, fan_in)
-    layer_fires, layer_radial = view(per_layer, fan_in * fan_out)
-    radial = jnp.where(channel_fires, channel_radial, jnp.where(layer_fires, layer_radial, 0))
-    return radial, channel_fires | layer_fires
+    leaves: dict[str, Any] = {"params": params, "static": static, "shared": shared}
+    *_, found = _tree.map_leaves(sums, updates, *states, **leaves)
+    structure = jax.tree.structure(updates)
+    radial = radial_parts(
+        structure.flatten_up_to(found) if structure.num_leaves else [],
+        [jnp.shape(leaf) for leaf in jax.tree.leaves(params)],
+        [axes for axes, _ in static],
+        delta=delta,
+        eps=eps,
+    )
+    return _tree.map_leaves(rule, updates, *states, extra=radial, **leaves)
 
 
 def apart(
@@ -74,7 +155,7 @@ def apart(
     g: jax.Array,
     *state: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the operands of `radial_part`: direction, gradient and weights.
+    """Returns the operands of `channel_sums`: direction, gradient and weights.
 
     On accelerators the direction is computed a second time, inside the sums: behind the barrier XLA
     does not see that it is `p`, which it would write to memory because two kernels want it. On a
@@ -88,19 +169,26 @@ def apart(
     def as_it_is(p: jax.Array, theta: jax.Array, g: jax.Array, *_: jax.Array) -> Any:
         return p, g, theta
 
-    return jax.lax.platform_dependent(p, theta, g, *state, cpu=as_it_is, default=again)
+    return _compat.platform_dependent(p, theta, g, *state, cpu=as_it_is, default=again)
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sums over `axes`, which stay with length 1, in two stages.
+    """Sums over `axes`, which stay with length 1; on accelerators in two stages.
 
-    XLA would merge the stages, and the sum over the layer that follows, into one pass each over the
-    whole matrix; the barriers, on what is small by then, prevent it.
+    XLA would merge the stages into one pass with a kernel for each column; the barrier, on what is
+    small by then, prevents it. A CPU's library sums the columns well as they are.
     """
-    longest = max(axes, key=lambda axis: x.shape[axis])
-    length = x.shape[longest]
-    rows = math.gcd(length, 16)
-    blocks = x.reshape(*x.shape[:longest], length // rows, rows, *x.shape[longest + 1 :])
-    partial = jnp.sum(blocks, longest + 1)
-    partial = jax.lax.optimization_barrier(partial)
-    return jax.lax.optimization_barrier(jnp.sum(partial, axes, keepdims=True))
+
+    def at_once(x: jax.Array) -> jax.Array:
+        return jnp.sum(x, axes, keepdims=True)
+
+    def in_two_stages(x: jax.Array) -> jax.Array:
+        longest = max(axes, key=lambda axis: x.shape[axis])
+        length = x.shape[longest]
+        rows = math.gcd(length, 16)
+        blocks = x.reshape(*x.shape[:longest], length // rows, rows, *x.shape[longest + 1 :])
+        return jnp.sum(
+            jax.lax.optimization_barrier(jnp.sum(blocks, longest + 1)), axes, keepdims=True
+        )
+
+    return _compat.platform_dependent(x, cpu=at_once, default=in_two_stages)

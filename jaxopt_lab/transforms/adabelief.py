@@ -4,8 +4,8 @@ r"""AdaBelief: divide by the belief in the gradient, its deviation from the mome
     s_t = b2 s_{t-1} + (1 - b2) (g_t - m_t)^2 + eps
     update = (m_t / (1 - b1^t)) / (sqrt(s_t / (1 - b2^t)) + eps)
 
-Zhuang et al., "AdaBelief Optimizer", NeurIPS 2020, arXiv:2010.07468, Algorithm 2; options and
-defaults as in the authors' package adabelief-pytorch 0.2.1.
+Zhuang et al., "AdaBelief Optimizer", NeurIPS 2020, arXiv:2010.07468, Algorithm 2; options as in the
+authors' package adabelief-pytorch 0.2.1, whose `rectify` is True by default.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def scale_by_adabelief(
     """
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
+    _hyperparams.check_flag(amsgrad=amsgrad, rectify=rectify, degenerated_to_sgd=degenerated_to_sgd)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByAdaBeliefState:
@@ -107,13 +108,11 @@ def scale_by_adabelief(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByAdaBeliefState]:
-        del params
         state = _tree.check_state(state, ScaleByAdaBeliefState)
         count = _hyperparams.increment(state.count)
 
-        def rule(g: jax.Array, m: jax.Array, s: jax.Array, *s_max: jax.Array):
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+        def rule(g: jax.Array, m: jax.Array, s: jax.Array, *rest: Any) -> tuple[jax.Array, ...]:
+            *s_max, (c1, c2) = rest
             m = b1 * m + (1 - b1) * g
             # The brackets let XLA update s in place: without them it recomputes s from its old
             # value inside the parameters' kernel and has to copy the old value first.
@@ -128,7 +127,13 @@ def scale_by_adabelief(
             return (jnp.where(tractable, rectified, fallback), m, s, *s_max)
 
         moments = [state.mu, state.nu] + ([state.nu_max] if amsgrad else [])
-        updates, mu, nu, *nu_max = _tree.map_leaves(rule, updates, *moments)
+        updates, mu, nu, *nu_max = _tree.map_leaves(
+            rule,
+            updates,
+            *moments,
+            shared=_hyperparams.bias_corrections(b1, b2, count),
+            like=params,
+        )
         return updates, ScaleByAdaBeliefState(count, mu, nu, nu_max[0] if nu_max else None)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -139,7 +144,7 @@ def adabelief(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-16,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     weight_decouple: bool = True,
@@ -153,25 +158,33 @@ def adabelief(
 
     Args:
       learning_rate: step size or schedule.
-      b1: see `scale_by_adabelief`.
-      b2: see `scale_by_adabelief`.
-      eps: see `scale_by_adabelief`.
-      weight_decay: decay rate.
+      b1: decay rate of the momentum, in [0, 1).
+      b2: decay rate of the belief, in [0, 1).
+      eps: added to the belief at every step, where it accumulates, and to its root. The authors
+        advise 1e-16 for transformers and GANs, 1e-8 where SGD beats Adam.
+      weight_decay: decay rate or schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       weight_decouple: multiply the parameters by `1 - learning_rate * weight_decay`; if False, add
         `weight_decay * parameter` to the gradient before the moments (the paper's CIFAR setting).
       fixed_decay: multiply the parameters by `1 - weight_decay`, whatever the learning rate.
-      amsgrad: see `scale_by_adabelief`.
-      rectify: see `scale_by_adabelief`.
-      degenerated_to_sgd: see `scale_by_adabelief`.
+      amsgrad: divide by the running maximum of the belief (not used by the rectified step).
+      rectify: RAdam's rectification. The paper's results were made without it; the authors'
+        package turns it on by default, which `rectify=True` reproduces.
+      degenerated_to_sgd: with `rectify`, step along the momentum until the variance is tractable.
       mu_dtype: dtype of the momentum; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
+      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_adabelief`; also a negative `learning_rate` or `weight_decay`, or
-        `fixed_decay` with a decay that is not decoupled.
+      ValueError: a rate outside [0, 1), `eps` not positive, `mu_dtype` not floating, or gradients
+        that do not match; also a negative `learning_rate` or `weight_decay`, or `fixed_decay` with
+        a decay that is not decoupled.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -184,6 +197,7 @@ def adabelief(
     See Also:
       `scale_by_adabelief` for the bare rule and the source.
     """
+    _hyperparams.check_flag(weight_decouple=weight_decouple, fixed_decay=fixed_decay)
     if fixed_decay and not weight_decouple:
         raise ValueError("fixed_decay=True needs weight_decouple=True")
     rule = scale_by_adabelief(
@@ -195,12 +209,13 @@ def adabelief(
         degenerated_to_sgd=degenerated_to_sgd,
         mu_dtype=mu_dtype,
     )
-    if fixed_decay:
-        # After the learning rate the updates descend already, so the decay is subtracted.
-        decay = _hyperparams.decay_weights(weight_decay, mask, "adabelief", sign=-1.0)
-        return optax.chain(rule, _hyperparams.scale_by_learning_rate(learning_rate), decay)
     return _hyperparams.ready_made(
-        rule, learning_rate, weight_decay, mask, method="adabelief", coupled=not weight_decouple
+        rule,
+        learning_rate,
+        weight_decay,
+        mask,
+        method="adabelief",
+        decays="weights" if fixed_decay else "direction" if weight_decouple else "gradient",
     )
 
 
@@ -217,14 +232,15 @@ def _rectification(
     half_x = -_hyperparams.log_power(b2, jnp.ones((), jnp.int32), dtype) / 2
 
     def k(z: jax.Array) -> jax.Array:
-        square = z * z
+        # Each form is computed where it is not taken, too, and stays finite there.
+        small, large = jnp.minimum(z, 0.25), jnp.maximum(z, 0.25)
+        square = small * small
         series = square * (1 / 4725 - square * (2 / 93555))
-        series = z * (1 / 3 - square * (1 / 45 - square * (2 / 945 - series)))
-        large = jnp.maximum(z, 0.25)
-        return jnp.where(z < 0.25, 1 - series, 1 / large - 2 / jnp.expm1(2 * large))
+        series = small * (1 / 3 - square * (1 / 45 - square * (2 / 945 - series)))
+        by_exponential = 1 / large - 2 / jnp.expm1(jnp.minimum(2 * large, 80))
+        return jnp.where(z < 0.25, 1 - series, by_exponential)
 
-    rho_inf = (1 + b2) / (1 - b2)
     rho = t * k(t * half_x) + 1 - k(half_x)
-    safe = jnp.maximum(rho, 5)
+    safe, rho_inf = jnp.maximum(rho, 5), jnp.maximum((1 + b2) / (1 - b2), 5)
     ratio = (safe - 4) * (safe - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * safe)
     return rho >= 5, jnp.sqrt(ratio).astype(dtype)

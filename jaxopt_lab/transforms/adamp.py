@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices, _tree
+from jaxopt_lab import _hyperparams, _matrices, _treatments, _tree
 from jaxopt_lab.transforms import _projection
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
@@ -39,7 +39,7 @@ def scale_by_adamp(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     delta: _hyperparams.Scalar = 0.1,
@@ -60,22 +60,28 @@ def scale_by_adamp(
     weights removed, and :math:`\rho_t` is `wd_ratio`; if there is none, :math:`\Pi(p) = p` and
     :math:`\rho_t = 1`. The decay is part of the rule because :math:`\rho_t` is decided here.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second moment, in [0, 1).
       eps: added to the root of the second moment and to the norms; positive.
-      weight_decay: decoupled decay rate :math:`\lambda`.
+      weight_decay: decoupled decay rate :math:`\lambda`, a number or a schedule.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       delta: threshold of the cosine, times the root of the vector's dimension.
       wd_ratio: factor of the weight decay of projected weights, in [0, 1].
       nesterov: use :math:`\beta_1 m_t + (1 - \beta_1) g_t` in place of :math:`m_t`.
-      dimension_numbers: which axes are inputs and outputs: a tree of
-        `optax.contrib.MuonDimensionNumbers` (None for a leaf that is no matrix), or a function of
-        the parameters that returns one. By default the last axis is the output and all others are
-        inputs, as in dense (in, out) and convolution (height, width, in, out) kernels; an
-        attention kernel (embed, heads, head_dim) wants `MuonDimensionNumbers(0, (1, 2))`, a
-        stack of layers (layers, in, out) `MuonDimensionNumbers(1, 2)`. Scalars and vectors follow
-        plain Adam.
+      dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
+        outputs; all other axes count matrices, each projected by itself: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what follows plain Adam, or a function of
+        the parameters that returns one, or a mapping of patterns to them, each a regular expression
+        for a path, or the path of a layer, from its beginning or from a "/" to its end, with all
+        other leaves by default. By default names, shapes and neighbours decide, as
+        `muon_dimension_numbers` describes; input, output and depthwise layers are projected too,
+        and the rows of tables of embeddings. Biases, scales, norms, and kernels whose axes nothing
+        tells follow plain Adam; `jaxopt_lab.treatments` shows which.
       mu_dtype: dtype of the first moment; by default the parameter's.
 
     Returns:
@@ -101,18 +107,21 @@ def scale_by_adamp(
     """
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_non_negative(weight_decay=weight_decay, delta=delta)
+    _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
+    _hyperparams.check_non_negative(delta=delta)
     _hyperparams.check_fraction(wd_ratio=wd_ratio)
+    _hyperparams.check_flag(nesterov=nesterov)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def static(params: Any) -> list[tuple[_matrices.MatrixAxes | None, bool]]:
-        axes = _matrices.matrix_axes(
-            dimension_numbers, params, default=_projection.last_axis_is_output
-        )
-        return list(zip(axes, _tree.mask_leaves(mask, params)))
+        axes = _matrices.matrix_axes(dimension_numbers, params, default=_projection.channel_axes)
+        decays = _tree.mask_leaves(_hyperparams.mask_of(weight_decay, mask), params)
+        return list(zip(axes, decays))
 
     def init_fn(params: optax.Params) -> ScaleByAdampState:
         static(params)
+        found = _matrices.choices(dimension_numbers, params, default=_projection.channel_axes)
+        _treatments.report_choices("adamp", found, matrix="adamp", other="adam")
         return ScaleByAdampState(
             count=jnp.zeros((), jnp.int32),
             mu=_tree.zeros_like(params, mu_dtype),
@@ -126,35 +135,60 @@ def scale_by_adamp(
         params = _tree.require_params(params, "adamp")
         count = _hyperparams.increment(state.count)
 
+        def direction(
+            g: jax.Array, m: jax.Array, v: jax.Array, c2: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * g * g
+            momentum = b1 * m + (1 - b1) * g if nesterov else m
+            return momentum / (_hyperparams.sqrt(v) / jnp.sqrt(c2) + eps), m, v
+
+        def sums(
+            g: jax.Array, m: jax.Array, v: jax.Array, theta: jax.Array, of: Any, shared: Any
+        ) -> tuple[Any, ...]:
+            axes, _ = of
+            if axes is None or theta.size == 0:
+                return g, m, v, ()
+            _, c2, _ = shared
+            p, *_ = direction(g, m, v, c2)
+            operands = _projection.apart(direction, p, theta, g, m, v, c2)
+            return g, m, v, _projection.channel_sums(*operands, axes)
+
         def rule(
             g: jax.Array,
             m: jax.Array,
             v: jax.Array,
             theta: jax.Array,
-            axes_and_decays: tuple[_matrices.MatrixAxes | None, bool],
+            of: Any,
+            radial: _projection.Radial | None,
+            shared: Any,
         ) -> tuple[jax.Array, ...]:
-            axes, decays = axes_and_decays
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
-
-            def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-                m = b1 * m + (1 - b1) * g
-                v = b2 * v + (1 - b2) * g * g
-                momentum = b1 * m + (1 - b1) * g if nesterov else m
-                return momentum / (_hyperparams.sqrt(v) / jnp.sqrt(c2) + eps), m, v
-
-            p, m_new, v_new = direction(g, m, v)
+            _, decays = of
+            c1, c2, rate = shared
+            p, m, v = direction(g, m, v, c2)
             rho = 1.0
-            if axes is not None and theta.size > 0:
-                operands = _projection.apart(direction, p, theta, g, m, v)
-                radial, projects = _projection.radial_part(*operands, axes, delta=delta, eps=eps)
-                p = p - radial * theta
-                rho = jnp.where(projects, wd_ratio, 1.0)
+            if radial is not None:
+                p = p - radial.factor * theta
+                rho = jnp.where(radial.projects, wd_ratio, 1.0)
             u = p / c1
-            return (u + weight_decay * rho * theta if decays else u), m_new, v_new
+            return (u + rate * rho * theta if decays else u), m, v
 
-        updates, mu, nu = _tree.map_leaves(
-            rule, updates, state.mu, state.nu, params=params, static=static(params)
+        def scalars(dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            rate = _hyperparams.value_at("weight_decay", weight_decay, state.count)
+            corrections = _hyperparams.bias_corrections(b1, b2, count)
+            return *corrections(dtype), jnp.asarray(rate, dtype)
+
+        updates, mu, nu = _projection.map_projected(
+            sums,
+            rule,
+            updates,
+            state.mu,
+            state.nu,
+            params=params,
+            static=static(params),
+            shared=scalars,
+            delta=delta,
+            eps=eps,
         )
         return updates, ScaleByAdampState(count, mu, nu)
 
@@ -166,7 +200,7 @@ def adamp(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     delta: _hyperparams.Scalar = 0.1,
@@ -175,27 +209,45 @@ def adamp(
     dimension_numbers: _matrices.DimensionNumbers = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    """AdamP with decoupled weight decay.
+    r"""AdamP with decoupled weight decay.
+
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
 
     Args:
       learning_rate: step size or schedule.
-      b1: see `scale_by_adamp`.
-      b2: see `scale_by_adamp`.
-      eps: see `scale_by_adamp`.
-      weight_decay: decoupled decay, multiplied by the learning rate, and by `wd_ratio` where the
-        weights look scale-invariant.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root of the second moment and to the norms; positive.
+      weight_decay: decoupled decay, a number or a schedule, multiplied by the learning rate, and by
+        `wd_ratio` where the weights look scale-invariant.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      delta: see `scale_by_adamp`.
-      wd_ratio: see `scale_by_adamp`.
-      nesterov: see `scale_by_adamp`.
-      dimension_numbers: see `scale_by_adamp`.
+      delta: threshold of the cosine, times the root of the vector's dimension.
+      wd_ratio: factor of the weight decay of projected weights, in [0, 1].
+      nesterov: use :math:`\beta_1 m_t + (1 - \beta_1) g_t` in place of :math:`m_t`.
+      dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
+        outputs; all other axes count matrices, each projected by itself: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what follows plain Adam, or a function of
+        the parameters that returns one, or a mapping of patterns to them, each a regular expression
+        for a path, or the path of a layer, from its beginning or from a "/" to its end, with all
+        other leaves by default. By default names, shapes and neighbours decide, as
+        `muon_dimension_numbers` describes; input, output and depthwise layers are projected too,
+        and the rows of tables of embeddings. Biases, scales, norms, and kernels whose axes nothing
+        tells follow plain Adam; `jaxopt_lab.treatments` shows which.
       mu_dtype: dtype of the first moment; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params`.
+      A `GradientTransformation`; its update needs `params`, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_adamp`; also a negative `learning_rate`.
+      ValueError: a hyper-parameter out of range, axes that a parameter does not have, missing
+        `params`, or gradients that do not match; also a negative `learning_rate`.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -92,15 +92,17 @@ def scale_by_diffgrad(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByDiffgradState]:
-        del params
         state = _tree.check_state(state, ScaleByDiffgradState)
         count = _hyperparams.increment(state.count)
 
         def rule(
-            g: jax.Array, m: jax.Array, v: jax.Array, previous: jax.Array
+            g: jax.Array,
+            m: jax.Array,
+            v: jax.Array,
+            previous: jax.Array,
+            corrections: tuple[jax.Array, jax.Array],
         ) -> tuple[jax.Array, ...]:
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+            c1, c2 = corrections
             m = b1 * m + (1 - b1) * g
             v = b2 * v + (1 - b2) * jnp.square(g)
             xi = 1 / (1 + jnp.exp(-jnp.abs(previous - g)))
@@ -110,7 +112,15 @@ def scale_by_diffgrad(
             kept = jnp.where(g == previous, previous, g)
             return u, m, v, kept
 
-        updates, *moments = _tree.map_leaves(rule, updates, state.mu, state.nu, state.previous)
+        updates, *moments = _tree.map_leaves(
+            rule,
+            updates,
+            state.mu,
+            state.nu,
+            state.previous,
+            shared=_hyperparams.bias_corrections(b1, b2, count),
+            like=params,
+        )
         return updates, ScaleByDiffgradState(count, *moments)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -121,7 +131,7 @@ def diffgrad(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     mu_dtype: Any = None,
@@ -133,18 +143,25 @@ def diffgrad(
 
     Args:
       learning_rate: step size or schedule.
-      b1: see `scale_by_diffgrad`.
-      b2: see `scale_by_diffgrad`.
-      eps: see `scale_by_diffgrad`.
-      weight_decay: coupled decay, added to the gradient as `weight_decay * parameter`.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root of the second moment; positive.
+      weight_decay: coupled decay, a number or a schedule, added to the gradient as `weight_decay *
+        parameter`.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       mu_dtype: dtype of the first moment; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
+      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_diffgrad`; also a negative `learning_rate` or `weight_decay`.
+      ValueError: a rate outside [0, 1), `eps` not positive, `mu_dtype` not floating, or gradients
+        that do not match; also a negative `learning_rate` or `weight_decay`.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -159,5 +176,5 @@ def diffgrad(
     """
     rule = scale_by_diffgrad(b1, b2, eps, mu_dtype=mu_dtype)
     return _hyperparams.ready_made(
-        rule, learning_rate, weight_decay, mask, method="diffgrad", coupled=True
+        rule, learning_rate, weight_decay, mask, method="diffgrad", decays="gradient"
     )

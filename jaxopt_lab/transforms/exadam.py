@@ -82,6 +82,7 @@ def scale_by_exadam(
     """
     _hyperparams.check_decay(b1=b1, b2=b2)
     _hyperparams.check_positive(eps=eps)
+    _hyperparams.check_flag(dynamic_step_size=dynamic_step_size)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByExadamState:
@@ -94,13 +95,13 @@ def scale_by_exadam(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByExadamState]:
-        del params
         state = _tree.check_state(state, ScaleByExadamState)
         count = _hyperparams.increment(state.count)
 
-        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            c1 = _hyperparams.one_minus_power(b1, count, g.dtype)
-            c2 = _hyperparams.one_minus_power(b2, count, g.dtype)
+        def rule(
+            g: jax.Array, m: jax.Array, v: jax.Array, corrections: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, ...]:
+            c1, c2 = corrections
             m = b1 * m + (1 - b1) * g
             v = b2 * v + (1 - b2) * jnp.square(g)
             d1 = 1 + (1 - c2) * (v / (v + eps))
@@ -110,7 +111,14 @@ def scale_by_exadam(
                 u = 0.5 * jnp.log(2 * (count.astype(g.dtype) + 1)) * u
             return u, m, v
 
-        updates, mu, nu = _tree.map_leaves(rule, updates, state.mu, state.nu)
+        updates, mu, nu = _tree.map_leaves(
+            rule,
+            updates,
+            state.mu,
+            state.nu,
+            shared=_hyperparams.bias_corrections(b1, b2, count),
+            like=params,
+        )
         return updates, ScaleByExadamState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -121,7 +129,7 @@ def exadam(
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.999,
     eps: _hyperparams.Scalar = 1e-8,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     dynamic_step_size: bool = True,
@@ -131,19 +139,26 @@ def exadam(
 
     Args:
       learning_rate: step size or schedule.
-      b1: see `scale_by_exadam`.
-      b2: see `scale_by_exadam`.
-      eps: see `scale_by_exadam`.
-      weight_decay: decoupled decay, multiplied by the learning rate but not by the dynamic step.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added in both cross terms and to the root; positive, since zero would give 0 / 0.
+      weight_decay: decoupled decay, a number or a schedule, multiplied by the learning rate but not
+        by the dynamic step.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      dynamic_step_size: see `scale_by_exadam`.
+      dynamic_step_size: the growing step of the paper's first version; its second drops it.
       mu_dtype: dtype of the first moment; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
+      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_exadam`; also a negative `learning_rate` or `weight_decay`.
+      ValueError: a rate outside [0, 1), `eps` not positive, `mu_dtype` not floating, or gradients
+        that do not match; also a negative `learning_rate` or `weight_decay`.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -74,7 +74,6 @@ def scale_by_lion(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByLionState]:
-        del params
         state = _tree.check_state(state, ScaleByLionState)
 
         def rule(g: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -85,7 +84,7 @@ def scale_by_lion(
                 direction = b1 * m + (1 - b1) * g
             return jnp.sign(direction), m_new
 
-        updates, mu = _tree.map_leaves(rule, updates, state.mu)
+        updates, mu = _tree.map_leaves(rule, updates, state.mu, like=params)
         return updates, ScaleByLionState(mu=mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -95,7 +94,7 @@ def lion(
     learning_rate: optax.ScalarOrSchedule,
     b1: _hyperparams.Scalar = 0.9,
     b2: _hyperparams.Scalar = 0.99,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     mu_dtype: Any = None,
@@ -107,17 +106,24 @@ def lion(
 
     Args:
       learning_rate: step size or schedule; every coordinate moves by exactly this much.
-      b1: see `scale_by_lion`.
-      b2: see `scale_by_lion`.
-      weight_decay: decoupled decay, multiplied by the learning rate (0 in the authors' code).
+      b1: weight of the momentum in the direction, in [0, 1).
+      b2: decay rate of the momentum, in [0, 1). The authors use (0.95, 0.98) for language models.
+      weight_decay: decoupled decay, a number or a schedule, multiplied by the learning rate (0 in
+        the authors' code).
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       mu_dtype: dtype of the momentum; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0.
+      A `GradientTransformation`; its update needs `params` if `weight_decay` is not 0, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_lion`; also a negative `learning_rate` or `weight_decay`.
+      ValueError: a rate outside [0, 1), `mu_dtype` not floating, or gradients that do not match;
+        also a negative `learning_rate` or `weight_decay`.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

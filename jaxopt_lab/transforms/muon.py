@@ -11,16 +11,57 @@ and Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982 (Moo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxopt_lab import _adam, _compat, _hyperparams, _matrices, _tree
+from jaxopt_lab import _adam, _compat, _hyperparams, _matrices, _roles, _treatments, _tree
 
-NS_COEFFS = (3.4445, -4.7750, 2.0315)
+Coefficients = tuple[float, float, float]
+NsCoeffs = Literal["original", "standard", "quintic", "dion", "polar_express"]
+
+NS_COEFFS: Coefficients = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+# Leaves whose matrices are iterated together.
+_AT_ONCE = 32
+
+# Cesista, Jiacheng and Jordan, "Squeezing 1-2% Efficiency Gains Out of Muon by Optimizing the
+# Newton-Schulz Coefficients", 2025: each iteration its own polynomial.
+_QUINTIC = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+# Amsel et al., "The Polar Express", 2025, arXiv:2505.16932, Algorithm 1: the best polynomial for
+# what singular values the ones before it leave of [0.001, 1].
+_POLAR = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+# The paper's margin for rounding divides x by 1.01 in all polynomials but the last.
+_POLAR_EXPRESS = (
+    *((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR),
+    (1.875, -1.25, 0.375),
+)
+# By the names that optax ("standard", "dion") and timm ("original", "quintic") have for them.
+PRESETS: dict[str, Coefficients | tuple[Coefficients, ...]] = {
+    "original": NS_COEFFS,
+    "standard": NS_COEFFS,
+    "quintic": _QUINTIC,
+    "dion": _QUINTIC,
+    "polar_express": _POLAR_EXPRESS,
+}
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
 CONTRACT_EXCEPTIONS = {
@@ -39,8 +80,8 @@ def scale_by_muon(
     eps: _hyperparams.Scalar = 1e-7,
     *,
     nesterov: bool = True,
-    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
-    ns_steps: int = 5,
+    ns_coeffs: NsCoeffs | Coefficients | Sequence[Coefficients] = NS_COEFFS,
+    ns_steps: int | None = None,
     ns_dtype: Any = None,
     consistent_rms: _hyperparams.Scalar | None = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
@@ -62,28 +103,39 @@ def scale_by_muon(
     `optax.contrib.muon` differs: it corrects the bias of momentum and gradient apart, which changes
     their mix in the first steps.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       beta: decay rate of the momentum, in [0, 1).
       eps: added to the Frobenius norm; positive.
       nesterov: orthogonalise the look-ahead momentum.
-      ns_coeffs: the coefficients (a, b, c) of the iteration.
-      ns_steps: number of iterations, at least 1.
-      ns_dtype: dtype of the iteration. By default that of the momentum but at least float32, with
-        exact matrix products; `jax.numpy.bfloat16` is the authors' choice and several times
-        faster on accelerators.
+      ns_coeffs: the coefficients (a, b, c) of the iteration; a sequence with a triple for each
+        iteration; or the name of one: "original" or "standard" (Jordan's, the default), "quintic"
+        or "dion" (five iterations with polynomials of their own, singular values in [0.9, 1.1]),
+        "polar_express" (eight, of which the first few may be taken; converges to 1).
+      ns_steps: number of iterations, at least 1: 5 by default, or the number of triples, of which
+        a smaller number takes the first.
+      ns_dtype: dtype that the iteration keeps its matrices in. By default that of the momentum but
+        at least float32, with exact matrix products; `jax.numpy.bfloat16` is the authors' choice
+        and several times faster on accelerators: products are accumulated in float32, and each
+        expression is rounded once.
       consistent_rms: root mean square of a full-rank update, 0.2 in Moonlight, which lets AdamW's
         learning rate and weight decay carry over; by default Jordan's shape factor.
-      dimension_numbers: which axes are the matrix: a tree of `optax.contrib.MuonDimensionNumbers`,
-        or a function of the parameters that returns one; all other axes count matrices. By default
-        see `muon_dimension_numbers`; every leaf must have some.
+      dimension_numbers: which axes are inputs and outputs of a matrix, all others count matrices:
+        a tree of `optax.contrib.MuonDimensionNumbers`, or a function of the parameters that returns
+        one, or a mapping of patterns to them, each a regular expression for a path, or the path of
+        a layer, from its beginning or from a "/" to its end, with all other leaves by default. By
+        default `muon_dimension_numbers` decides; every leaf must have some.
       mu_dtype: dtype of the momentum; by default the parameter's.
 
     Returns:
       A `GradientTransformation`; its update needs no `params`.
 
     Raises:
-      ValueError: a hyper-parameter out of range, a leaf that is no matrix, or gradients that do
-        not match.
+      ValueError: a hyper-parameter out of range, an unknown name, more `ns_steps` than triples, a
+        leaf that is no matrix, or gradients that do not match.
       TypeError: parameters or gradients that are not real floating point.
 
     Examples:
@@ -101,64 +153,66 @@ def scale_by_muon(
     """
     _hyperparams.check_decay(beta=beta)
     _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_positive_integer(ns_steps=ns_steps)
+    _hyperparams.check_flag(nesterov=nesterov)
     if consistent_rms is not None:
         _hyperparams.check_positive(consistent_rms=consistent_rms)
-    if len(ns_coeffs) != 3:
-        raise ValueError(f"ns_coeffs must be three numbers, got {ns_coeffs!r}")
+    coefficients = _coefficients(ns_coeffs, ns_steps)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+    ns_dtype = _hyperparams.canonical_mu_dtype(ns_dtype, name="ns_dtype")
 
     def all_axes(params: optax.Params) -> list[_matrices.MatrixAxes]:
-        axes = _matrices.matrix_axes(dimension_numbers, params, default=muon_dimension_numbers)
-        for (name, leaf), found in zip(_tree.leaves_with_names(params), axes):
-            if found is None:
+        found = _matrices.choices(dimension_numbers, params, default=_matrices.hidden)
+        for choice in found:
+            if choice.axes is None:
                 raise ValueError(
-                    f"scale_by_muon has no matrix axes for '{name}' of shape {jnp.shape(leaf)}; "
-                    "give them in dimension_numbers, or use muon, which leaves it to Adam"
+                    f"scale_by_muon has no matrix axes for '{choice.name}' of shape "
+                    f"{choice.shape} ({choice.reason}); give them in dimension_numbers, or use "
+                    "muon, which leaves it to Adam"
                 )
-        return axes  # type: ignore[return-value]
+        return [choice.axes for choice in found]  # type: ignore[misc]
 
     def init_fn(params: optax.Params) -> ScaleByMuonState:
         all_axes(params)
+        found = _matrices.choices(dimension_numbers, params, default=_matrices.hidden)
+        _treatments.report_choices("scale_by_muon", found, matrix="muon", other="adam")
         return ScaleByMuonState(mu=_tree.zeros_like(params, mu_dtype))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByMuonState]:
-        del params
         state = _tree.check_state(state, ScaleByMuonState)
-        # The look-ahead leaves its leaf's gradient dtype only after the matrices were collected.
-        momenta: list[jax.Array] = []
 
-        def momentum(g: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def momentum(g: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             b = beta * b + (1 - beta) * g
-            momenta.append(beta * b + (1 - beta) * g if nesterov else b)
-            return g, b
+            return g, b, beta * b + (1 - beta) * g if nesterov else b
 
-        _, mu = _tree.map_leaves(momentum, updates, state.mu)
+        _, mu, *momenta = _tree.map_leaves(momentum, updates, state.mu, like=params)
         axes = all_axes(updates)
-        matrices = [_matrices.to_matrices(u, a) for u, a in zip(momenta, axes)]
+        matrices = [
+            _matrices.to_matrices(u, a) for u, a in zip(jax.tree.leaves(momenta), axes, strict=True)
+        ]
 
         def newton_schulz(x: jax.Array) -> jax.Array:
-            return _newton_schulz(x, eps, ns_coeffs, ns_steps, ns_dtype)
+            return _newton_schulz(x, eps, coefficients, ns_steps, ns_dtype)
 
         def iterate(batch: jax.Array) -> jax.Array:
             # A CPU has its cores busy with one matrix, and keeps one in its cache.
-            return jax.lax.platform_dependent(
+            return _compat.platform_dependent(
                 batch, cpu=lambda x: jax.lax.map(newton_schulz, x), default=newton_schulz
             )
 
-        orthogonal = _orthogonalize(matrices, iterate)
-
-        def scaled(g: jax.Array, index: int) -> tuple[jax.Array]:
-            _, fan_in, fan_out = matrices[index].shape
+        results = []
+        dtypes = _tree.update_dtypes(updates, state.mu if params is None else params)
+        leaves = jax.tree.leaves(updates)
+        for g, x, a, dtype in zip(leaves, _orthogonalize(matrices, iterate), axes, dtypes):
+            _, fan_in, fan_out = x.shape
             if consistent_rms is None:
-                scale = max(1.0, fan_out / fan_in) ** 0.5
+                scale = max(1.0, fan_out / max(fan_in, 1)) ** 0.5
             else:
                 scale = consistent_rms * max(fan_in, fan_out) ** 0.5
-            return (_matrices.from_matrices(scale * orthogonal[index], axes[index], g.shape),)
-
-        (updates,) = _tree.map_leaves(scaled, updates, static=range(len(momenta)))
+            u = _matrices.from_matrices(scale * x, a, jnp.shape(g))
+            results.append(u.astype(dtype))
+        updates = jax.tree.unflatten(jax.tree.structure(updates), results)
         return updates, ScaleByMuonState(mu=mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -168,12 +222,12 @@ def muon(
     learning_rate: optax.ScalarOrSchedule,
     beta: _hyperparams.Scalar = 0.95,
     eps: _hyperparams.Scalar = 1e-7,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     nesterov: bool = True,
-    ns_coeffs: tuple[float, float, float] = NS_COEFFS,
-    ns_steps: int = 5,
+    ns_coeffs: NsCoeffs | Coefficients | Sequence[Coefficients] = NS_COEFFS,
+    ns_steps: int | None = None,
     ns_dtype: Any = None,
     consistent_rms: _hyperparams.Scalar | None = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
@@ -182,7 +236,7 @@ def muon(
     adam_b2: _hyperparams.Scalar = 0.95,
     adam_eps: _hyperparams.Scalar = 1e-10,
     adam_eps_in_root: bool = True,
-    adam_weight_decay: _hyperparams.Scalar | None = None,
+    adam_weight_decay: optax.ScalarOrSchedule | None = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
     """Muon on hidden matrices, Adam on everything else, both with decoupled weight decay.
@@ -190,20 +244,37 @@ def muon(
     Jordan's setting is `muon(0.02, adam_learning_rate=3e-4)`; Moonlight's, with AdamW's learning
     rate and decay for all, `muon(1e-3, weight_decay=0.1, consistent_rms=0.2, adam_eps=1e-8)`.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       learning_rate: step size or schedule of the matrices.
-      beta: see `scale_by_muon`.
-      eps: see `scale_by_muon`.
-      weight_decay: decoupled decay, multiplied by the learning rate but not by the shape factor.
+      beta: decay rate of the momentum, in [0, 1).
+      eps: added to the Frobenius norm; positive.
+      weight_decay: decoupled decay, a number or a schedule, multiplied by the learning rate but not
+        by the shape factor.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      nesterov: see `scale_by_muon`; Adam is the plain one in any case.
-      ns_coeffs: see `scale_by_muon`.
-      ns_steps: see `scale_by_muon`.
-      ns_dtype: see `scale_by_muon`.
-      consistent_rms: see `scale_by_muon`.
-      dimension_numbers: tree of `optax.contrib.MuonDimensionNumbers`, with None for what goes to
-        Adam, or a function of the parameters that returns one; by default
-        `muon_dimension_numbers`.
+      nesterov: orthogonalise the look-ahead momentum. Adam is the plain one in any case.
+      ns_coeffs: the coefficients (a, b, c) of the iteration; a sequence with a triple for each
+        iteration; or the name of one: "original" or "standard" (Jordan's, the default), "quintic"
+        or "dion" (five iterations with polynomials of their own, singular values in [0.9, 1.1]),
+        "polar_express" (eight, of which the first few may be taken; converges to 1).
+      ns_steps: number of iterations, at least 1: 5 by default, or the number of triples, of which
+        a smaller number takes the first.
+      ns_dtype: dtype that the iteration keeps its matrices in. By default that of the momentum but
+        at least float32, with exact matrix products; `jax.numpy.bfloat16` is the authors' choice
+        and several times faster on accelerators: products are accumulated in float32, and each
+        expression is rounded once.
+      consistent_rms: root mean square of a full-rank update, 0.2 in Moonlight, which lets AdamW's
+        learning rate and weight decay carry over; by default Jordan's shape factor.
+      dimension_numbers: which axes are inputs and outputs of a matrix, all others count matrices:
+        a tree of `optax.contrib.MuonDimensionNumbers` with None for what goes to Adam, or a
+        function of the parameters that returns one, or a mapping of patterns to them, each a
+        regular expression for a path, or the path of a layer, from its beginning or from a "/" to
+        its end, with all other leaves by default: `{"attention/qkv": MuonDimensionNumbers(0, (1,
+        2)), "probe": None}`. By default `muon_dimension_numbers` decides, and
+        `jaxopt_lab.treatments` shows what.
       adam_learning_rate: step size or schedule of Adam; by default `learning_rate`.
       adam_b1: Adam's first decay rate, in [0, 1).
       adam_b2: Adam's second decay rate, in [0, 1).
@@ -214,10 +285,17 @@ def muon(
       mu_dtype: dtype of the momentum and of Adam's first moment; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params` if a weight decay is not 0.
+      A `GradientTransformation`; its update needs `params` if a weight decay is not 0, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_muon`; also a negative learning rate or weight decay.
+      ValueError: a hyper-parameter out of range, an unknown name, more `ns_steps` than triples, a
+        leaf that is no matrix, or gradients that do not match; also a negative learning rate or
+        weight decay.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -236,45 +314,63 @@ def muon(
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate
 
-    def numbers(params: optax.Params) -> Any:
-        given = muon_dimension_numbers if dimension_numbers is None else dimension_numbers
-        return given(params) if callable(given) else given
+    def decided(params: optax.Params) -> list[_matrices.Choice]:
+        return _matrices.choices(dimension_numbers, params, default=_matrices.hidden)
 
-    def labels(params: optax.Params) -> Any:
-        axes = _matrices.matrix_axes(numbers, params, default=muon_dimension_numbers)
-        names = ["adam" if found is None else "muon" for found in axes]
-        return jax.tree.unflatten(jax.tree.structure(params), names)
+    def both(structure: Any, axes: list[Any]) -> optax.GradientTransformationExtraArgs:
+        matrix_rule = scale_by_muon(
+            beta,
+            eps,
+            nesterov=nesterov,
+            ns_coeffs=ns_coeffs,
+            ns_steps=ns_steps,
+            ns_dtype=ns_dtype,
+            consistent_rms=consistent_rms,
+            dimension_numbers=structure.unflatten(map(_matrices.specification, axes)),
+            mu_dtype=mu_dtype,
+        )
+        return optax.partition(
+            {
+                "muon": _hyperparams.ready_made(
+                    matrix_rule, learning_rate, weight_decay, mask, method="muon"
+                ),
+                "adam": _hyperparams.ready_made(
+                    adam_rule,
+                    adam_learning_rate,
+                    adam_weight_decay,
+                    mask,
+                    method="muon",
+                    prefix="adam_",
+                ),
+            },
+            # A function, for a tree of labels may be a module, which can be called.
+            lambda _: structure.unflatten("adam" if found is None else "muon" for found in axes),
+        )
 
-    matrix_rule = scale_by_muon(
-        beta,
-        eps,
-        nesterov=nesterov,
-        ns_coeffs=ns_coeffs,
-        ns_steps=ns_steps,
-        ns_dtype=ns_dtype,
-        consistent_rms=consistent_rms,
-        dimension_numbers=numbers,
-        mu_dtype=mu_dtype,
-    )
     adam_rule = _adam.scale_by_adam(
         adam_b1, adam_b2, adam_eps, adam_eps_in_root, mu_dtype, prefix="adam_"
     )
-    both = optax.partition(
-        {
-            "muon": _hyperparams.ready_made(
-                matrix_rule, learning_rate, weight_decay, mask, method="muon"
-            ),
-            "adam": _hyperparams.ready_made(
-                adam_rule, adam_learning_rate, adam_weight_decay, mask, method="muon"
-            ),
-        },
-        labels,
-    )
+    both(jax.tree.structure(()), [])  # checks the hyper-parameters
+
+    def for_tree(params: optax.Params) -> optax.GradientTransformationExtraArgs:
+        # Decided from the whole tree: the two rules see a part of it, without the neighbours.
+        return both(jax.tree.structure(params), [choice.axes for choice in decided(params)])
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        _tree.check_params(params)
+        _treatments.report_choices("muon", decided(params), matrix="muon", other="adam")
+        with _treatments.silent():
+            return for_tree(params).init(params)
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         state = _tree.check_state(state, optax.transforms.PartitionState)
+        if set(state.inner_states) != {"muon", "adam"}:
+            raise ValueError(
+                "the state was made by another transformation: it has parts for "
+                f"{', '.join(map(str, state.inner_states))}, expected muon and adam"
+            )
         # Each leaf has its first moment in one of the two; the other holds a MaskedNode.
         moments = [state.inner_states[label].inner_state[0].mu for label in ("muon", "adam")]
         is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
@@ -282,19 +378,47 @@ def muon(
             lambda m, a: a if is_masked(m) else m, *moments, is_leaf=is_masked
         )
         _tree.check_updates(updates, all_moments)
-        return both.update(updates, state, params)
+        theirs = jax.tree.leaves(
+            jax.tree.map(
+                lambda m, a: m if is_masked(m) and is_masked(a) else is_masked(m),
+                *moments,
+                is_leaf=is_masked,
+            )
+        )
+        for choice, is_adams in zip(decided(updates), theirs):
+            if is_adams != (choice.axes is None):
+                rule = "Adam" if is_adams else "Muon"
+                raise ValueError(
+                    f"the state was made by another transformation: '{choice.name}' is left to "
+                    f"{rule} there: were dimension_numbers changed?"
+                )
+        return for_tree(updates).update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformation(both.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def muon_dimension_numbers(params: optax.Params) -> Any:
     """Which leaves Muon takes by default, and which of their axes are the matrix.
 
-    Kernels with two axes (in, out) and with four (height, width, in, out) are matrices, unless a
-    part of their path is `embedding`, `embed`, `unembed`, `lm_head`, `head`, `logits` or `output`:
-    embeddings and the output layer belong to Adam. So does everything else, in particular kernels
-    with three axes, whose roles cannot be known: attention kernels (embed, heads, head_dim) and
-    stacked layers (layers, in, out) need explicit numbers.
+    Muon takes hidden kernels, each matrix of a stack by itself:
+
+    - dense kernels: (in, out) if called `kernel` or `w`, as in Flax and Haiku, and (out, in) if
+      called `weight`, as in Equinox and PyTorch, unless their biases say otherwise; recurrent cells
+      too, whose gates are one matrix;
+    - convolutions over 1, 2 or 3 axes, as (window and in) x out; a grouped one cannot be told from
+      others, but of a depthwise one (one input a group) no kernel is a matrix: Adam's;
+    - attention kernels: `query`, `key` and `value` (embed, heads, head_dim) as embed x (heads
+      head_dim), `out` (heads, head_dim, embed) as (heads head_dim) x embed, Gemma's einsum kernels;
+    - stacks of all these: layers of a scan or an ensemble, whose biases and norm scales have one
+      axis more, leading or, as MaxText scans, second; the leading axis of experts.
+
+    All else is Adam's: biases, scales and all else that is called so or belongs to a norm, stacked
+    or not; tables of embeddings, positions and tokens; the output layer, known by names such as
+    `lm_head`, `logits_dense`, `classifier`, or outside of all layers `head` and `output`; and the
+    input layer of images, the patch embedding of a ViT or the stem of a CNN, for Muon's authors
+    leave first and last layers to Adam. A kernel whose axes nothing tells is Adam's too, and a
+    warning names it once. `jaxopt_lab.treatments(muon(...), params)` shows what was decided, and
+    `dimension_numbers` decides otherwise.
 
     Args:
       params: the parameters; only shapes and paths are looked at.
@@ -307,53 +431,99 @@ def muon_dimension_numbers(params: optax.Params) -> Any:
       >>> muon_dimension_numbers({"embed": jnp.zeros((9, 4)), "up": jnp.zeros((4, 8))})
       {'embed': None, 'up': MuonDimensionNumbers(reduction_axis=(0,), output_axis=1)}
     """
-
-    def numbers(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if jnp.ndim(x) not in (2, 4) or _matrices.ends_of_a_model(path):
-            return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(jnp.ndim(x) - 1)), jnp.ndim(x) - 1)
-
-    return jax.tree_util.tree_map_with_path(numbers, params)
+    numbers = [_matrices.specification(_matrices.hidden(role)) for role in _roles.roles(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), numbers)
 
 
 def _orthogonalize(
     matrices: list[jax.Array], iterate: Callable[[jax.Array], jax.Array]
 ) -> list[jax.Array]:
-    """Applies `iterate` to (n, rows, cols) stacks of matrices, those of equal type as one."""
+    """Applies `iterate` to (n, rows, cols) stacks of matrices, those of equal type together."""
     batches: dict[Any, list[int]] = defaultdict(list)
     # The iteration commutes with transposition, and is cheapest with the short side first.
     wide = [jnp.swapaxes(x, 1, 2) if x.shape[1] > x.shape[2] else x for x in matrices]
     for index, x in enumerate(wide):
-        batches[_compat.type_apart_from_leading_axis(x)].append(index)
+        if x.size > 0:
+            batches[_compat.type_apart_from_leading_axis(x)].append(index)
     results = list(matrices)
-    for members in batches.values():
-        batch = iterate(jnp.concatenate([_compat.unshard(wide[index]) for index in members]))
-        start = 0
-        for index in members:
-            stop = start + wide[index].shape[0]
-            x = _compat.reshard_like(batch[start:stop], wide[index])
-            results[index] = x if x.shape == matrices[index].shape else jnp.swapaxes(x, 1, 2)
-            start = stop
+    for all_members in batches.values():
+        # XLA's time for a kernel grows with the square of the arrays that it reads.
+        for first in range(0, len(all_members), _AT_ONCE):
+            members = all_members[first : first + _AT_ONCE]
+            batch = iterate(jnp.concatenate([_compat.unshard(wide[index]) for index in members]))
+            start = 0
+            for index in members:
+                stop = start + wide[index].shape[0]
+                x = _compat.reshard_like(batch[start:stop], wide[index])
+                results[index] = x if x.shape == matrices[index].shape else jnp.swapaxes(x, 1, 2)
+                start = stop
     return results
 
 
 def _newton_schulz(
     x: jax.Array,
     eps: _hyperparams.Scalar,
-    ns_coeffs: tuple[float, float, float],
-    ns_steps: int,
+    coefficients: Sequence[Coefficients],
+    ns_steps: int | None,
     ns_dtype: Any,
 ) -> jax.Array:
-    """The iteration on matrices (..., rows, cols) with rows <= cols."""
-    a, b, c = ns_coeffs
+    """The iteration on matrices (..., rows, cols) with rows <= cols.
+
+    The coefficients stay exact, products accumulate in the dtype that comes in, and each of the
+    three expressions of an iteration is rounded once.
+    """
+    dtype, narrow = x.dtype, jnp.dtype(ns_dtype or x.dtype)
     norm = _hyperparams.sqrt(jnp.sum(jnp.square(x), (-2, -1), keepdims=True))
 
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.matmul(left, right, precision="highest")
+        return jnp.matmul(left, right, precision="highest", preferred_element_type=dtype)
 
-    def iteration(_: Any, x: jax.Array) -> jax.Array:
-        gram = product(x, jnp.swapaxes(x, -2, -1))
-        return a * x + product(b * gram + c * product(gram, gram), x)
+    def iteration(x: jax.Array, abc: jax.Array | Coefficients) -> jax.Array:
+        a, b, c = abc
+        gram = product(x, jnp.swapaxes(x, -2, -1)).astype(narrow)
+        poly = (b * gram.astype(dtype) + c * product(gram, gram)).astype(narrow)
+        return (a * x.astype(dtype) + product(poly, x)).astype(narrow)
 
-    x = x / (norm + eps)
-    return jax.lax.fori_loop(0, ns_steps, iteration, x.astype(ns_dtype or x.dtype)).astype(x.dtype)
+    x = (x / (norm + eps)).astype(narrow)
+    if len(coefficients) == 1:
+        steps = NS_STEPS if ns_steps is None else ns_steps
+        x = _compat.fori_loop(0, steps, lambda _, x: iteration(x, coefficients[0]), x)
+    else:
+        table = jnp.asarray(coefficients, dtype)
+        x = _compat.fori_loop(0, len(coefficients), lambda i, x: iteration(x, table[i]), x)
+    return x.astype(dtype)
+
+
+def _coefficients(
+    ns_coeffs: NsCoeffs | Coefficients | Sequence[Coefficients], ns_steps: Any
+) -> tuple[Coefficients, ...]:
+    """Returns one triple for all iterations, or one for each of them."""
+    if isinstance(ns_coeffs, str):
+        _hyperparams.check_choice(tuple(PRESETS), ns_coeffs=ns_coeffs)
+        ns_coeffs = PRESETS[ns_coeffs]
+    table = np.asarray(ns_coeffs, dtype=object)
+    if table.ndim not in (1, 2) or table.shape[-1] != 3 or table.shape[0] == 0:
+        raise ValueError(
+            "ns_coeffs must be three numbers, a triple for each iteration, or one of "
+            f"{', '.join(PRESETS)}, got {ns_coeffs!r}"
+        )
+    triples = [tuple(row) for row in table.reshape(-1, 3)]
+    for index, triple in enumerate(triples):
+        of = f" of iteration {index}" if table.ndim == 2 else ""
+        _hyperparams.check_finite(
+            **{f"ns_coeffs {letter}{of}": x for letter, x in zip("abc", triple)}
+        )
+    if ns_steps is not None:
+        _hyperparams.check_positive_integer(ns_steps=ns_steps)
+    if table.ndim == 1 or ns_steps is None:
+        return tuple(triples)
+    if not _hyperparams.is_number(ns_steps):
+        raise TypeError(
+            "ns_steps must be an integer where ns_coeffs has a triple for each iteration: leave "
+            "it out, or list it in static_args of optax.inject_hyperparams"
+        )
+    if ns_steps > len(triples):
+        raise ValueError(
+            f"ns_steps is {ns_steps}, but ns_coeffs has triples for {len(triples)} iterations"
+        )
+    return tuple(triples[: int(ns_steps)])

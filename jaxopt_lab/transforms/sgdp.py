@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices, _tree
+from jaxopt_lab import _hyperparams, _matrices, _treatments, _tree
 from jaxopt_lab.transforms import _projection
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
@@ -32,11 +32,12 @@ class ScaleBySgdpState(NamedTuple):
     """State of `scale_by_sgdp`: 4 bytes a parameter in float32."""
 
     mu: optax.Updates  # b; shapes of the parameters, dtype `mu_dtype` or the parameter's
+    count: Any = None  # steps taken; int32, shape (), or None unless the decay is a schedule
 
 
 def scale_by_sgdp(
     momentum: _hyperparams.Scalar = 0.0,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     dampening: _hyperparams.Scalar = 0.0,
@@ -58,9 +59,14 @@ def scale_by_sgdp(
     with the projection :math:`\Pi` and the factor :math:`\rho_t` of `scale_by_adamp`. The first
     step is dampened too, unlike in PyTorch's SGD.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       momentum: :math:`\mu`, in [0, 1).
-      weight_decay: decay rate :math:`\lambda`, applied divided by `1 - momentum`.
+      weight_decay: decay rate :math:`\lambda`, a number or a schedule, applied divided by `1 -
+        momentum`.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
       dampening: :math:`\tau`, in [0, 1].
       nesterov: step along the gradient plus `momentum` times the new buffer.
@@ -70,7 +76,15 @@ def scale_by_sgdp(
       project_momentum: keep the projected direction as the buffer, as the published code does
         without Nesterov, where both are one array written in place; the paper projects only the
         applied step. Not with `nesterov`.
-      dimension_numbers: which axes are inputs and outputs, see `scale_by_adamp`.
+      dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
+        outputs; all other axes count matrices, each projected by itself: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what follows plain SGD, or a function of
+        the parameters that returns one, or a mapping of patterns to them, each a regular expression
+        for a path, or the path of a layer, from its beginning or from a "/" to its end, with all
+        other leaves by default. By default names, shapes and neighbours decide, as
+        `muon_dimension_numbers` describes; input, output and depthwise layers are projected too,
+        and the rows of tables of embeddings. Biases, scales, norms, and kernels whose axes nothing
+        tells follow plain SGD; `jaxopt_lab.treatments` shows which.
       mu_dtype: dtype of the buffer; by default the parameter's.
 
     Returns:
@@ -95,21 +109,25 @@ def scale_by_sgdp(
     """
     _hyperparams.check_decay(momentum=momentum)
     _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_non_negative(weight_decay=weight_decay, delta=delta)
+    _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
+    _hyperparams.check_non_negative(delta=delta)
     _hyperparams.check_fraction(dampening=dampening, wd_ratio=wd_ratio)
+    _hyperparams.check_flag(nesterov=nesterov, project_momentum=project_momentum)
     mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
     if project_momentum and nesterov:
         raise ValueError("project_momentum=True needs nesterov=False")
 
     def static(params: Any) -> list[tuple[_matrices.MatrixAxes | None, bool]]:
-        axes = _matrices.matrix_axes(
-            dimension_numbers, params, default=_projection.last_axis_is_output
-        )
-        return list(zip(axes, _tree.mask_leaves(mask, params)))
+        axes = _matrices.matrix_axes(dimension_numbers, params, default=_projection.channel_axes)
+        decays = _tree.mask_leaves(_hyperparams.mask_of(weight_decay, mask), params)
+        return list(zip(axes, decays))
 
     def init_fn(params: optax.Params) -> ScaleBySgdpState:
         static(params)
-        return ScaleBySgdpState(mu=_tree.zeros_like(params, mu_dtype))
+        found = _matrices.choices(dimension_numbers, params, default=_projection.channel_axes)
+        _treatments.report_choices("sgdp", found, matrix="sgdp", other="sgd")
+        count = jnp.zeros((), jnp.int32) if callable(weight_decay) else None
+        return ScaleBySgdpState(_tree.zeros_like(params, mu_dtype), count)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -117,32 +135,52 @@ def scale_by_sgdp(
         state = _tree.check_state(state, ScaleBySgdpState)
         params = _tree.require_params(params, "sgdp")
 
+        def direction(g: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+            b = momentum * b + (1 - dampening) * g
+            return (g + momentum * b if nesterov else b), b
+
+        def sums(
+            g: jax.Array, b: jax.Array, theta: jax.Array, of: Any, rate: jax.Array
+        ) -> tuple[Any, ...]:
+            del rate
+            axes, _ = of
+            if axes is None or theta.size == 0:
+                return g, b, ()
+            d, _ = direction(g, b)
+            operands = _projection.apart(direction, d, theta, g, b)
+            return g, b, _projection.channel_sums(*operands, axes)
+
         def rule(
             g: jax.Array,
             b: jax.Array,
             theta: jax.Array,
-            axes_and_decays: tuple[_matrices.MatrixAxes | None, bool],
+            of: Any,
+            radial: _projection.Radial | None,
+            rate: jax.Array,
         ) -> tuple[jax.Array, jax.Array]:
-            axes, decays = axes_and_decays
-
-            def direction(g: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-                b = momentum * b + (1 - dampening) * g
-                return (g + momentum * b if nesterov else b), b
-
+            _, decays = of
             d, b_new = direction(g, b)
             rho = 1.0
-            if axes is not None and theta.size > 0:
-                operands = _projection.apart(direction, d, theta, g, b)
-                radial, projects = _projection.radial_part(*operands, axes, delta=delta, eps=eps)
-                d = d - radial * theta
-                rho = jnp.where(projects, wd_ratio, 1.0)
-            u = d + weight_decay * rho / (1 - momentum) * theta if decays else d
+            if radial is not None:
+                d = d - radial.factor * theta
+                rho = jnp.where(radial.projects, wd_ratio, 1.0)
+            u = d + rate * rho / (1 - momentum) * theta if decays else d
             return u, d if project_momentum else b_new
 
-        updates, mu = _tree.map_leaves(
-            rule, updates, state.mu, params=params, static=static(params)
+        rate = _hyperparams.value_at("weight_decay", weight_decay, state.count)
+        updates, mu = _projection.map_projected(
+            sums,
+            rule,
+            updates,
+            state.mu,
+            params=params,
+            static=static(params),
+            shared=lambda dtype: jnp.asarray(rate, dtype),
+            delta=delta,
+            eps=eps,
         )
-        return updates, ScaleBySgdpState(mu=mu)
+        count = None if state.count is None else _hyperparams.increment(state.count)
+        return updates, ScaleBySgdpState(mu, count)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -150,7 +188,7 @@ def scale_by_sgdp(
 def sgdp(
     learning_rate: optax.ScalarOrSchedule,
     momentum: _hyperparams.Scalar = 0.0,
-    weight_decay: _hyperparams.Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: _tree.Mask = None,
     *,
     dampening: _hyperparams.Scalar = 0.0,
@@ -162,30 +200,51 @@ def sgdp(
     dimension_numbers: _matrices.DimensionNumbers = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    """SGDP with its weight decay.
+    r"""SGDP with its weight decay.
 
     The authors' example is `sgdp(0.1, momentum=0.9, weight_decay=1e-5, nesterov=True)`.
 
+    Inside a `shard_map` over an axis that splits a weight the rule sees the shard and takes it for
+    the whole leaf: call it outside, under `jit` with sharded arrays, where all is right, or gather
+    the gradient first.
+
     Args:
       learning_rate: step size or schedule.
-      momentum: see `scale_by_sgdp`.
-      weight_decay: decay, multiplied by the learning rate and divided by `1 - momentum`, and
-        scaled by `wd_ratio` where the weights look scale-invariant.
+      momentum: :math:`\mu`, in [0, 1).
+      weight_decay: decay, a number or a schedule, multiplied by the learning rate and divided by `1
+        - momentum`, and scaled by `wd_ratio` where the weights look scale-invariant.
       mask: tree of booleans, or a function of the parameters that returns one: what decays.
-      dampening: see `scale_by_sgdp`.
-      nesterov: see `scale_by_sgdp`.
-      eps: see `scale_by_sgdp`.
-      delta: see `scale_by_sgdp`.
-      wd_ratio: see `scale_by_sgdp`.
-      project_momentum: see `scale_by_sgdp`.
-      dimension_numbers: see `scale_by_sgdp`.
+      dampening: :math:`\tau`, in [0, 1].
+      nesterov: step along the gradient plus `momentum` times the new buffer.
+      eps: added to the norms; positive.
+      delta: threshold of the cosine, times the root of the vector's dimension.
+      wd_ratio: factor of the weight decay of projected weights, in [0, 1].
+      project_momentum: keep the projected direction as the buffer, as the published code does
+        without Nesterov, where both are one array written in place; the paper projects only the
+        applied step. Not with `nesterov`.
+      dimension_numbers: which axes are inputs and outputs of a kernel, whose channels are its
+        outputs; all other axes count matrices, each projected by itself: a tree of
+        `optax.contrib.MuonDimensionNumbers` with None for what follows plain SGD, or a function of
+        the parameters that returns one, or a mapping of patterns to them, each a regular expression
+        for a path, or the path of a layer, from its beginning or from a "/" to its end, with all
+        other leaves by default. By default names, shapes and neighbours decide, as
+        `muon_dimension_numbers` describes; input, output and depthwise layers are projected too,
+        and the rows of tables of embeddings. Biases, scales, norms, and kernels whose axes nothing
+        tells follow plain SGD; `jaxopt_lab.treatments` shows which.
       mu_dtype: dtype of the buffer; by default the parameter's.
 
     Returns:
-      A `GradientTransformation`; its update needs `params`.
+      A `GradientTransformation`; its update needs `params`, and
+      ignores extra arguments. Updates are computed in float32 at least and rounded once, to the
+      wider of the gradient's and the parameter's dtype; where weights of 16 bits are rounded
+      stochastically, float32 gradients keep what that needs.
 
     Raises:
-      ValueError: see `scale_by_sgdp`; also a negative `learning_rate`.
+      ValueError: a hyper-parameter out of range, `project_momentum` with `nesterov`, axes that a
+        parameter does not have, missing `params`, or gradients that do not match; also a negative
+        `learning_rate`.
+      TypeError: parameters or gradients that are not real floating point, and what is no number, no
+        schedule or no flag where one is expected; the message has the argument's name.
 
     Examples:
       >>> import jax.numpy as jnp, optax

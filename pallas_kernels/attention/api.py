@@ -4,14 +4,67 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 
 from pallas_kernels.attention import arguments, routes
-from pallas_kernels.attention.routes import Explanation
+from pallas_kernels.attention.routes import Explanation, Implementation
 
 
+@overload
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    query_offset: int | jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    return_residual: Literal[False] = False,
+    implementation: Implementation | Sequence[Implementation] | None = None,
+    config: Any = None,
+    interpret: Any = None,
+) -> jax.Array: ...
+@overload
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    query_offset: int | jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    return_residual: Literal[True],
+    implementation: Implementation | Sequence[Implementation] | None = None,
+    config: Any = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
 def attention(
     query: jax.Array,
     key: jax.Array,
@@ -33,7 +86,32 @@ def attention(
     dropout_rng: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
     return_residual: bool = False,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Sequence[Implementation] | None = None,
+    config: Any = None,
+    interpret: Any = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    query_offset: int | jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    return_residual: bool = False,
+    implementation: Implementation | Sequence[Implementation] | None = None,
     config: Any = None,
     interpret: Any = None,
 ) -> Any:
@@ -128,7 +206,9 @@ def attention(
 
 
 def run(
-    call: arguments.Canonical, implementation: str | Sequence[str] | None, return_residual: bool
+    call: arguments.Canonical,
+    implementation: Implementation | Sequence[Implementation] | None,
+    return_residual: bool,
 ) -> Any:
     """Returns what `attention` does, for checked arguments."""
     name = routes.choose(implementation, call.settings, call.operands, return_residual)

@@ -223,6 +223,8 @@ def _loop_over_blocks(
     needed_from, needed_to = keys_needed(settings, lengths)
     tokens = jnp.arange(rows, dtype=jnp.int32) // (rows // settings.queries)
     caches = (operands.key, operands.value, operands.key_scale, operands.value_scale)
+    # No infinity, which the search for infinities (jax.debug_infs) would take for a mistake.
+    nothing = float(jnp.finfo(jnp.float32).min)
 
     def body(i: jax.Array, carry: Any) -> Any:
         peak, total, acc = carry
@@ -249,11 +251,10 @@ def _loop_over_blocks(
             z = z * key_scale[..., None]
         if settings.soft_cap is not None:
             z = settings.soft_cap * jnp.tanh(z / settings.soft_cap)
-        z = jnp.where(seen[:, :, None], z, -jnp.inf)
+        z = jnp.where(seen[:, :, None], z, nothing)
         new_peak = jnp.maximum(peak, z.max(axis=1))
-        shift = jnp.where(new_peak == -jnp.inf, 0, new_peak)
-        decay = jnp.exp(peak - shift)
-        p = jnp.exp(z - shift[:, None])
+        decay = jnp.exp(peak - new_peak)
+        p = jnp.where(seen[:, :, None], jnp.exp(z - new_peak[:, None]), 0)
         total = decay * total + p.sum(axis=1)
         # What nobody sees may be NaN, which no probability of 0 would stop.
         if value_scale is not None:
@@ -264,7 +265,7 @@ def _loop_over_blocks(
 
     shape = (b, k, rows)
     carry = (
-        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.full(shape, nothing, jnp.float32),
         jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, dv), jnp.float32),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
@@ -16,7 +16,8 @@ from pallas_kernels.attention.problem import Operands, Route, Settings
 KERNELS = ("mosaic_gpu", "mosaic_tpu", "triton", "chunked")
 """Routes with a backward pass of their own, each a module of this folder with a `ROUTE`."""
 
-NAMES = (*KERNELS[:3], "cudnn", "chunked", "reference")
+Implementation = Literal["mosaic_gpu", "mosaic_tpu", "triton", "cudnn", "chunked", "reference"]
+NAMES: tuple[Implementation, ...] = get_args(Implementation)
 
 ORDER = {
     "cpu": ("chunked",),

@@ -43,7 +43,8 @@ def missing_compiler(chip: str) -> str | None:
     if any(_installed(module) for module in _WHEELS[platform]):
         return None
     return (
-        f'the {platform} compiler for chip={chip!r} is not installed: pip install "jaxopt-lab[aot]"'
+        f'the {platform} compiler for chip={chip!r} is not installed: pip install -e ".[aot]" in '
+        "the checkout"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -289,7 +290,8 @@ def test_corda_modes_share_a_kernel():
     x = models.draw(32, 40, 7) * jnp.arange(1, 8)
     forward = lambda params, x: x @ params["w"]  # noqa: E731
     total = 0
-    for method, r in (("ipm", 2), ("kpm", 3)):
+    cases: Any = (("ipm", 2), ("kpm", 3))
+    for method, r in cases:
         lora = adapters.LoraConfig(target_modules=["w"], r=r, lora_alpha=r)
         moments = adapters.estimate_covariances(forward, params, [x], lora)
         _, factors = adapters.init_adapters(params, lora, init=adapters.corda(moments, method))
@@ -580,19 +582,20 @@ def test_bad_starts():
             adapters.estimate_covariances(fun, params, [x], lora)
     with pytest.raises(ValueError, match="at least one batch"):
         adapters.estimate_covariances(lambda p, x: x, params, [], lora)
+    wrong: Any = adapters  # what a type checker would tell
     with pytest.raises(ValueError, match="corda_method must be"):
-        adapters.corda({}, "IPM")
+        wrong.corda({}, "IPM")
     for make in (
-        lambda: adapters.lora_ga(good, direction="AB"),
-        lambda: adapters.lora_ga(good, scale="gd_scale"),
-        lambda: adapters.lora_ga(good, compat="torch"),
+        lambda: wrong.lora_ga(good, direction="AB"),
+        lambda: wrong.lora_ga(good, scale="gd_scale"),
+        lambda: wrong.lora_ga(good, compat="torch"),
     ):
         with pytest.raises(ValueError, match="must be"):
             make()
     with pytest.raises(ValueError, match="at least one batch"):
         adapters.estimate_gradients(lambda p, x: jnp.sum(x), params, [], lora)
     with pytest.raises(ValueError, match="method must be"):
-        adapters.pissa("exact")
+        wrong.pissa("exact")
     miss = adapters.MissConfig(target_modules=["w"], r=3, init_weights="bat")
     with pytest.raises(ValueError, match="r=3 must divide both sides of kernel 'w'"):
         adapters.init_adapters(params, miss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -235,6 +236,162 @@ every_merge = pytest.mark.parametrize("name", MERGES)
 
 
 @every_merge
+@pytest.mark.parametrize("x64", [False, True])
+def test_under_strict_settings(name, x64):
+    base, tuned = models()
+    expected = jax.jit(MERGES[name])(base, tuned)
+    with (
+        jax.enable_x64(x64),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.debug_nans(True),
+        jax.debug_infs(True),
+    ):
+        found = jax.jit(MERGES[name])(base, tuned)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", [ties_merge, breadcrumbs_merge])
+def test_without_jit(merge):
+    base, tuned = (
+        {"w": jnp.zeros((3, 2))},
+        [{"w": jnp.array([[1.0, 2.0], [-5.0, 0.5], [3.0, 4.0]])}],
+    )
+    with jax.disable_jit():
+        found = merge(base, tuned, 0.5)
+    np.testing.assert_array_equal(
+        found["w"], jax.jit(merge, static_argnums=2)(base, tuned, 0.5)["w"]
+    )
+
+
+def test_models_of_several_dtypes(x64):
+    """Under strict promotion too, with weights of several types."""
+    base, tuned = models(3, np.float64)
+    narrow = [jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == float else x, tuned[0])]
+    with jax.numpy_dtype_promotion("strict"):
+        for merge in MERGES.values():
+            found = merge(base, narrow + tuned[1:])
+            expected = merge(base, tuned)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+        weights = [np.float32(0.5), 1, jnp.int32(-1)]
+        found = task_arithmetic(base, tuned, weights)["norm"][0]
+    change = [float(t["norm"][0] - base["norm"][0]) for t in tuned]
+    assert float(found) == pytest.approx(
+        float(base["norm"][0]) + 0.5 * change[0] + change[1] - change[2]
+    )
+
+
+# Whatever is left out, trimmed, outvoted or cut off: as (in a model, in the base) -> in the result.
+BROKEN = {
+    "nan": (np.nan, 0.0, np.nan),
+    "infinity": (np.inf, 0.0, np.inf),
+    "minus infinity": (-np.inf, 0.0, -np.inf),
+    "infinity less infinity": (np.inf, np.inf, np.nan),
+    "nan in the base": (0.0, np.nan, np.nan),
+}
+TIES: Any = ties_merge  # options by name
+CHOOSING = {
+    "arithmetic": lambda base, tuned: task_arithmetic(base, tuned, [0.5, 0.25, 0.25]),
+    **{
+        f"ties-{density}-{scope}-{elect}-{keep}": functools.partial(
+            TIES, density=density, scope=scope, elect=elect, keep=keep
+        )
+        for density in (1.0, 0.5, 0.01)
+        for scope, elect, keep in (
+            ("global", "mass", "exact"),
+            ("tensor", "frequency", "exact"),
+            ("global", "frequency", "authors"),
+        )
+    },
+    "ties-weighted": lambda base, tuned: ties_merge(base, tuned, 0.5, [1.0, 0.5, 0.5]),
+    **{
+        f"breadcrumbs-{keep}-{remove}-{scope}": functools.partial(
+            breadcrumbs_merge, keep=keep, remove=remove, scope=scope
+        )
+        for keep, remove in ((1.0, 0.0), (0.5, 0.2), (0.0, 0.9))
+        for scope in ("row", "layer")
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_is_not_finite_stays_where_it_is_and_nowhere_else(name):
+    merge = jax.jit(CHOOSING[name])
+    base, tuned = models()
+    places = (("layer", "kernel", (2, 1)), ("layer", "bias", (3,)), ("norm", 0, ()))
+    for of_model, of_base, expected in BROKEN.values():
+        for outer, inner, index in places:
+
+            def broken(tree, value, place=(outer, inner, index)):
+                outer, inner, index = place
+                leaves = dict(enumerate(tree[outer])) if outer == "norm" else dict(tree[outer])
+                leaves[inner] = leaves[inner].at[index].set(value)
+                return {**tree, outer: tuple(leaves.values()) if outer == "norm" else leaves}
+
+            found = merge(broken(base, of_base), [broken(tuned[0], of_model), *tuned[1:]])
+            # An entry without a change takes as little part in the choice; a broken base changes
+            # all of them.
+            others = tuned[1:] if np.isfinite(of_base) else [broken(x, 0.0) for x in tuned[1:]]
+            sound = merge(broken(base, 0.0), [broken(tuned[0], 0.0), *others])
+            np.testing.assert_equal(np.asarray(found[outer][inner][index]), np.float32(expected))
+            for a, b in zip(
+                jax.tree.leaves(broken(found, 0.0)), jax.tree.leaves(broken(sound, 0.0))
+            ):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_infinities_of_two_models():
+    base = {"a": jnp.zeros(3)}
+    tuned = [{"a": jnp.array([np.inf, np.inf, 1.0])}, {"a": jnp.array([-np.inf, np.inf, 1.0])}]
+    assert str(ties_merge(base, tuned, 1.0)["a"].tolist()) == "[nan, inf, 1.0]"
+    assert str(breadcrumbs_merge(base, tuned, 0.0, 1.0)["a"].tolist()) == "[nan, inf, 0.0]"
+    for found in (task_arithmetic(base, tuned, [1, -1]), ties_merge(base, tuned, 1.0, [1, -1])):
+        assert str(found["a"].tolist()[:2]) == "[inf, nan]"
+
+
+def test_a_model_that_is_all_nan():
+    base, tuned = models()
+    bad = [
+        jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, tuned[0]),
+        *tuned[1:],
+    ]
+    for merge in MERGES.values():
+        found = jax.jit(merge)(base, bad)
+        assert all(np.isnan(x).all() for x in jax.tree.leaves(found) if x.dtype == jnp.float32)
+        assert found["step"] == base["step"]
+
+
+def test_other_leaves_are_those_of_the_base():
+    """Counts, masks and ids are merged by nobody, whatever the models have and weigh."""
+    base = {
+        "w": jnp.ones(2),
+        "ids": np.arange(3),
+        "on": jnp.array([True]),
+        "empty": jnp.ones((0, 4)),
+    }
+    tuned = [{**base, "ids": np.arange(3) + k, "on": jnp.array([False])} for k in (1, 2)]
+    for merged in (
+        task_arithmetic(base, tuned, [-1.0, -2.0]),
+        ties_merge(base, tuned, 0.5, [-1.0, 2.0]),
+        breadcrumbs_merge(base, tuned),
+    ):
+        assert merged["ids"].tolist() == [0, 1, 2]
+        assert merged["ids"].dtype == jnp.asarray(base["ids"]).dtype
+        assert merged["on"].tolist() == [True]
+        assert merged["empty"].shape == (0, 4)
+
+
+def test_negative_weights_take_a_task_away():
+    base = {"w": jnp.zeros(3)}
+    tuned = [{"w": jnp.array([1.0, 2.0, -3.0])}, {"w": jnp.array([1.0, -1.0, -1.0])}]
+    assert task_arithmetic(base, tuned, [1.0, -1.0])["w"].tolist() == [0, 3, -2]
+    # The sign is elected by the changes as they are; the weights come after it.
+    assert ties_merge(base, tuned, 1.0, [1.0, -1.0])["w"].tolist() == [0, 2, -1]
+
+
+@every_merge
 def test_jit_gives_the_same(name):
     base, tuned = models()
     plain, compiled = MERGES[name](base, tuned), jax.jit(MERGES[name])(base, tuned)
@@ -416,6 +573,14 @@ def test_models_that_do_not_fit():
             merge(base, tuned[0])
         with pytest.raises(ValueError, match="at least one model, got none"):
             merge(base, [])
+    larger = {"embed": jnp.ones((12, 4)), "head": jnp.ones((4, 12))}
+    smaller = {"embed": jnp.ones((10, 4)), "head": jnp.ones((4, 10))}
+    message = (
+        "finetuned[0] does not match base: 'embed' has shape (12, 4), expected (10, 4); "
+        "'head' has shape (4, 12), expected (4, 10)"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ties_merge(smaller, [larger])
     with pytest.raises(ValueError, match=re.escape("finetuned[0] does not match base: 'layer/b")):
         task_vector(base, bad)
     with pytest.raises(TypeError, match="leaf 'step' has dtype float32, expected one like int32"):
@@ -437,6 +602,19 @@ def test_models_that_do_not_fit():
         (ties_merge, {"weights": [1.0]}, "weights must have shape (3,), one for each model, got"),
         (ties_merge, {"weights": 1.0}, "weights must have shape (3,), one for each model, got ()"),
         (ties_merge, {"scale": math.nan}, "scale must be finite, got nan"),
+        (
+            ties_merge,
+            {"scale": jnp.ones(1)},
+            "scale must have shape (), got an array of shape (1,)",
+        ),
+        (breadcrumbs_merge, {"scale": "0.2"}, "scale must be a number, got '0.2' (str)"),
+        (task_arithmetic, {"weights": [1, 2, None]}, "weights[2] must be a number, got None"),
+        (task_arithmetic, {"weights": [1, 2, [3]]}, "weights[2] must be a number, got [3]"),
+        (
+            task_arithmetic,
+            {"weights": np.ones((3, 1))},
+            "weights must have shape (3,), one for each",
+        ),
         (task_arithmetic, {"weights": [1, 2, math.inf]}, "weights must be finite, got inf"),
         (breadcrumbs_merge, {"keep": 1.5}, "keep must be in [0, 1], got 1.5"),
         (breadcrumbs_merge, {"remove": -0.1}, "remove must be in [0, 1], got -0.1"),

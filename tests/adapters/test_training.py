@@ -43,6 +43,12 @@ def test_lora_plus_with_gradient_descent():
     assert labels == {"norm": {"scale": "b"}, "k": "a"}
     with pytest.raises(ValueError, match=r"ratio must be at least 1, got 0.5"):
         adapters.lora_plus(optax.sgd, 0.1, 0.5)
+    with pytest.raises(TypeError, match=r"ratio must be a number, got '4' \(str\)"):
+        adapters.lora_plus(optax.sgd, 0.1, "4")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"learning_rate must be a number, got '0.1' \(str\)"):
+        adapters.lora_plus(optax.sgd, "0.1", 4)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="optimizer must be a function of the learning rate, such"):
+        adapters.lora_plus(optax.sgd(0.1), 0.1, 4)  # type: ignore[arg-type]
 
 
 LAYERS = 8

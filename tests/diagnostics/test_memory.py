@@ -254,9 +254,13 @@ def test_table_has_the_largest_first_and_aligns():
 
 def test_a_function_is_no_transformation():
     tx: Any = optax.adamw
-    with pytest.raises(TypeError, match=r"tx must be an optax.GradientTransformation, got func"):
+    with pytest.raises(
+        TypeError, match=r"tx must be an optax.GradientTransformation, got the func"
+    ):
         diagnostics.state_bytes(tx, PARAMS)
-    with pytest.raises(TypeError, match=r"tx must be an optax.GradientTransformation, got func"):
+    with pytest.raises(
+        TypeError, match=r"tx must be an optax.GradientTransformation, got the func"
+    ):
         diagnostics.training_memory(loss, tx, MODEL, BATCH)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -218,11 +218,11 @@ BAD = [
     (lambda: distributed.top_k(count=0), ValueError, "count must be a positive integer, got 0"),
     (lambda: distributed.top_k(), ValueError, "either fraction or count"),
     (lambda: distributed.random_k(1.5), ValueError, r"fraction must be in \(0, 1\], got 1.5"),
-    (lambda: distributed.sign("max"), ValueError, "scale must be one of"),
+    (lambda: distributed.sign(cast(Any, "max")), ValueError, "scale must be one of"),
     (lambda: distributed.stochastic_int8(0), ValueError, "block_size must be a positive integer"),
     (lambda: distributed.error_feedback(TOP, AXIS, error_decay=0.0), ValueError, "error_decay"),
     (lambda: distributed.compressed_mean(TOP, AXIS, seed=HALF), TypeError, "seed must be an"),
-    (lambda: distributed.ef21(TOP, AXIS, init="one"), ValueError, "init must be one of"),
+    (lambda: distributed.ef21(TOP, AXIS, init=cast(Any, "one")), ValueError, "init must be one of"),
     (lambda: distributed.ef21(TOP, AXIS, weights=[1, 0]), ValueError, "positive numbers"),
     (lambda: distributed.ef21(TOP, AXIS, momentum=1.0), ValueError, "momentum must be in"),
     (lambda: distributed.econtrol(TOP, AXIS, feedback=1.5), ValueError, "feedback must be in"),
@@ -236,6 +236,22 @@ BAD = [
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        distributed.compressed_mean,
+        distributed.error_feedback,
+        distributed.ef21,
+        distributed.econtrol,
+    ],
+)
+def test_what_is_no_compressor_is_refused_by_name(method):
+    with pytest.raises(TypeError, match=r"compressor must be .* got 'replica'"):
+        method("replica", TOP)
+    with pytest.raises(TypeError, match=r"got top_k: call it first, as in top_k\(...\)"):
+        method(distributed.top_k, AXIS)
 
 
 @pytest.mark.parametrize(

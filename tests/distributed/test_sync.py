@@ -73,7 +73,7 @@ def test_two_axes_of_which_one_is_summed_by_autodiff():
 
 def test_bad_input():
     with pytest.raises(ValueError, match=r"op must be one of .*'average'"):
-        sync_gradients(AXIS, "average")
+        sync_gradients(AXIS, "average")  # pyright: ignore
     with pytest.raises(ValueError, match="axis 'replica' is not bound"):
         sync_gradients(AXIS).update(PARAMS, optax.EmptyState())
     integer = jax.vmap(
@@ -115,6 +115,19 @@ def test_two_levels_give_the_flat_mean(kind, hosts, devices):
                 np.asarray(found[key][host, device], np.float64), expected,
                 rtol=tolerance, atol=tolerance,
             )  # fmt: skip
+
+
+def test_two_levels_give_the_mean_over_all_tokens():
+    tx = hierarchical_mean(sync_gradients("host"), "device")
+    grads = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    tokens = np.array([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0]], np.float32)
+
+    def mean(g, weight):
+        return tx.update(g, tx.init(g), weight=weight)[0]
+
+    both = jax.vmap(jax.vmap(mean, axis_name="device"), axis_name="host")
+    wanted = np.einsum("hd,hdk->k", tokens, grads) / tokens.sum()
+    np.testing.assert_allclose(both(grads, tokens), np.broadcast_to(wanted, (2, 3, 5)), rtol=1e-5)
 
 
 def test_the_slow_level_sends_a_part():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def loss(params, batch):
     return jnp.mean((jnp.tanh(batch @ params["w"]) + params["b"] - 0.5) ** 2)
 
 
-def make(replicas, method="diloco", memory_kind="device", **options):
+def make(replicas, method="diloco", memory_kind: Any = "device", **options):
     return train_rounds(
         replicas, options.pop("loss", loss), optax.adam(1e-2), EXCHANGES[method](), H,
         exchange_memory_kind=memory_kind, **options,

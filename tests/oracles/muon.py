@@ -27,7 +27,7 @@ SHAPE_FACTORS = {
 
 
 def newton_schulz(
-    matrix: np.ndarray, coeffs: Sequence[float], steps: int, eps: float
+    matrix: np.ndarray, coeffs: Sequence[float] | Sequence[Sequence[float]], steps: int, eps: float
 ) -> np.ndarray:
     """Drives the singular values of a matrix towards one, leaving its singular vectors.
 
@@ -35,7 +35,7 @@ def newton_schulz(
 
     Args:
         matrix: G, shape (rows, cols); a tall one is transposed for the iteration.
-        coeffs: (a, b, c).
+        coeffs: (a, b, c), or one such triple for each iteration.
         steps: number of iterations.
         eps: guard of the normalisation: a zero matrix stays zero.
 
@@ -43,11 +43,10 @@ def newton_schulz(
     array([[1., 0.],
            [0., 1.]])
     """
-    a, b, c = coeffs
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (np.sqrt(np.sum(x**2)) + eps)
-    for _ in range(steps):
+    for a, b, c in np.broadcast_to(np.asarray(coeffs, np.float64), (steps, 3)):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
@@ -63,7 +62,7 @@ def trajectory(
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.0,
-    ns_coeffs: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = (3.4445, -4.7750, 2.0315),
     ns_steps: int = 5,
     ns_eps: float = 1e-7,
     shape_factor: Literal["jordan", "moonlight", "dion", "none"] = "jordan",
@@ -81,7 +80,7 @@ def trajectory(
         momentum: mu.
         nesterov: mix the gradient into the direction once more.
         weight_decay: lambda, decoupled, not multiplied by the shape factor.
-        ns_coeffs: coefficients of the Newton-Schulz polynomial.
+        ns_coeffs: coefficients of the Newton-Schulz polynomial, or of each iteration's.
         ns_steps: number of Newton-Schulz iterations.
         ns_eps: guard of the normalisation.
         shape_factor: "jordan" sqrt(max(1, out/in)), "moonlight" 0.2 sqrt(max(out, in)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 import jaxopt_lab
-from jaxopt_lab import quantization
+from jaxopt_lab import quantization, subspace
 from jaxopt_lab.quantization import init_sharded, state_shardings
 
 SHAPES = {"kernel": (16, 32), "square": (16, 16), "stack": (8, 8, 8), "bias": (16,)}
@@ -153,7 +155,7 @@ def test_step_with_shardings_is_compiled_once():
     shardings = jax.tree.map(lambda p: p.sharding, params), state_shardings(tx, params)
     step = training_step(tx, out_shardings=shardings)
     assert compilations(step, params, init_sharded(tx, params)) == 1
-    codes = shardings[1].inner_state[0].mu["kernel"].encoded.codes
+    codes = shardings[1].inner_state[0].mu["kernel"]
     assert codes == params["kernel"].sharding
 
 
@@ -166,6 +168,19 @@ def test_explicit_axes(name):
     outside = init_sharded(tx, params)
     same = jax.tree.map(lambda a, b: a.sharding == b.sharding, state, outside)
     assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("specs", [ROWS, COLUMNS], ids=["rows", "columns"])
+def test_compact_states_with_explicit_axes(specs):
+    """A step takes moments that are split where the parameter is not, and leaves them so."""
+    params, tx = weights(specs, AxisType.Explicit), jaxopt_lab.frugal_adamw(1e-3)
+    with jax.set_mesh(params["bias"].sharding.mesh):
+        state = init_sharded(tx, params)
+        _, after = jax.jit(tx.update)(params, state, params)
+    for name in ("kernel", "square"):
+        moment = state[0].selected[0].mu[name]
+        assert not moment.sharding.is_fully_replicated
+        assert after[0].selected[0].mu[name].sharding.is_equivalent_to(moment.sharding, 2)
 
 
 @pytest.mark.parametrize("name", ["schedule_free", "injected", "multi_steps", "partition"])
@@ -183,14 +198,16 @@ def test_values_and_structure_are_those_of_init(name):
     [
         ((8, 16), (8,), P("x")),  # sums over columns
         ((8, 16), (16,), P("y")),
-        ((8, 16), (4, 16), P(None, "y")),  # k directions, although 4 divides 8
-        ((8, 16), (8, 4), P("x", None)),
-        ((8, 16), (16, 16), P(None, "y")),  # positions count, not sizes alone
-        ((8, 16), (16, 8), P(None, None)),
+        ((8, 16), (4, 16), P(None, ("y", "x"))),  # k directions, although 4 divides 8
+        ((8, 18), (4, 18), P("x", "y")),  # 2 divides 18, but 4 does not
+        ((8, 18), (3, 18), P(None, "y")),
+        ((8, 16), (8, 4), P(("x", "y"), None)),
+        ((8, 16), (16, 16), P(None, ("y", "x"))),  # positions count, not sizes alone
+        ((8, 16), (16, 8), P("x", "y")),
         ((8, 16), (3, 8, 16), P(None, "x", "y")),  # a history
         ((8, 8), (8, 8, 8), P(None, "x", "y")),
         ((8, 16), (8, 2, 16), P("x", None, "y")),
-        ((8, 16), (8, 4, 4), P("x", None, None)),
+        ((8, 16), (8, 4, 4), P(("x", "y"), None, None)),
         ((8, 16), (5,), P(None)),
         ((8, 16), (), P()),
         ((8, 16), (1, 16), P(None, "y")),
@@ -253,7 +270,7 @@ def test_several_mesh_axes_and_memory_of_a_parameter_are_kept():
 
 def test_what_belongs_to_no_parameter_is_replicated():
     params = {"b1": weights(ROWS)["kernel"]}
-    book = optax.identity()._replace(init=lambda params: {"book": jnp.ones((16, 32))})
+    book = optax.identity()._replace(init=lambda params: {"book": jnp.ones((4, 32))})
     tx = optax.chain(optax.inject_hyperparams(optax.adam)(1e-3), optax.add_noise(0.1, 0.5, 0), book)
     injected, noise, table = init_sharded(tx, params)
     everywhere = NamedSharding(params["b1"].sharding.mesh, P())
@@ -261,6 +278,88 @@ def test_what_belongs_to_no_parameter_is_replicated():
     assert injected.hyperparams["b1"].sharding.is_fully_replicated
     for leaf in (injected.count, noise.rng_key, table["book"]):
         assert leaf.sharding == everywhere
+
+
+def test_arrays_of_a_shape_that_parameters_have_are_placed_like_most_of_them():
+    where = mesh()
+    specs = {"a": P("x"), "b": P(None, "x"), "c": P(None, "x"), "d": P("x")}
+    shapes = {"a": (16, 32), "b": (16, 32), "c": (16, 32), "d": (8,)}
+    params = {
+        name: jax.ShapeDtypeStruct(shapes[name], jnp.float32, sharding=NamedSharding(where, spec))
+        for name, spec in specs.items()
+    }
+    slots = [jnp.zeros((16, 32)), jnp.zeros(8), jnp.zeros((32, 16)), jnp.zeros(())]
+    tx = optax.identity()._replace(init=lambda params: slots)
+    found = state_shardings(tx, params)
+    assert [sharding.spec for sharding in found] == [P(None, "x"), P("x"), P(), P()]
+
+
+RULES = {
+    "adamw": lambda: optax.adamw(1e-3),
+    "frugal": lambda: jaxopt_lab.frugal_adamw(1e-3),
+    "frugal(blocks)": lambda: jaxopt_lab.frugal_adamw(1e-3, projection=subspace.blocks()),
+    "galore": lambda: jaxopt_lab.galore_adamw(1e-3, 16),
+    "dct": lambda: jaxopt_lab.dct_adamw(1e-3, 16),
+    "badam": lambda: jaxopt_lab.badam(1e-3),
+    "int8": lambda: quantization.quantize_state(optax.adamw(1e-3), quantization.int8()),
+    "int8 badam": lambda: quantization.quantize_state(jaxopt_lab.badam(1e-3), quantization.int8()),
+}
+SPLITS = {
+    "rows": ((8,), ("x",), P("x")),
+    "columns": ((8,), ("x",), P(None, "x")),
+    "both": ((4, 2), ("x", "y"), P("x", "y")),
+}
+
+
+def bytes_on_a_device(tx, params):
+    state = init_sharded(tx, params)
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (256, 256)], ids=str)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_compact_state_is_compact_on_each_device(shape, axis_type):
+    """Eight kernels; the whole state on one device is what `state_bytes` says."""
+    table = {}
+    for split, (sizes, names, spec) in SPLITS.items():
+        where = NamedSharding(mesh(axis_type, sizes, names), spec)
+        kernel = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        params = {f"layer{i}": kernel for i in range(8)}
+        for name, make in RULES.items():
+            table[name, split] = bytes_on_a_device(make(), params)
+            whole = jaxopt_lab.state_bytes(make(), params).total
+            # Indices (a number for each row or column kept or not), counters and flags are on each
+            # device. Bases of GaLore are, a quarter of its moments; scales of blocks that lie on
+            # several devices too, a 64th of a byte for each entry.
+            beside = {"galore": 8 * 16 * min(shape) * 4, "int8": 8 * 2 * math.prod(shape) / 64}
+            allowed = beside.get(name, 0) + 8 * max(shape) * 4 + 300
+            assert table[name, split] <= whole / 8 + allowed, (name, split)
+            assert table[name, split] <= table["adamw", split], (name, split)
+    print(f"\nbytes of state on each of 8 devices, 8 kernels of {shape}")
+    print(f"{'':16}" + "".join(f"{split:>10}" for split in SPLITS))
+    for name in RULES:
+        print(f"{name:16}" + "".join(f"{table[name, split]:10,}" for split in SPLITS))
+
+
+def test_dividing_a_compact_state_costs_no_gather_of_the_gradient():
+    """By rows, what was kept of them comes back by an exchange of what is kept, not of all."""
+    where = NamedSharding(mesh(shape=(8,)), P("x"))
+    params = {"up": jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=where)}
+    tx = jaxopt_lab.frugal_adamw(1e-3)
+    shardings = {"up": where}, state_shardings(tx, params)
+
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, out_shardings=shardings).lower(params, init_sharded(tx, params))
+    gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather", str(compiled.compile().as_text()))
+    entries = [math.prod(map(int, size.split(","))) for _, size in gathered]
+    assert max(entries, default=0) <= 64, gathered  # which rows are kept
+    assert shardings[1][0].selected[0].mu["up"].spec == P(None, "x")
 
 
 def test_bare_array():

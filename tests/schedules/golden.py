@@ -86,7 +86,7 @@ def _of(key: str, arrays: Arrays) -> Iterator[Case]:
 Found = Iterator[tuple[str, optax.Schedule, int, np.ndarray]]
 
 
-def _uba(arrays: Arrays, angle: str, end: str | None) -> Found:
+def _uba(arrays: Arrays, angle: Any, end: str | None) -> Found:
     expected = arrays[f"uba_{angle}{end or ''}"]
     total = int(arrays["uba_T"])
     for phi, row in zip(arrays["uba_phis"], expected, strict=True):
@@ -105,7 +105,7 @@ def _chebyshev(arrays: Arrays, kappa: str) -> Found:
     )
 
 
-def _refined(arrays: Arrays, what: str, kind: str, name: str) -> Found:
+def _refined(arrays: Arrays, what: str, kind: Any, name: str) -> Found:
     norms, expected = arrays[f"ref_G_{name}"], arrays[f"ref_{what}_{kind}_{name}"]
     smoothing = float(what.removeprefix("tau")) if what.startswith("tau") else 0.0
     kind = {"sgd": "l2", "l1": "l1"}[kind]
@@ -118,19 +118,19 @@ def _lengths(arrays: Arrays) -> tuple[int, int, int]:
     return warmup, stable, decay
 
 
-def _wsd(arrays: Arrays, shape: str, ratio: str) -> Found:
+def _wsd(arrays: Arrays, shape: Any, ratio: str) -> Found:
     schedule = schedules.wsd_schedule(
         1.0,
         *_lengths(arrays),
         init_value=float(ratio),
         end_value=float(ratio),
-        decay_shape={"1-sqrt": "sqrt"}.get(shape, shape),
+        decay_shape="sqrt" if shape == "1-sqrt" else shape,
         zero_based_warmup=True,
     )
     yield "", schedule, 0, arrays[f"tf_wsd_{shape}_min{ratio}"]
 
 
-def _plain_decay(arrays: Arrays, shape: str) -> Found:
+def _plain_decay(arrays: Arrays, shape: Any) -> Found:
     warmup, stable, decay = _lengths(arrays)
     schedule = schedules.wsd_schedule(
         1.0, warmup, 0, stable + decay, decay_shape=shape, zero_based_warmup=True

@@ -63,6 +63,14 @@ def test_rates(function, name):
             make(function, **{name: value})
     with pytest.raises(TypeError, match=rf"{name}.* must be a number or an array, got str"):
         make(function, **{name: "high"})
+    with pytest.raises(TypeError, match=rf"{name}.* must be a number, got True"):
+        make(function, **{name: True})
+    if function != "rewarmed_schedule" or name != "peak_value":  # there one for each phase
+        for value in (jnp.array([0.1]), np.array([0.1]), jnp.full(2, 0.1)):
+            with pytest.raises(
+                ValueError, match=rf"{name}.* must have shape \(\), got an array of"
+            ):
+                make(function, **{name: value})
 
 
 COUNTS = ("total_steps", "warmup_steps", "stable_steps", "decay_steps", "start_step", "length")
@@ -80,6 +88,11 @@ def test_counts(function, name):
         make(function, **{name: -1})
     for value in (2.5, True):
         with pytest.raises(TypeError, match=rf"{name}.* must be an integer, got {value}"):
+            make(function, **{name: value})
+    for value in (jnp.array([3]), np.array([3]), jnp.float32(3.0), "3", None):
+        if value is None and name in ("saturation", "timescale", "stable_steps", "decay_steps"):
+            continue
+        with pytest.raises(TypeError, match=rf"{name}.* must be an integer, got"):
             make(function, **{name: value})
 
 
@@ -121,6 +134,10 @@ def test_counts(function, name):
         ("refined_schedule", {"smoothing": "no"}, TypeError, "smoothing must be a number, got str"),
         ("refined_schedule", {"total_steps": 1}, ValueError, "total_steps must be at least 2"),
         ("hypergradient", {"learning_rate": SCHEDULE}, TypeError, "learning_rate must be a number"),
+        ("hypergradient", {"inner": optax.scale_by_adam}, TypeError, "call it first, as in scale_"),
+        ("hypergradient", {"bounds": 3.0}, ValueError, "bounds must be (low, high), two numbers"),
+        ("hypergradient", {"bounds": ("a", 3.0)}, TypeError, "bounds[0] must be a number, got 'a'"),
+        ("record_norms", {"keep": "all"}, ValueError, "keep must be one of first, last, got 'all'"),
         ("hypergradient", {"rule": "x"}, ValueError, "rule must be one of additive, multiplicat"),
         ("hypergradient", {"bounds": (2.0, 3.0)}, ValueError, "0 <= low <= 1 <= high, got (2.0, 3"),
         ("hypergradient", {"bounds": (-1.0, 3.0)}, ValueError, "0 <= low <= 1 <= high"),

@@ -22,12 +22,12 @@ def record_norms(kind, length) -> Any:
     return schedules.record_norms(kind, length)
 
 
-def refined(norms, kind="l2", smoothing=0.0):
+def refined(norms, kind: Any = "l2", smoothing=0.0):
     """The table alone, which needs no compiler; `test_parity` reads it through schedules."""
     return _refined(_usable(norms), _EXPONENTS[kind], smoothing)
 
 
-def rates_of(norms, steps, kind="l2", smoothing=0.0):
+def rates_of(norms, steps, kind: Any = "l2", smoothing=0.0):
     with jax.enable_x64(True):
         schedule = schedules.refined_schedule(norms, steps, 1.0, kind, smoothing)
         return table(schedule, steps, dtype=np.float64)
@@ -61,6 +61,33 @@ def test_a_full_buffer_keeps_what_it_has():
     assert state.count == 7
 
 
+@pytest.mark.parametrize(("length", "expected"), [(1, [7]), (3, [7, 5, 6])])
+def test_a_buffer_of_the_last_norms(length, expected):
+    tx = schedules.record_norms("l1", length, keep="last")
+
+    def step(state, g):
+        return tx.update(g, state)[1], None
+
+    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(1.0, 8.0)))(
+        tx.init(jnp.zeros(()))
+    )
+    assert state.norms.tolist() == expected
+    assert state.norms[(state.count - 1) % length] == 7
+
+
+def test_a_log_of_rate_gradient_and_update():
+    schedule = optax.linear_schedule(0.5, 0.0, 10)
+    last = schedules.record_norms("l2", 1, keep="last")
+    tx = optax.chain(last, optax.sgd(schedule), last)
+    state, update = tx.init(GRADS), jax.jit(tx.update)
+    for count in range(3):
+        rate = schedules.current_learning_rate(state, schedule)  # of the update that comes
+        assert float(rate) == pytest.approx(0.5 - 0.05 * count)
+        _, state = update(GRADS, state)
+        assert float(state[0].norms[0]) == pytest.approx(NORM["l2"], rel=1e-6)
+        assert float(state[-1].norms[0]) == pytest.approx(float(rate) * NORM["l2"], rel=1e-6)
+
+
 def test_replicas_record_their_own():
     tx = record_norms("l2", 2)
     state = jax.vmap(tx.init)(jnp.zeros((3, 2)))
@@ -85,7 +112,12 @@ def test_norms_are_wide(kind):
 
 @pytest.mark.slow
 def test_contract():
-    testing.check_transform(schedules.record_norms, kind="l2", length=2)
+    # Gradients go through as they are.
+    exceptions = dict.fromkeys(
+        ("bfloat16_gradients_float32_weights", "float16_gradients_float32_weights"),
+        "gradients go through in their own dtype",
+    )
+    testing.check_transform(schedules.record_norms, exceptions=exceptions, kind="l2", length=2)
 
 
 def test_flat_norms_give_linear_decay():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,11 +111,12 @@ def test_warmup_ends_at_the_peak_and_rises(name):
 
 def test_warmup_shapes():
     p = np.arange(1, 9) / 8
-    for shape, expected in {
+    shapes: dict[Any, np.ndarray] = {
         "linear": p,
         "cosine": (1 - np.cos(np.pi * p)) / 2,
         "sqrt": 1 - np.sqrt(1 - p),
-    }.items():
+    }
+    for shape, expected in shapes.items():
         schedule = schedules.wsd_schedule(3.0, 8, init_value=1.0, warmup_shape=shape)
         np.testing.assert_allclose(table(schedule, 8), 1 + 2 * expected, rtol=1e-6)
         zero_based = schedules.wsd_schedule(
@@ -292,3 +295,103 @@ def test_scale_learning_rate_takes_schedules():
     scaled = schedules.scale_learning_rate(schedule, 64, 256, "sqrt")
     np.testing.assert_allclose(table(scaled, 40), 2 * table(schedule, 40), rtol=1e-6)
     assert float(schedules.scale_learning_rate(jnp.array(0.5), 1, 2, "linear")) == 1.0
+
+
+def _numpy(dtype):
+    return lambda step: np.asarray(step, dtype)
+
+
+def _scalar(dtype):
+    return lambda step: np.dtype(dtype).type(step)
+
+
+def _array(dtype):
+    return lambda step: jnp.asarray(step, dtype)
+
+
+# How a count comes: from a loop, from an optimizer's state, from NumPy or from a checkpoint.
+STEP_TYPES = {"int": int, "float": float, "float32": _array(jnp.float32)}
+STEP_TYPES |= {
+    f"{kind}-{dtype}": make(dtype)
+    for dtype in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+    for kind, make in {"numpy": _numpy, "scalar": _scalar, "jax": _array}.items()
+    if kind != "jax" or not dtype.endswith("64")  # there are none without x64
+}
+INTEGERS = [name for name in STEP_TYPES if not name.startswith("float")]
+# What counts from a start, with steps before it, at it, in its phase and after it; all of a size
+# that eight bits hold.
+STEPS = (0, 5, 19, 20, 27, 28, 39, 100)
+STARTS = {
+    "branch": lambda start: schedules.branch_decay(schedules.wsd_schedule(0.1, 8), start, 12),
+    "branch-foreign": lambda start: schedules.branch_decay(FOREIGN, start, 12),
+    "rewarmed": lambda start: schedules.rewarmed_schedule(
+        (0.1, 0.05), (40, 20), 4, start_step=start
+    ),
+    "rewarmed-foreign": lambda start: schedules.rewarmed(lambda *_: FOREIGN, (30, 20), start),
+}
+# Subtracts 200, which eight bits do not hold, and its start before it is reached.
+FOREIGN = optax.join_schedules(
+    [optax.linear_schedule(0.1, 0.0, 200), optax.linear_schedule(1.0, 0.0, 300, 10)], [24]
+)
+COUNTED = {
+    **{name: schedule for name, (schedule, _) in ALL.items()},
+    **{name: make(28) for name, make in STARTS.items()},
+    "scaled": schedules.scale_learning_rate(FOREIGN, 64, 256, "sqrt"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_step_of_any_type_has_the_value_of_int32(name):
+    schedule = COUNTED[name]
+    expected = [at(schedule, jnp.int32(step)) for step in STEPS]
+    for kind, make in STEP_TYPES.items():
+        found = [schedule(make(step)) for step in STEPS]
+        assert {x.dtype for x in found} == {jnp.dtype(jnp.float32)}, kind
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9, err_msg=kind)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_of_any_type_is_the_int(name):
+    make = STARTS[name]
+    expected = [at(make(28), jnp.uint32(step)) for step in STEPS]
+    for kind in INTEGERS:
+        start = STEP_TYPES[kind](28)
+        found = [at(make(start), jnp.uint32(step)) for step in STEPS]
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9, err_msg=kind)
+    for kind in (jnp.uint8, jnp.int32):  # a traced start
+        traced = jax.jit(lambda start, step: make(start)(step))
+        found = [float(traced(kind(28), jnp.uint32(step))) for step in STEPS]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_steps_and_starts_beyond_their_types():
+    """Differences of narrow counts, and of those above 2**31, are those of the numbers."""
+    decay = {"decay_steps": 4, "decay_shape": "linear"}
+    one = optax.constant_schedule(1.0)
+    far = schedules.branch_decay(one, 3_000_000_000, **decay)
+    assert [at(far, jnp.uint32(3_000_000_000 + t)) for t in (-1, 0, 1, 3, 4)] == [
+        1,
+        1,
+        0.75,
+        0.25,
+        0,
+    ]
+    assert at(far, jnp.int8(100)) == at(far, jnp.int32(2**31 - 1)) == 1
+    narrow = schedules.branch_decay(one, jnp.uint8(250), **decay)
+    assert [at(narrow, jnp.int8(100)), at(narrow, 252)] == [1, 0.5]
+    with jax.enable_x64(True):
+        wide = schedules.branch_decay(one, jnp.int64(2**40), **decay)
+        assert [at(wide, jnp.uint64(2**40 + t)) for t in (-1, 1, 3)] == [1, 0.75, 0.25]
+        assert at(wide, jnp.uint32(2**32 - 1)) == 1
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_promotes_no_dtypes_and_no_ranks(name):
+    schedule = COUNTED[name]
+    expected = [at(schedule, step) for step in STEPS]
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for dtype in (jnp.int32, jnp.uint8):
+            found = [at(schedule, jnp.asarray(step, dtype)) for step in STEPS]
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+        if "foreign" not in name and name != "scaled":  # optax's promotes
+            np.testing.assert_allclose(schedule(jnp.array(STEPS)), expected, rtol=1e-6, atol=1e-9)

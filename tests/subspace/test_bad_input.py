@@ -14,7 +14,8 @@ import jaxopt_lab
 from jaxopt_lab import subspace
 
 PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
-CONV = {"conv": jnp.ones((3, 3, 2, 2))}
+WRONG: Any = subspace  # what a type checker would tell
+CUBE = {"cube": jnp.ones((3, 3, 2, 2))}
 # The reductions are over the first axis.
 TWO = optax.contrib.MuonDimensionNumbers(0, 1)
 
@@ -57,14 +58,14 @@ def test_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: subspace.columns("rows"), "axis must be .*got 'rows'"),
-        (lambda: subspace.svd("left"), "side must be one of .*got 'left'"),
-        (lambda: subspace.svd(method="qr"), "method must be one of .*got 'qr'"),
+        (lambda: WRONG.columns("rows"), "axis must be .*got 'rows'"),
+        (lambda: WRONG.svd("left"), "side must be one of .*got 'left'"),
+        (lambda: WRONG.svd(method="qr"), "method must be one of .*got 'qr'"),
         (lambda: subspace.svd(oversampling=-1), "oversampling must be non-negative"),
         (lambda: subspace.svd(power_iterations=-1), "power_iterations must be non-negative"),
-        (lambda: subspace.dct(1), "type must be one of .*got 1"),
-        (lambda: subspace.dct(norm=3), "norm must be one of .*got 3"),
-        (lambda: subspace.blocks("mirror"), "order must be one of .*got 'mirror'"),
+        (lambda: WRONG.dct(1), "type must be one of .*got 1"),
+        (lambda: WRONG.dct(norm=3), "norm must be one of .*got 3"),
+        (lambda: WRONG.blocks("mirror"), "order must be one of .*got 'mirror'"),
         (lambda: jaxopt_lab.galore_adamw(0.1, 0), "rank must be a positive integer, got 0"),
         (lambda: jaxopt_lab.dct_adamw(0.1, 0), "rank must be a positive integer, got 0"),
         (lambda: jaxopt_lab.badam(0.1, 0), "update_gap must be a positive integer, got 0"),
@@ -104,15 +105,15 @@ def test_projections_and_ready_made_rules(make, message):
         ),
         (
             {"always_full": (), "projection": subspace.svd()},
-            CONV,
+            CUBE,
             ValueError,
-            "svd needs a matrix, but 'conv' has shape",
+            "svd needs a matrix, but 'cube' has shape",
         ),
         (
             {"always_full": (), "projection": subspace.dct()},
-            CONV,
+            CUBE,
             ValueError,
-            "dct needs a matrix, but 'conv' has shape",
+            "dct needs a matrix, but 'cube' has shape",
         ),
         (
             {"dimension_numbers": {"layer": {"kernel": TWO, "other": None}}},
@@ -126,6 +127,26 @@ def test_projections_and_ready_made_rules(make, message):
             ValueError,
             r"dimension_numbers of 'layer/bias' name the axes \(1,\)",
         ),
+        (
+            {"dimension_numbers": {"layer": {"kernel": (0, 1), "bias": None}}},
+            PARAMS,
+            ValueError,
+            r"of 'layer/kernel' must be optax.contrib.MuonDimensionNumbers or None, got \(0, 1\)",
+        ),
+        (
+            {"always_full": {"layer": {"kernel": "no", "bias": "yes"}}},
+            PARAMS,
+            TypeError,
+            "always_full must have leaves that are True or False, got 'yes'",
+        ),
+        ({"always_full": 3}, PARAMS, TypeError, "always_full must have leaves .*got 3"),
+        ({"always_full": ["(bias"]}, PARAMS, ValueError, r"always_full: '\(bias' is no pattern"),
+        (
+            {"projection": subspace.blocks(group=len), "always_full": ()},
+            PARAMS,
+            TypeError,
+            "group must return the name of a block, a text, got 10 for 'layer/bias'",
+        ),
         ({"free": optax.trace(0.9)}, PARAMS, ValueError, "free must have no state"),
         (
             {"density": lambda size: size + 1},
@@ -135,7 +156,7 @@ def test_projections_and_ready_made_rules(make, message):
         ),
         ({"density": lambda size: 0.5}, PARAMS, ValueError, r"density\(4\) must be .*got 0\.5"),
         (
-            {"density": 0.1, "error_feedback": True},
+            {"density": 0.0, "error_feedback": True},
             PARAMS,
             ValueError,
             "part of each leaf must be selected, but of 'layer/kernel' the density keeps none",

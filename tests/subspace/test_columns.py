@@ -166,8 +166,8 @@ def test_entries_serve_any_shape():
     tx = subspace.frugal(projection=subspace.entries(), density=0.5, always_full=())
     assert [str(t) for t in subspace.treatments(tx, params).parameters] == [
         "bias (8,): split 4 of 8 (by request)",
-        "conv (3, 3, 2, 4): split 36 of 72 (by request)",
-        "scalar (): free (none of 1 is kept)",
+        "conv (3, 3, 2, 4): split 36 of 72 (matrix, inputs 0 1 2, outputs 3)",
+        "scalar (): whole (all 1 are kept)",
     ]
     updates, _ = tx.update(params, tx.init(params), params)
     assert_close(updates, params, 1e-5)  # Adam's first step and the sign are both 1

@@ -132,7 +132,8 @@ def test_scales_multiply_the_parts():
 
 
 def test_reset_puts_counters_back_and_leaves_what_is_full_alone():
-    for rule, count in (("reset", [1, 2, 3, 1, 2]), ("keep", [1, 2, 3, 4, 5])):
+    cases: Any = (("reset", [1, 2, 3, 1, 2]), ("keep", [1, 2, 3, 4, 5]))
+    for rule, count in cases:
         tx = subspace.frugal(density=0.5, update_gap=3, on_refresh=rule)
         found = states(tx, 5)
         assert [int(s.selected[0].count) for s in found] == count

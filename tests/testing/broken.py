@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+import jaxopt_lab
 from tests.testing.reference import MomentumState, healthy
 
 
@@ -231,6 +233,121 @@ def _real_part() -> optax.GradientTransformation:
     return leafwise(jnp.real)
 
 
+def _rate(rule: Callable[..., jax.Array]) -> Callable[..., optax.GradientTransformation]:
+    """A constructor with a learning rate and a decay, of `rule(g, p, learning_rate, decay)`."""
+
+    def make(learning_rate: float, weight_decay: float = 0.0) -> optax.GradientTransformation:
+        return stateless(
+            lambda gradients, params: jax.tree.map(
+                lambda g, p: rule(g, p, learning_rate, weight_decay).astype(p.dtype),
+                gradients,
+                params,
+            )
+        )
+
+    return functools.partial(make, 0.1)
+
+
+def _rounded_to_the_gradients(gradients: Any, params: Any) -> Any:
+    """Float32 that is no wider than the gradient's dtype inside."""
+    return jax.tree.map(lambda g, p: (g * g).astype(p.dtype), gradients, params)
+
+
+def _rate_in_the_gradients_dtype(g: Any, p: Any, rate: float, decay: float) -> jax.Array:
+    return -jnp.asarray(rate, g.dtype) * g
+
+
+def _decay_in_the_gradients_dtype(g: Any, p: Any, rate: float, decay: float) -> jax.Array:
+    return -rate * (g + jnp.asarray(decay, g.dtype) * p.astype(g.dtype)).astype(p.dtype)
+
+
+def _climbs(g: Any, p: Any, rate: float, decay: float) -> jax.Array:
+    return rate * g
+
+
+def calls_its_mask(mask: Any) -> optax.GradientTransformation:
+    """Takes whatever can be called for a function."""
+
+    def rule(gradients: Any, params: Any) -> Any:
+        return jax.tree.map(jnp.multiply, mask(params) if callable(mask) else mask, gradients)
+
+    return stateless(rule)
+
+
+def decay_only_if_not_zero(weight_decay: Any) -> optax.GradientTransformation:
+    links = [optax.trace(0.9)]
+    if not isinstance(weight_decay, float) or weight_decay != 0:
+        links.append(optax.add_decayed_weights(weight_decay))
+    return optax.chain(*links)
+
+
+def hidden_count(learning_rate: Any) -> optax.GradientTransformation:
+    """Counts its steps in an array without a name."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        (count,) = state
+        rate: Any = learning_rate(count) if callable(learning_rate) else learning_rate
+        return jax.tree.map(lambda g: -rate * g, updates), (count + 1,)
+
+    return optax.GradientTransformation(lambda params: (jnp.zeros((), jnp.int32),), update)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["momentum"], meta_fields=[])
+@dataclasses.dataclass
+class _Opaque:
+    """A node that only JAX knows."""
+
+    momentum: Any
+
+
+def _opaque_state() -> optax.GradientTransformation:
+    return stateful(lambda params: _Opaque(params), lambda gradients, state: state)
+
+
+def _loop_from_a_constant() -> optax.GradientTransformation:
+    def rule(g: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.abs(g))
+        return g + jax.lax.fori_loop(0, 3, lambda _, x: x / 2 + largest, 0.0)
+
+    return leafwise(rule)
+
+
+def _loop_over_a_number() -> optax.GradientTransformation:
+    return leafwise(lambda g: g * jax.lax.fori_loop(0, 3, lambda _, x: x + 1, 0).astype(g.dtype))
+
+
+def _sums_over_the_first_axis() -> optax.GradientTransformation:
+    """In a box of two names there is then an array of one axis."""
+    return stateful(
+        lambda params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[:1]), params),
+        lambda gradients, state: state,
+    )
+
+
+def _size_by_the_tree() -> optax.GradientTransformation:
+    return stateful(
+        lambda params: jnp.zeros(len(str(jax.tree.structure(params)))),
+        lambda gradients, state: state,
+    )
+
+
+def _type_by_the_tracer() -> optax.GradientTransformation:
+    def init(params: Any) -> Any:
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
+        return jnp.zeros((), jnp.int32 if traced else jnp.float32)
+
+    return stateful(init, lambda gradients, state: state)
+
+
+def _treats_dictionaries_alone() -> optax.GradientTransformation:
+    return jaxopt_lab.frugal_adamw(
+        0.1,
+        always_full=lambda params: jax.tree.map(
+            lambda leaf: isinstance(params, dict) or leaf.ndim < 2, params
+        ),
+    )
+
+
 def _each(names: str, make: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return dict.fromkeys(names.split(), make)
 
@@ -246,10 +363,13 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "none_leaf": lambda: stateless(_with_none),
     "scalar_leaf": lambda: leafwise(lambda g: g / g.shape[0]),
     "length_one_leaf": lambda: leafwise(lambda g: g / jnp.sqrt(jnp.sum((g - jnp.mean(g)) ** 2))),
-    **_each("empty_leaf empty_matrix_leaf", lambda: leafwise(lambda g: g / jnp.max(g))),
+    **_each(
+        "empty_leaf empty_matrix_leaf empty_leaves", lambda: leafwise(lambda g: g / jnp.max(g))
+    ),
     **_each("three_axes_leaf four_axes_leaf", lambda: leafwise(lambda g: g if g.ndim < 3 else g.T)),
     "nesting_invariance": lambda: stateless(_by_position),
     **_each("numpy_leaves python_float_leaves", optax.identity),
+    "callable_trees": functools.partial(calls_its_mask, True),
     "random_trees": cast_updates("float32"),
     "float32_updates": cast_updates("float16"),
     **_each("bfloat16_updates float16_updates float64_updates", cast_updates("float32")),
@@ -259,6 +379,10 @@ BROKEN: dict[str, Callable[..., Any]] = {
         "float32_gradients_float64_weights",
         lambda: momentum_of(lambda g, m: g.dtype),
     ),
+    "bfloat16_gradients_float32_weights": optax.identity,
+    "float16_gradients_float32_weights": lambda: stateless(_rounded_to_the_gradients),
+    "small_rate_with_narrow_gradients": _rate(_rate_in_the_gradients_dtype),
+    "weight_decay_with_narrow_gradients": _rate(_decay_in_the_gradients_dtype),
     **_each(
         "strict_dtype_promotion_float32 strict_dtype_promotion_bfloat16 "
         "strict_dtype_promotion_mixed",
@@ -281,11 +405,15 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "zero_weights": lambda: stateless(_trust_ratio),
     "counter_at_maximum": _wrapping_counter,
     "nan_stays_in_its_leaf": lambda: stateless(normalised_by_all),
+    "nan_propagates": lambda: leafwise(jnp.nan_to_num),
+    "descends": _rate(_climbs),
     "nonfinite_gradients_accepted": with_eager_raise,
     "differentiable": loops_until_small,
     "differentiable_at_zero_gradient": _slope_of_root,
     "resume_bit_exact": _key_in_state,
     "extra_arguments": no_extra_arguments,
+    "extra_arguments_ready_made": functools.partial(negated_rate, 0.1),
+    "state_tree_at_zero": functools.partial(decay_only_if_not_zero, 0.0),
     **_each("masked partition multi_transform freeze partition_empty_label", two_leaves_only),
     **_each("chain multi_steps_float32 multi_steps_bfloat16", counts_traces),
     "inject_hyperparams": functools.partial(float_rate, 0.1),
@@ -304,9 +432,20 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "init_under_eval_shape": _init_by(np.zeros_like),
     **_each(
         "shard_map shard_map_unchecked pmap sharded_rows sharded_columns sharded_replicated "
-        "explicit_axes",
+        "explicit_axes nnx_optimizer nnx_optimizer_restored",
         counts_traces,
     ),
+    **_each("shard_map_varying_gradients shard_map_varying_state", _loop_from_a_constant),
+    "disable_jit": _loop_over_a_number,
+    "x64": lambda: leafwise(lambda g: g + jnp.zeros(())),
+    "debug_nans": lambda: leafwise(lambda g: jnp.where(g > 0, jnp.sqrt(g), g)),
+    "debug_infs": lambda: leafwise(lambda g: jnp.where(g == 0, g, 1 / g)),
+    **_each("flax_serialization linen_train_state", _opaque_state),
+    **_each("linen_partitioned linen_partitioned_sharded", _sums_over_the_first_axis),
+    "nnx_current_learning_rate": functools.partial(hidden_count, 0.1),
+    "nnx_state_bytes": _size_by_the_tree,
+    "nnx_treatments": _treats_dictionaries_alone,
+    "nnx_init_sharded": _type_by_the_tracer,
     **_each("sharded_state_eager_init sharded_state_jitted_init", _fresh_zeros),
     "gradient_shape_refused": functools.partial(optax.trace, 0.9),
     **_each("missing_leaf_refused extra_leaf_refused", zips_leaves),

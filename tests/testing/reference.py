@@ -37,15 +37,32 @@ def _zeros(leaf: Any) -> jax.Array:
     return jnp.where(jnp.zeros((), bool), jnp.asarray(leaf, dtype), zeros)
 
 
-def momentum(learning_rate: Any, b1: Any = 0.9) -> optax.GradientTransformation:
+def _selected(mask: Any, params: Any) -> list[bool]:
+    """One boolean a leaf; a tree whose leaves are no functions is a tree, callable or not."""
+    if mask is None:
+        return [True] * len(jax.tree.leaves(params))
+    is_function = callable(mask) and all(map(callable, jax.tree.leaves(mask)))
+    tree = mask(params) if is_function else mask
+    selected: list[bool] = []
+    jax.tree.map(lambda m, p: selected.extend([m] * len(jax.tree.leaves(p))), tree, params)
+    return selected
+
+
+def momentum(
+    learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 0.0, mask: Any = None
+) -> optax.GradientTransformationExtraArgs:
     """Momentum that keeps the whole contract: the reference of these tests."""
 
     def init(params: Any) -> MomentumState:
         _require_floating(params)
         return MomentumState(jnp.zeros((), jnp.int32), jax.tree.map(_zeros, params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MomentumState]:
-        del params
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, MomentumState]:
+        del extra
+        if params is None:
+            raise ValueError("momentum needs params")
         if not isinstance(state, MomentumState):
             raise TypeError(f"expected MomentumState, got {type(state).__name__}")
         _require_floating(updates)
@@ -62,15 +79,18 @@ def momentum(learning_rate: Any, b1: Any = 0.9) -> optax.GradientTransformation:
             b = jnp.asarray(b1, m.dtype)
             return b * m + (1 - b) * jnp.asarray(g, m.dtype)
 
-        def scale(m: jax.Array, g: Any) -> jax.Array:
-            return (-jnp.asarray(rate, m.dtype) * m).astype(jnp.result_type(g))
+        def scale(m: jax.Array, p: Any, selected: bool) -> jax.Array:
+            decay = jnp.asarray(weight_decay, m.dtype) * jnp.asarray(p, m.dtype)
+            step = m + decay if selected else m
+            # In the dtype of the weights: gradients may be narrower.
+            return (-jnp.asarray(rate, m.dtype) * step).astype(jnp.result_type(p))
 
         moments = jax.tree.map(average, state.momentum, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
-        state = MomentumState(count, moments)
-        return jax.tree.map(scale, moments, updates), state
+        selected = jax.tree.unflatten(jax.tree.structure(params), _selected(mask, params))
+        return jax.tree.map(scale, moments, params, selected), MomentumState(count, moments)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 healthy = functools.partial(momentum, 0.1)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import pallas
 
-from jaxopt_lab.testing import ContractError, check_transform, contract_checks
-from tests.testing.broken import BROKEN, cast_updates, stateful
+from jaxopt_lab.testing import ContractError, _subject, check_transform, contract_checks
+from jaxopt_lab.testing._registry import NotApplicableError
+from tests.testing.broken import BROKEN, cast_updates, leafwise, stateful
 from tests.testing.reference import healthy, momentum
 
 
 def test_healthy_transformation_keeps_everything() -> None:
     report = check_transform(momentum, learning_rate=0.1)
-    not_run = {result.group for result in report.results if result.status == "not run"}
-    assert not_run <= ({"devices"} if jax.device_count() < 4 else set()), str(report)
+    devices = {check.name for check in contract_checks() if check.group == "devices"}
+    not_run = {result.name for result in report.results if result.status == "not run"}
+    # It treats all leaves alike.
+    assert not_run - {"nnx_treatments"} <= (devices if jax.device_count() < 4 else set()), str(
+        report
+    )
 
 
 def test_every_check_has_a_broken_transformation() -> None:
@@ -28,10 +37,155 @@ def test_every_check_has_a_broken_transformation() -> None:
 def test_check_catches_a_broken_transformation(name: str) -> None:
     report = check_transform(BROKEN[name], checks=[name], raise_on_failure=False)
     result = report[name]
-    if result.status == "not run" and result.group == "devices":
+    if result.status == "not run" and result.group in ("devices", "flax"):
         pytest.skip(result.detail)
     assert result.status == "failed", str(report)
     assert result.detail
+
+
+def _branches_on_the_counter(learning_rate: float) -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if state > 10:  # the place that the report must name
+            updates = jax.tree.map(jnp.zeros_like, updates)
+        return jax.tree.map(lambda g: -learning_rate * g, updates), state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def _line_of(function: Callable[..., Any], text: str) -> str:
+    lines, start = inspect.getsourcelines(function)
+    (line,) = [start + index for index, found in enumerate(lines) if text in found]
+    return f"{__file__}:{line}"
+
+
+def test_an_update_that_cannot_be_traced_is_one_line_with_its_place() -> None:
+    report = check_transform(_branches_on_the_counter, 0.1, raise_on_failure=False)
+    line, results = next(iter(report.causes.items()))
+    place = _line_of(_branches_on_the_counter, "must name")
+    assert line.startswith(f"the update cannot be traced: {place}: TracerBoolConversionError: ")
+    traced = {check.name for check in contract_checks() if check.traced}
+    assert {result.name for result in results} == traced
+    text = " ".join(str(report).split())
+    assert f"FAILED {len(traced)} checks: {line}" in text
+    assert text.count(place) == 1
+    assert text.count("TracerBoolConversionError") == 1
+    assert "jaxopt_lab/testing" not in text
+
+
+def test_checks_that_need_a_traced_step_fail_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_subject.Subject, "obstacle", None)
+    report = check_transform(_branches_on_the_counter, 0.1, raise_on_failure=False)
+    untraceable = {result.name for result in report.results if "cannot be traced" in result.detail}
+    applied = {result.name for result in report.results if result.status != "not run"}
+    assert untraceable == {check.name for check in contract_checks() if check.traced} & applied
+
+
+def test_an_update_that_cannot_be_compiled_is_one_line_with_its_place() -> None:
+    def kernel_for_a_gpu(learning_rate: float) -> optax.GradientTransformation:
+        def copy(x: Any, y: Any) -> None:
+            y[...] = x[...]
+
+        def rule(g: jax.Array) -> jax.Array:
+            call = pallas.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(g.shape, g.dtype))
+            return call(g)  # no CPU can run it
+
+        return leafwise(rule)
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("the backend may compile the kernel")
+    report = check_transform(kernel_for_a_gpu, 0.1, raise_on_failure=False)
+    line, results = next(iter(report.causes.items()))
+    place = _line_of(kernel_for_a_gpu, "can run it")
+    assert line.startswith(f"the update cannot be compiled: {place}: ValueError: ")
+    assert {check.name for check in contract_checks() if check.traced} <= {
+        result.name for result in results
+    }
+
+
+def test_a_line_that_always_raises_is_one_cause() -> None:
+    def broken(learning_rate: float) -> optax.GradientTransformation:
+        def rule(g: jax.Array) -> jax.Array:
+            return g @ jnp.ones(7)  # never fits
+
+        return leafwise(rule)
+
+    names = ["dict_tree", "scan_carry", "masked", "vmap", "none_leaf"]
+    report = check_transform(broken, 0.1, checks=names, raise_on_failure=False)
+    (results,) = report.causes.values()
+    assert [result.name for result in results] == [
+        check.name for check in contract_checks() if check.name in names
+    ]
+    assert _line_of(broken, "never fits") in results[0].detail
+
+
+def test_equal_findings_are_one_line() -> None:
+    names = ["bfloat16_updates", "float16_updates", "none_leaf"]
+    halves = lambda: leafwise(lambda g: g.astype(jnp.float32))  # noqa: E731
+    text = str(check_transform(halves, checks=names, raise_on_failure=False))
+    assert "1 of 3 checks passed, 2 failed (2 must, 0 of the library's own)" in text
+    assert text.count("FAILED") == 2, "two findings differ in their dtypes"
+    empty = lambda: leafwise(lambda g: g.astype(jnp.int32))  # noqa: E731
+    report = check_transform(empty, checks=["none_leaf", "bare_array"], raise_on_failure=False)
+    assert len(report.causes) == 2, "other leaves are other findings"
+    report = check_transform(empty, checks=["dict_tree", "float32_updates"], raise_on_failure=False)
+    assert len(report.causes) == 1, str(report)
+    assert "FAILED 2 checks: updates['bias'] is int32[5]" in " ".join(str(report).split())
+
+
+@pytest.mark.parametrize("level", ["must", "library"])
+def test_a_level_selects_its_checks(level: Any) -> None:
+    names = ["none_leaf", "bfloat16_updates", "integer_weights_refused", "python_float_leaves"]
+    every = check_transform(healthy, checks=names)
+    some = check_transform(healthy, checks=names, level=level)
+    assert [r.name for r in some.results] == [r.name for r in every.results if r.level == level]
+    assert len(some.results) == 2
+    assert {check.level for check in contract_checks()} == {"must", "library"}
+
+
+def test_an_unknown_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="level must be one of must, library, got 'strict'"):
+        check_transform(healthy, level="strict")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_report_marks_the_library_s_own_promises() -> None:
+    text = str(check_transform(healthy, checks=["none_leaf", "python_float_leaves"]))
+    marked = [line for line in text.splitlines() if line.endswith("[library]")]
+    assert len(marked) == 1
+    assert "python_float_leaves" in marked[0]
+
+
+def test_adam_of_optax_keeps_what_wrappers_rely_on() -> None:
+    names = [
+        *("descends", "nan_propagates", "extra_arguments_ready_made", "callable_trees"),
+        *("empty_leaves", "shard_map_varying_gradients", "disable_jit", "x64", "debug_nans"),
+        *(
+            "shard_map_varying_state",
+            "flax_serialization",
+            "nnx_optimizer",
+            "nnx_optimizer_restored",
+        ),
+        *("linen_train_state", "linen_partitioned"),
+    ]
+    report = check_transform(optax.adamw, 1e-3, checks=names, level="must", raise_on_failure=False)
+    assert report.ok, str(report)
+    assert len(report.results) == len(names)
+
+
+def test_adam_that_climbs_is_found_to_climb() -> None:
+    climbs = lambda learning_rate: optax.chain(  # noqa: E731
+        optax.scale_by_adam(), optax.scale(learning_rate)
+    )
+    report = check_transform(climbs, 1e-3, checks=["descends"], raise_on_failure=False)
+    assert "the loss of a convex quadratic goes from" in report["descends"].detail
+
+
+@pytest.mark.parametrize("rule", [optax.scale_by_adam, optax.scale_by_adam(), optax.adam(1e-3)])
+def test_a_rule_for_a_chain_promises_no_descent_unless_asked(rule: Any) -> None:
+    with pytest.raises(NotApplicableError, match=r"checks=\['descends'\] asks for it"):
+        _subject.Subject(rule, (), {}).require_ready_made("descends")
+    report = check_transform(rule, checks=["descends"], raise_on_failure=False)
+    # The bare rule gives the direction of the gradient, and so climbs.
+    assert report.ok == isinstance(rule, optax.GradientTransformationExtraArgs), str(report)
 
 
 def test_adam_of_optax_fails_where_it_is_known_to() -> None:

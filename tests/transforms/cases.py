@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -44,12 +46,19 @@ class Case:
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in (GOLDEN / "optimizers").glob("*.npz"))
+    """The files of trajectories; others hold one pass of a layer or iterates of a minimiser."""
+    return sorted(path.stem for path in (GOLDEN / "optimizers").glob("*.npz") if _is_one(path))
+
+
+def _is_one(path: pathlib.Path) -> bool:
+    with np.load(path) as file:
+        return any(key.startswith("grads/") for key in file.files)
 
 
 def load(name: str) -> Case:
-    with np.load(GOLDEN / "optimizers" / f"{name}.npz") as file:
-        meta = json.loads(str(file["meta"]))
+    path = GOLDEN / "optimizers" / f"{name}.npz"
+    run = meta(path)
+    with np.load(path) as file:
         arrays = {key: file[key] for key in file.files if key != "meta"}
     init = {k.split("/")[1]: _to_jax(v) for k, v in arrays.items() if k.startswith("init/")}
     grads = {k.split("/")[1]: v for k, v in arrays.items() if k.startswith("grads/")}
@@ -61,26 +70,32 @@ def load(name: str) -> Case:
             expected.setdefault(int(step), {})[leaf] = _to_jax(value)
     return Case(
         name=name,
-        method=meta["method"],
-        hyperparams={k: v for k, v in meta["hyperparameters"].items() if k not in _STREAM},
+        method=run["method"],
+        hyperparams={k: v for k, v in run["hyperparameters"].items() if k not in _STREAM},
         init=init,
         grads=[{k: _to_jax(v[t]) for k, v in grads.items()} for t in range(steps)],
         expected=expected,
-        huge=frozenset(meta["hyperparameters"].get("huge_gradient_steps", ())),
+        huge=frozenset(run["hyperparameters"].get("huge_gradient_steps", ())),
         selections=_selections(arrays),
     )
 
 
+def meta(path: pathlib.Path) -> dict[str, Any]:
+    """What a file says of its run."""
+    with np.load(path) as file:
+        return json.loads(str(file["meta"]))
+
+
 def rule_of(case: Case) -> str:
     """The name of our ready-made transformation for the case."""
-    return _METHODS[case.method][0]
+    return METHODS[case.method][0]
 
 
 def transformation(case: Case, namespace: Any = jaxopt_lab) -> optax.GradientTransformation:
     """Builds the case's optimizer from `namespace`, by default this package."""
-    if case.method not in _METHODS:
+    if case.method not in METHODS:
         raise KeyError(f"{case.name}: no rule is mapped to the method {case.method!r}")
-    name, mapping = _METHODS[case.method]
+    name, mapping = METHODS[case.method]
     unknown = set(case.hyperparams) - set(mapping)
     if unknown:
         raise KeyError(f"{case.name}: hyper-parameters {sorted(unknown)} map to no argument")
@@ -88,7 +103,34 @@ def transformation(case: Case, namespace: Any = jaxopt_lab) -> optax.GradientTra
     for key, value in case.hyperparams.items():
         target = mapping[key]
         arguments |= target(value, case, namespace) if callable(target) else {target: value}
-    return getattr(namespace, name)(**arguments)
+    tx = getattr(namespace, name)(**arguments)
+    return _one_replica(tx) if "axis_name" in arguments else tx
+
+
+def _one_replica(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs a transformation on an axis of size 1, from the second call on.
+
+    The references' first call makes buffers and throws its gradient away.
+    """
+
+    def alone(function: Any) -> Any:
+        def called(*args: Any) -> Any:
+            stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], args)
+            return jax.tree.map(lambda x: x[0], jax.vmap(function, axis_name=_AXIS)(*stacked))
+
+        return called
+
+    def init(params: Any) -> Any:
+        return jnp.zeros((), jnp.int32), alone(tx.init)(params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        calls, inner = state
+        found = alone(tx.update)(updates, inner, params)
+        kept = jax.tree.map(jnp.zeros_like, updates), inner
+        updates, inner = jax.tree.map(lambda new, old: jnp.where(calls > 0, new, old), found, kept)
+        return updates, (calls + 1, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _selections(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
@@ -126,6 +168,7 @@ def _dct_projection(value: str, case: Case, namespace: Any) -> dict[str, Any]:
     return {"projection": selections.dct(case.hyperparams, case.selections, namespace.subspace)}
 
 
+_AXIS = "replica"
 _FREE = {"sign_sgd": optax.scale_by_sign, "sgd": optax.identity, "no": optax.set_to_zero}
 _ADAM = _same("b1", "b2", "eps", "weight_decay") | {"lr": "learning_rate"}
 _SGDP = _same(
@@ -140,7 +183,7 @@ _SGDP = _same(
 ) | {"lr": "learning_rate"}
 
 Target = str | Callable[[Any, Case, Any], dict[str, Any]]
-_METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
+METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
     "lion": ("lion", _same("b1", "b2", "weight_decay") | {"lr": "learning_rate"}),
     "adabelief": (
         "adabelief",
@@ -150,6 +193,18 @@ _METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
     "sgdp": ("sgdp", _SGDP),
     "exadam": ("exadam", _ADAM | _same("dynamic_step_size")),
     "diffgrad": ("diffgrad", _ADAM),
+    "onebit_adam": (
+        "one_bit_adam",
+        _ADAM
+        | {
+            # The call without a step counts, and the variance is that of the calls up to it.
+            "freeze_step": lambda value, case, namespace: {
+                "freeze_step": value - 1,
+                "axis_name": _AXIS,
+            },
+            "bias_correction": lambda value, case, namespace: {},  # unused by the authors' code
+        },
+    ),
     "frugal": (
         "frugal_adamw",
         _ADAM
@@ -179,7 +234,9 @@ _METHODS: dict[str, tuple[str, Mapping[str, Target]]] = {
             "update_proj_gap": "update_gap",
             "projected_parameters": _always_full,
             "proj_type": lambda value, case, namespace: {
-                "projection": selections.singular(value, case.selections, namespace.subspace)
+                "projection": selections.singular(
+                    value, case.selections, case.init, namespace.subspace
+                )
             },
         },
     ),

@@ -16,6 +16,7 @@ import jaxopt_lab
 from tests.oracles import adabelief, adamp, diffgrad, exadam, lion, muon, regimes, sgdp
 
 STEPS = 10
+PER_STEP = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (2.8366, -3.0525, 1.2012))
 Trajectory = list[np.ndarray]
 Streams = Mapping[str, tuple[np.ndarray, list[np.ndarray]]]  # name -> parameter, gradients
 
@@ -86,6 +87,8 @@ def all_runs() -> tuple[Run, ...]:
         hyperparams = {"learning_rate": 0.1, **hyperparams}
         program = functools.partial(oracle.trajectory, **hyperparams)
         oracle = leaf_by_leaf(program)
+        if rule in ("adamp", "sgdp"):
+            hyperparams["dimension_numbers"] = _last_axis_is_output
         runs.append(Run(rule, label, hyperparams, oracle, streams or _regimes(), 5e-6))
 
     add("lion", "default", lion)
@@ -121,6 +124,17 @@ def all_runs() -> tuple[Run, ...]:
         add("sgdp", f"{label}_orthogonal", sgdp, _orthogonal(sgdp, settings), **settings)
     runs += _muon_runs()
     return tuple(runs)
+
+
+def _last_axis_is_output(params: Any) -> Any:
+    """The axes that the programs take, of leaves whose names say nothing of theirs."""
+
+    def numbers(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if x.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), -1)
+
+    return jax.tree.map(numbers, params)
 
 
 def _regimes() -> dict[str, tuple[np.ndarray, list[np.ndarray]]]:
@@ -190,6 +204,12 @@ def _muon_runs() -> list[Run]:
             },
             {"momentum": 0.9, "ns_eps": 1e-3, "ns_steps": 3, "weight_decay": 0.1},
             {"learning_rate": 0.01, "b1": 0.8, "b2": 0.9, "eps": 1e-4, "weight_decay": 0.2},
+        ),
+        run(
+            "three_polynomials",
+            {"ns_coeffs": PER_STEP, "weight_decay": 0.1},
+            {"ns_coeffs": PER_STEP, "ns_steps": 3, "weight_decay": 0.1},
+            {"weight_decay": 0.1},
         ),
         Run(
             "muon",

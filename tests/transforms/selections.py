@@ -6,6 +6,7 @@ is the module of that name, of this package or of a copy of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,9 +25,11 @@ def frugal(
     subspace: Any,
 ) -> Any:
     if kind == "blocks":
-        return subspace.blocks(hyperparams["block_order"])  # deterministic, or nothing selected
-    if kind.startswith("svd"):
-        return singular("std", stored, subspace)
+        return blocks(hyperparams, stored, subspace)
+    if kind != "coordinates":
+        found = re.fullmatch(r"(?:svd|random|randperm) \(side (\w+)\)", kind)
+        assert found, f"unknown projection {kind!r}"
+        return singular(found[1], stored, init, subspace)
     choice = hyperparams["coord_choice"]
     if choice == "randk":
         flat = {
@@ -36,18 +39,81 @@ def frugal(
             for name, found in stored.items()
         }
         return subspace.entries(choose=lookup(flat))
-    return subspace.columns("in" if choice == "columns" else "out", choose=lookup(stored))
+    return subspace.columns({"columns": "in", "rows": "out"}[choice], choose=lookup(stored))
 
 
-def singular(kind: str, stored: Stored, subspace: Any) -> Any:
-    transposed = {
-        name: {step: basis if name.endswith("left") else basis.T for step, basis in found.items()}
-        for name, found in stored.items()
+# The sides of the references (out, in): their right is the inputs.
+_SIDES = {"std": "smaller", "reverse_std": "larger", "right": "in", "left": "out", "full": "both"}
+
+
+def on_the_right(side: str, shape: tuple[int, int]) -> bool:
+    """Whether the references project the inputs of a matrix (in, out), with a basis (r, in)."""
+    fan_in, fan_out = shape
+    return {
+        "std": fan_out >= fan_in,
+        "reverse_std": fan_out < fan_in,
+        "right": True,
+        "left": False,
+    }[side]
+
+
+def singular(side: str, stored: Stored, init: Mapping[str, np.ndarray], subspace: Any) -> Any:
+    """A basis on the right is stored as rows, (r, in), one on the left as columns, (out, r)."""
+
+    def is_right(path: str) -> bool:
+        name, *end = path.split("/")
+        if end:
+            return end[0] == "right"
+        fan_in, fan_out = init[name].shape
+        return on_the_right(side, (fan_in, fan_out))
+
+    columns = {
+        path: {step: basis.T if is_right(path) else basis for step, basis in found.items()}
+        for path, found in stored.items()
     }
-    if kind == "std":
-        return subspace.svd("smaller", choose=lookup(transposed))
-    assert kind == "full"
-    return subspace.svd("both", choose=pairs(transposed))
+    choose = pairs(columns) if side == "full" else lookup(columns)
+    return subspace.svd(_SIDES[side], choose=choose)
+
+
+def blocks(hyperparams: Mapping[str, Any], stored: Stored, subspace: Any) -> Any:
+    """The orders without chance that are ours too; for others, what the reference has activated."""
+    names, order = list(hyperparams["projected_parameters"]), hyperparams["block_order"]
+    active = round(len(names) * hyperparams["density"])
+    if active == 0:
+        return subspace.blocks()
+    # Where all have state, ours never begins anew.
+    if order in ("ascending", "descending") and active < len(names) and len(names) % active == 0:
+        return subspace.blocks(order)
+    return _recorded_blocks(stored, subspace)
+
+
+def _recorded_blocks(stored: Stored, subspace: Any) -> Any:
+    """Leaves that have state as a whole or not at all, as recorded."""
+    flag = lookup(stored)
+
+    class Recorded(subspace.projections.LeafProjection):
+        def _size(self, leaf: Any, density: Any) -> tuple[int, int]:
+            return 1, 2
+
+        def _describe(self, leaf: Any) -> str:
+            return "all or nothing, as recorded"
+
+        def _first(self, leaf: Any) -> jax.Array:
+            return jnp.zeros((), bool)
+
+        def _choose(self, leaf: Any, old: Any, grad: Any, count: Any, key: Any) -> jax.Array:
+            return flag(leaf.name, count, grad) != 0
+
+        def _project(self, leaf: Any, selection: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.where(selection, x, 0)
+
+        def _restore(self, leaf: Any, selection: jax.Array, compact: jax.Array) -> jax.Array:
+            return jnp.where(selection, compact, 0)
+
+        def _remainder(self, leaf: Any, selection: Any, x: jax.Array, compact: Any) -> jax.Array:
+            return jnp.where(selection, 0, x)
+
+    return Recorded()
 
 
 def dct(hyperparams: Mapping[str, Any], stored: Stored, subspace: Any) -> Any:

@@ -194,6 +194,13 @@ def test_row_16_the_state_of_another_rule(rule):
 
 
 @each_optimizer
+@pytest.mark.parametrize("state", [None, (), 3, (None,) * 4], ids=repr)
+def test_row_16_what_is_no_state(rule, state):
+    with pytest.raises(TypeError, match="expected a state of type "):
+        rule(weight_decay=0.0).update(GRADS, state, PARAMS)
+
+
+@each_optimizer
 def test_row_17_python_and_numpy_leaves(rule):
     params = {"scalar": 1.0, "array": np.ones(3, np.float32)}
     tx = rule()

@@ -142,12 +142,13 @@ def test_muon_leaves_embeddings_the_head_and_vectors_to_adam():
     params = {
         "embed": {"embedding": jnp.ones((9, 4))},
         "block": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "conv": jnp.ones((3, 3, 4, 5))},
-        "attention": {"query": jnp.ones((4, 2, 2))},
+        "attention": {"query": jnp.ones((6, 2, 3))},
         "lm_head": {"kernel": jnp.ones((4, 9))},
     }
     numbers = jaxopt_lab.muon_dimension_numbers(params)
     matrices = [name for name, leaf in _named(numbers) if leaf is not None]
-    assert matrices == ["block/conv", "block/kernel"]
+    assert matrices == ["attention/query", "block/conv", "block/kernel"]
+    assert numbers["attention"]["query"] == optax.contrib.MuonDimensionNumbers((0,), (1, 2))
     assert numbers["block"]["conv"] == optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
 
 

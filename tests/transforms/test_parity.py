@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from tests.transforms import cases
+from tests.transforms import cases, made_up
+
+HERE = pathlib.Path(__file__).parents[1] / "golden" / "optimizers"
 
 
 def deviation(
@@ -52,10 +57,32 @@ def test_float32_follows_the_reference(name):
     assert deviation(case, cases.transformation(case), jnp.float32, steps) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("golden")
+    made_up.write(root)
+    return root
+
+
+@pytest.mark.parametrize("name", made_up.names())
+def test_files_of_other_shapes_and_options_are_mapped(name, written, monkeypatch):
+    """Wide and tall matrices, every side and order: the numbers are those of the oracles."""
+    monkeypatch.setattr(cases, "GOLDEN", written)
+    assert name in cases.names()
+    test_float64_equals_the_reference(name)
+
+
 def test_every_reference_is_mapped():
     assert cases.names(), f"no reference trajectories under {cases.GOLDEN}"
     for name in cases.names():
         cases.transformation(cases.load(name))
+
+
+def test_the_readme_names_the_rules_that_have_a_reference():
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    sentence = text.split("**Equal to the papers.**")[1].split("reproduce trajectories")[0]
+    recorded = {meta["method"] for meta in map(cases.meta, sorted(HERE.glob("*.npz")))}
+    assert set(re.findall(r"`(\w+)`", sentence)) == {cases.METHODS[m][0] for m in recorded}
 
 
 @pytest.mark.parametrize(

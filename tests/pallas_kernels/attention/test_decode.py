@@ -108,6 +108,16 @@ def test_is_what_attention_with_the_whole_sequence_gives():
     np.testing.assert_allclose(got, want[:, -4:], atol=2e-6)
 
 
+def test_no_operation_makes_nan_or_infinity_of_finite_input(small_blocks):
+    """The search for them looks at each operation of a call outside of jit."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(2, 40, 2, 8)), jnp.float32) for _ in range(3))
+    lengths = jnp.array([3, 40])
+    with jax.debug_nans(True), jax.debug_infs(True):
+        output: Any = decode.decode_attention(query[:, -1], key, value, lengths)
+    assert output.shape == (2, 2, 8)
+
+
 def test_an_empty_batch():
     query, cache = jnp.zeros((0, 2, 8)), jnp.zeros((0, 16, 2, 8))
     output: Any = decode.decode_attention(query, cache, cache, jnp.zeros(0, jnp.int32))

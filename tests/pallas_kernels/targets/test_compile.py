@@ -41,7 +41,7 @@ def test_unknown_chip_is_refused_with_the_known_ones(function):
 
 def test_missing_compiler_names_the_extra(monkeypatch):
     monkeypatch.setattr(compile, "_installed", lambda module: False)
-    with pytest.raises(RuntimeError, match=r'"jaxopt-lab\[aot\]"'):
+    with pytest.raises(RuntimeError, match=r'pip install -e "\.\[aot\]"'):
         compile_for(lambda x: x, 1.0, chip="v5e")
 
 

@@ -1,0 +1,257 @@
+"""What the names on the way to a parameter say: vector, embedding, output layer, attention ...
+
+Names are compared by their words: `embed_tokens`, `EmbedTokens` and `embed.tokens` have the same.
+A layer's own name is that of the module that has the leaf, or of the leaf itself where that is no
+mere `kernel`, `w` or `weight`. Numbers in a list have no name.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Set
+
+Parts = tuple[str, ...]
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_PLAIN = _set("kernel kernels w weight weights")
+_VECTOR = _set(
+    "bias biases scale scales gamma beta gain offset shift mean var variance std count "
+    "temperature slope lambda alpha magnitude decay log"
+)
+# The biases of raw dictionaries: b, b1, b_in, b_ih, bq, bo.
+_RAW_BIAS = re.compile(r"b\d*|b_(\d+|(?!proj|emb)[a-z]{1,5})|b[qkvo]|b(ih|hh)|g")
+_NORM = _set("ln bn gn rms layernorm batchnorm groupnorm rmsnorm")
+_EMBED = _set("emb embs wte wpe vocab vocabulary codebook codebooks table")
+# An embedding followed by one of these is a layer that is applied to it.
+_APPLIED = _set("proj projection dense linear mlp mapping fc out conv norm")
+_LAYER = _set(
+    "layer layers block blocks attention attn mlp ffn ff moe expert experts bottleneck cell "
+    "attentions resnet resnets encoderblock decoderblock selfattention crossattention h"
+)
+_MLP = _set("up down gate ffn ff fc mlp wi w1 w2 w3 linear dense intermediate hidden")
+_QUERY = _set("query queries key keys value values q k v wq wk wv qkv kv")
+_OUT = _set("out o wo output")
+_STRONG_HEAD = _set("classifier unembed unembedding score lm_head embed_out")
+_WEAK_HEAD = _set(
+    "head heads output outputs out fc final readout predictions to_logits output_layer "
+    "out_layer output_projection output_proj output_dense output_linear final_layer "
+    "final_dense final_linear final_proj final_projection last_layer dense_out linear_out "
+    "conv_out decoder_output qa_outputs"
+)
+_INPUT = _set("stem patchify conv_init init_conv conv_stem stem_conv conv_in input_conv conv_input")
+
+
+def parts_of(name: str) -> Parts:
+    """Returns the names on a path; Haiku's and PyTorch's paths within one key count as well."""
+    return tuple(part for part in re.split(r"[/.]", name) if part not in ("", "~"))
+
+
+@functools.lru_cache(4096)
+def words(part: str) -> tuple[str, ...]:
+    """Returns the words of a name in lower case, and its numbers."""
+    return tuple(
+        word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", part)
+    ) or (part,)
+
+
+def is_plain(parts: Parts) -> bool:
+    """Whether a leaf is called as the kernel of a layer is."""
+    return not parts or words(parts[-1])[0] in _PLAIN
+
+
+def is_kernel(parts: Parts) -> bool:
+    """Whether a leaf is called as a kernel is, or as one of attention or an MLP."""
+    return bool(parts) and (
+        is_plain(parts) or _any(own(parts), _MLP | _QUERY | _OUT | {"conv"}) or is_einsum(parts)
+    )
+
+
+def own(parts: Parts) -> str:
+    """Returns the name of the layer that a leaf belongs to, or "" if it has none."""
+    named = [part for part in _modules(parts) if not part.isdigit()]
+    return named[-1] if named else ""
+
+
+def is_vector(parts: Parts) -> bool:
+    """Whether a leaf is called bias, scale or the like, or belongs to a normalisation."""
+    if not parts:
+        return False
+    leaf = parts[-1]
+    if _any(leaf, _VECTOR) and not _any(leaf, _APPLIED | {"kernel", "net"}):
+        return True
+    if may_be_bias(parts) and (is_norm(own(parts)) or _any(own(parts), _VECTOR)):
+        return True
+    if words(leaf)[0] in ("weight", "weights", "w"):
+        return is_norm(own(parts))
+    return is_norm(leaf)
+
+
+def may_be_bias(parts: Parts) -> bool:
+    """Whether a leaf is called `b` or alike, as biases beside a `w` are, and other things too."""
+    return bool(parts) and bool(_RAW_BIAS.fullmatch(parts[-1]))
+
+
+def is_norm(part: str) -> bool:
+    """Whether a name is that of a normalisation."""
+    found = words(part)
+    return any("norm" in word or word in _NORM for word in found) and not _any(
+        part, {"proj", "linear", "dense", "mlp", "modulation", "kernel"}
+    )
+
+
+def mates(leaf: str) -> tuple[str, ...]:
+    """Returns what the kernel beside a bias may be called."""
+    if leaf.startswith("bias"):
+        return "kernel" + leaf[4:], "weight" + leaf[4:], "w" + leaf[4:]
+    if leaf == "1":  # of a pair without names
+        return ("0",)
+    return ("w" + leaf[1:], "weight", "kernel") if leaf.startswith("b") else ()
+
+
+def is_table(parts: Parts) -> bool:
+    """Whether a leaf is a table of embeddings, of positions or of tokens that are learned."""
+    if not parts:
+        return False
+    leaf = parts[-1]
+    if not is_plain(parts) and (_embeds(leaf) or leaf in ("cls", "probe", "latents")):
+        return True
+    if not is_plain(parts) and words(leaf)[-1] in ("token", "tokens"):
+        return True
+    name = own(parts)
+    if _any(name, {"bias"}) and _any(name, {"relative", "rel", "relpos", "pos", "position"}):
+        return True
+    return _embeds(name) or (name == "shared" and not in_layer(parts))
+
+
+def is_input(parts: Parts, window: bool = False) -> bool:
+    """Whether a layer makes the first features: a patch embedding, the stem of a CNN.
+
+    Args:
+      parts: names on the path.
+      window: whether it is a convolution over two axes or more.
+    """
+    near = [part for part in _modules(parts) if not part.isdigit()][-3:]
+    patches = any(
+        _any(part, {"patch", "patches"})
+        and (_any(part, {"proj", "conv", "projection"}) or any("embed" in w for w in words(part)))
+        for part in near
+    )
+    embeds = window and not in_layer(parts) and any(map(_embeds, near))
+    return patches or embeds or own(parts).lower() in _INPUT
+
+
+def is_head(parts: Parts, siblings: Iterable[str] = (), stacked: bool = False) -> bool:
+    """Whether a layer is the output layer of a model.
+
+    Args:
+      parts: names on the path.
+      siblings: names beside the layer's own.
+      stacked: whether there is one for each layer of a stack.
+    """
+    modules = _modules(parts)
+    if not modules or in_layer(parts):
+        return False
+    name, siblings = own(parts), set(siblings)
+    found = set(words(name))
+    if any(word in ("pre", "scale") for word in found):
+        return False
+    above = [part for part in modules if not part.isdigit()][:-1]
+    parent = above[-1] if above else ""
+    if _strong(name) or (name == "decoder" and parent in ("predictions", "lm_head")):
+        # Of several layers in a list, the last.
+        numbers = [int(s) for s in siblings if s.isdigit()] if modules[-1].isdigit() else []
+        return not numbers or int(modules[-1]) == max(numbers)
+    if stacked or {"query", "key", "query_proj", "q_proj", "q", "to_q"} & siblings:
+        return False
+    weak = name.lower() in _WEAK_HEAD or ("head" in found and not found & {"multi", "attention"})
+    generic = name.lower() in ("dense", "linear", "fc", "proj", "kernel", "layer")
+    inherited = parent.lower() in _WEAK_HEAD - {"out", "fc"} or _strong(parent)
+    return weak or (generic and inherited)
+
+
+def in_layer(parts: Parts) -> bool:
+    """Whether a layer is inside of a block of layers, and so a hidden one."""
+    above = [part for part in _modules(parts) if not part.isdigit()][:-1]
+    # The `final_layer` of a model is not one of its layers.
+    return any(_any(part, _LAYER) and part.lower() not in _WEAK_HEAD for part in above)
+
+
+def expert(parts: Parts) -> Parts | None:
+    """Returns the path down to the experts that a leaf belongs to, or None."""
+    for index, part in enumerate(parts):
+        if _any(part, {"expert", "experts", "moe"}) and "shared" not in words(part):
+            return parts[: index + 1]
+    return None
+
+
+def is_convolution(parts: Parts) -> bool:
+    """Whether a layer is called a convolution."""
+    return any("conv" in word for word in words(own(parts)))
+
+
+def is_depthwise(parts: Parts) -> bool:
+    """Whether a layer is called a depthwise convolution."""
+    return any("depthwise" in word or word in ("dw", "dwconv") for word in words(own(parts)))
+
+
+def is_query(parts: Parts) -> bool:
+    """Whether a layer makes queries, keys or values."""
+    return _any(own(parts), _QUERY)
+
+
+def is_out(parts: Parts) -> bool:
+    """Whether a layer puts the heads of attention together."""
+    name = own(parts)
+    return _any(name, _OUT) or name == "attn_vec_einsum"
+
+
+def is_einsum(parts: Parts) -> bool:
+    """Whether a kernel stands in an einsum of Gemma, heads first."""
+    return own(parts).endswith("_einsum")
+
+
+def is_mlp(parts: Parts) -> bool:
+    """Whether a layer is a dense one from its name, with one axis of inputs and one of outputs."""
+    inside = any(_any(part, {"mlp", "ffn", "ff"}) for part in _modules(parts))
+    return (inside or _any(own(parts), _MLP)) and not (is_convolution(parts) or is_einsum(parts))
+
+
+def is_dense(parts: Parts) -> bool:
+    """Whether a layer is called as a dense one, which a convolution is not."""
+    return _any(own(parts), {"dense", "linear", "mlp", "ffn", "fc", "wi"})
+
+
+def _modules(parts: Parts) -> Parts:
+    return parts[:-1] if is_plain(parts) or is_vector_leaf(parts) else parts
+
+
+def is_vector_leaf(parts: Parts) -> bool:
+    """Whether the last name alone is that of a bias or a scale."""
+    return bool(parts) and (_any(parts[-1], _VECTOR) or may_be_bias(parts))
+
+
+def _embeds(part: str) -> bool:
+    found = words(part)
+    return (
+        any("embed" in word or word in _EMBED for word in found)
+        and not any("unembed" in word for word in found)
+        and not set(found) & _APPLIED
+    )
+
+
+def _strong(part: str) -> bool:
+    found = words(part)
+    return (
+        part.lower() in _STRONG_HEAD
+        or any("logit" in word or "unembed" in word for word in found)
+        or "classifier" in found
+    ) and "pre" not in found
+
+
+def _any(part: str, chosen: Set[str]) -> bool:
+    return not chosen.isdisjoint(words(part))
