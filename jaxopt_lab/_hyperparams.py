@@ -392,8 +392,7 @@ def in_full_precision(
         new, new_state = inner.update(seen, state, params, **extra_args)
         like = params
         if like is None:
-            first = state[0] if isinstance(state, tuple) and state else None
-            mu = getattr(first, "mu", None)
+            mu = getattr(state[0] if isinstance(state, tuple) and state else None, "mu", None)
             like = mu if jax.tree.structure(mu) == jax.tree.structure(updates) else None
         wanted = iter(_tree.update_dtypes(updates, like))
         return jax.tree.map(lambda u: u.astype(next(wanted)), new), new_state
@@ -402,11 +401,10 @@ def in_full_precision(
 
 
 def _lifted(g: Any) -> Any:
-    dtype = getattr(g, "dtype", None)
     # What is no real floating point is refused by the rule, by name.
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(getattr(g, "dtype", np.void), jnp.floating):
         return g
-    return jnp.asarray(g).astype(_tree.compute_dtype(dtype))
+    return jnp.asarray(g).astype(_tree.compute_dtype(g.dtype))
 
 
 def check_links(state: Any, links: Sequence[str], method: str) -> None:

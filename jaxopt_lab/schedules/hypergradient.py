@@ -21,9 +21,10 @@ from jaxopt_lab import _hyperparams, _tree
 from jaxopt_lab.schedules import _phases
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
-CONTRACT_EXCEPTIONS = dict.fromkeys(
-    ("learning_rate_schedule", "nnx_current_learning_rate"), "the rate is kept in the state"
-)
+CONTRACT_EXCEPTIONS = {
+    "learning_rate_schedule": "the rate is kept in the state",
+    "nnx_current_learning_rate": "the rate is kept in the state",
+}
 
 Rule = Literal["additive", "multiplicative", "fedhyper"]
 RULES: tuple[Rule, ...] = get_args(Rule)

@@ -372,7 +372,7 @@ def test_a_weight_that_is_not_finite_is_not_swallowed():
         return tx.update(g, optax.EmptyState(), weight=weight)[0]
 
     for bad in (np.nan, np.inf):
-        found = jax.vmap(mean, axis_name=AXIS)(jnp.ones(2), jnp.array([bad, 1.0]))
+        found: Any = jax.vmap(mean, axis_name=AXIS)(jnp.ones(2), jnp.array([bad, 1.0]))
         assert np.all(np.isnan(found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def test_two_levels_give_the_mean_over_all_tokens():
     def mean(g, weight):
         return tx.update(g, tx.init(g), weight=weight)[0]
 
-    both = jax.vmap(jax.vmap(mean, axis_name="device"), axis_name="host")
+    both: Any = jax.vmap(jax.vmap(mean, axis_name="device"), axis_name="host")
     wanted = np.einsum("hd,hdk->k", tokens, grads) / tokens.sum()
     np.testing.assert_allclose(both(grads, tokens), np.broadcast_to(wanted, (2, 3, 5)), rtol=1e-5)
 

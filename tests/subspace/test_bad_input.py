@@ -142,7 +142,7 @@ def test_projections_and_ready_made_rules(make, message):
         ({"always_full": 3}, PARAMS, TypeError, "always_full must have leaves .*got 3"),
         ({"always_full": ["(bias"]}, PARAMS, ValueError, r"always_full: '\(bias' is no pattern"),
         (
-            {"projection": subspace.blocks(group=len), "always_full": ()},
+            {"projection": WRONG.blocks(group=len), "always_full": ()},
             PARAMS,
             TypeError,
             "group must return the name of a block, a text, got 10 for 'layer/bias'",
