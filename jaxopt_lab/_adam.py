@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 
 
 class AdamState(NamedTuple):
@@ -33,10 +33,10 @@ def scale_by_adam(
     prefix: str = "",
 ) -> optax.GradientTransformation:
     """Adam; `eps_in_root` adds `eps` to the bias-corrected root, `prefix` is that of the names."""
-    _hyperparams.check_decay(**{f"{prefix}b1": b1, f"{prefix}b2": b2})
-    _hyperparams.check_positive(**{f"{prefix}eps": eps})
-    _hyperparams.check_flag(**{f"{prefix}eps_in_root": eps_in_root})
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+    _checks.check_decay(**{f"{prefix}b1": b1, f"{prefix}b2": b2})
+    _checks.check_positive(**{f"{prefix}eps": eps})
+    _checks.check_flag(**{f"{prefix}eps_in_root": eps_in_root})
+    mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> AdamState:
         return AdamState(

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import jax
 import optax
 
-from jaxopt_lab import _compat, _hyperparams, _matrices, _roles
+from jaxopt_lab import _checks, _compat, _matrices, _roles
 
 
 class Described(Protocol):
@@ -121,7 +121,7 @@ def treatments(tx: optax.GradientTransformation, params: optax.Params) -> Treatm
       embed  (9, 4)  adam (embedding or output layer by its path)
       up     (4, 8)  muon (matrix)
     """
-    _hyperparams.check_transformation(tx=tx)
+    _checks.check_transformation(tx=tx)
     found: list[Any] = []
 
     def init(params: optax.Params) -> None:

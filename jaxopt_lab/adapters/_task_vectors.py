@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _hyperparams, _order, _tree
+from jaxopt_lab import _checks, _hyperparams, _order, _tree
 
 PyTree = Any
 
@@ -64,8 +64,8 @@ def check_weights(weights: Any, models: int) -> jax.Array:
     if found != (models,):
         raise ValueError(f"weights must have shape ({models},), one for each model, got {found}")
     for index, weight in enumerate(weights):
-        _hyperparams.check_scalar(**{f"weights[{index}]": weight})
-        if _hyperparams.is_number(weight) and not np.isfinite(weight):
+        _checks.check_scalar(**{f"weights[{index}]": weight})
+        if _checks.is_number(weight) and not np.isfinite(weight):
             raise ValueError(f"weights must be finite, got {weight}")
     return jnp.stack([jnp.asarray(weight, jnp.result_type(float)) for weight in weights])
 
@@ -77,8 +77,8 @@ def check_scale(scale: _hyperparams.Scalar) -> None:
       ValueError: infinite, NaN or an array with axes.
       TypeError: no real number.
     """
-    _hyperparams.check_scalar(scale=scale)
-    if _hyperparams.is_number(scale) and not np.isfinite(scale):
+    _checks.check_scalar(scale=scale)
+    if _checks.is_number(scale) and not np.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 
 

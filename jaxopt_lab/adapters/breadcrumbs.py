@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks, _hyperparams
 from jaxopt_lab.adapters import _task_vectors
 
 Axis = Literal["in", "last"] | Callable[[str, jax.Array], int] | None
@@ -86,15 +86,15 @@ def breadcrumbs_merge(
     """
     models = _task_vectors.check_models(base, finetuned)
     for name, value in {"keep": keep, "remove": remove}.items():
-        if not _hyperparams.is_number(value):
+        if not _checks.is_number(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    _hyperparams.check_fraction(keep=keep, remove=remove)
+    _checks.check_fraction(keep=keep, remove=remove)
     _task_vectors.check_scale(scale)
-    _hyperparams.check_choice(("row", "layer"), scope=scope)
+    _checks.check_choice(("row", "layer"), scope=scope)
     if scope == "layer" and axis is not None:
         raise ValueError(f"axis must be None with scope layer, got {axis!r}")
     if not callable(axis) and axis is not None:
-        _hyperparams.check_choice(("in", "last"), axis=axis)
+        _checks.check_choice(("in", "last"), axis=axis)
 
     def middle(row: jax.Array) -> jax.Array:
         top, kept = math.floor(row.size * remove), math.floor(row.size * keep)

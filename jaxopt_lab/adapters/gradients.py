@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters.adapt import AdapterConfig
 
@@ -63,7 +63,7 @@ def estimate_gradients(
     """
     kernels = config.kernels(params)
     if kernels_at_once is not None:
-        _hyperparams.check_positive_integer(kernels_at_once=kernels_at_once)
+        _checks.check_positive_integer(kernels_at_once=kernels_at_once)
     at_once = kernels_at_once or len(kernels)
     groups = [kernels[i : i + at_once] for i in range(0, len(kernels), at_once)]
     leaves = _kernels.named_leaves(params)

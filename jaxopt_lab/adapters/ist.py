@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _compat, _hyperparams, _tree
+from jaxopt_lab import _checks, _compat, _hyperparams, _tree
 
 # What of a layer's adapter is damped by a probe: one factor of each product.
 _DAMPED = ("lora_b", "miss_block")
@@ -95,9 +95,9 @@ def ist(
       Yao et al., `IST <https://arxiv.org/abs/2410.11772>`_, Findings of EMNLP 2024, algorithm 1.
     """
     for name, value in {"trained": trained, "damped": damped, "damping": damping}.items():
-        _hyperparams.check_fraction(**{name: value})
-    _hyperparams.check_positive_integer(probes=probes, probe_every=probe_every)
-    _hyperparams.check_seed(seed)
+        _checks.check_fraction(**{name: value})
+    _checks.check_positive_integer(probes=probes, probe_every=probe_every)
+    _checks.check_seed(seed)
     rule = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> IstState:

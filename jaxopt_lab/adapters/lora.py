@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.adapters import _kernels, _targets, dora
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 
@@ -87,9 +87,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
-            _hyperparams.check_positive_integer(r=r)
+            _checks.check_positive_integer(r=r)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            _hyperparams.check_positive(lora_alpha=alpha)
+            _checks.check_positive(lora_alpha=alpha)
         if self.init_lora_weights not in (True, *_STARTS):
             raise ValueError(
                 f"init_lora_weights must be True or one of {tuple(_STARTS)}, got "

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.adapters import _kernels, _svd
 from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import Initializer
@@ -86,13 +86,13 @@ def lora_ga(
     References:
       Wang, Yu and Li, `LoRA-GA <https://arxiv.org/abs/2407.05000>`_, NeurIPS 2024, theorem 3.1.
     """
-    _hyperparams.check_choice(_DIRECTIONS, direction=direction)
-    _hyperparams.check_choice(_SCALES, scale=scale)
+    _checks.check_choice(_DIRECTIONS, direction=direction)
+    _checks.check_choice(_SCALES, scale=scale)
     if compat not in (None, "peft"):
         raise ValueError(f"compat must be None or 'peft', got {compat!r}")
     _svd.check_method(method)
-    _hyperparams.check_positive(stable_gamma=stable_gamma)
-    _hyperparams.check_non_negative(power_iterations=power_iterations)
+    _checks.check_positive(stable_gamma=stable_gamma)
+    _checks.check_non_negative(power_iterations=power_iterations)
 
     def init(kernel: Kernel, matrices: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         r, s = kernel.r, kernel.scaling

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks, _hyperparams
 
 
 def lora_plus_labels(adapters: Any) -> Any:
@@ -91,9 +91,9 @@ def lora_plus(
             "optimizer must be a function of the learning rate, such as optax.adamw, got "
             f"{type(optimizer).__name__}"
         )
-    _hyperparams.check_scalar_or_schedule(learning_rate=learning_rate)
-    _hyperparams.check_finite(ratio=ratio)
-    if _hyperparams.is_number(ratio) and not ratio >= 1:
+    _checks.check_scalar_or_schedule(learning_rate=learning_rate)
+    _checks.check_finite(ratio=ratio)
+    if _checks.is_number(ratio) and not ratio >= 1:
         raise ValueError(f"ratio must be at least 1, got {ratio}")
 
     def faster(count: Any) -> Any:
@@ -104,5 +104,5 @@ def lora_plus(
         "a": optimizer(learning_rate),
         "b": optimizer(rate),
     }
-    _hyperparams.check_transformation(**{"what optimizer returns": transforms["b"]})
+    _checks.check_transformation(**{"what optimizer returns": transforms["b"]})
     return optax.with_extra_args_support(optax.partition(transforms, lora_plus_labels))

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.adapters import _kernels, _targets
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 
@@ -74,7 +74,7 @@ class MissConfig:
     adapter_dtype: Any = None
 
     def __post_init__(self) -> None:
-        _hyperparams.check_positive_integer(r=self.r, mini_r=self.mini_r)
+        _checks.check_positive_integer(r=self.r, mini_r=self.mini_r)
         if self.init_weights not in (True, "mini", "bat"):
             raise ValueError(
                 f"init_weights must be True, 'mini' or 'bat', got {self.init_weights!r}"

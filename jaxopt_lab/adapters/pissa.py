@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.adapters import _svd
 from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import Initializer
@@ -52,7 +52,7 @@ def pissa(method: _svd.Method = "auto", *, power_iterations: int = 4) -> Initial
       Meng, Wang and Zhang, `PiSSA <https://arxiv.org/abs/2404.02948>`_, NeurIPS 2024.
     """
     _svd.check_method(method)
-    _hyperparams.check_non_negative(power_iterations=power_iterations)
+    _checks.check_non_negative(power_iterations=power_iterations)
 
     def init(kernel: Kernel, matrices: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         u, s, vt = _svd.leading(matrices, kernel.r, method, power_iterations, key)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks, _hyperparams
 from jaxopt_lab.adapters import _task_vectors
 
 
@@ -80,12 +80,12 @@ def ties_merge(
       Yadav et al., `TIES-Merging <https://arxiv.org/abs/2306.01708>`_, 2023.
     """
     models = _task_vectors.check_models(base, finetuned)
-    if not _hyperparams.is_number(density) or not 0 < density <= 1:
+    if not _checks.is_number(density) or not 0 < density <= 1:
         raise ValueError(f"density must be a number in (0, 1], got {density}")
-    _hyperparams.check_choice(("global", "tensor"), scope=scope)
-    _hyperparams.check_choice(("mass", "frequency"), elect=elect)
-    _hyperparams.check_choice(("majority", "positive"), zero_sign=zero_sign)
-    _hyperparams.check_choice(("exact", "authors"), keep=keep)
+    _checks.check_choice(("global", "tensor"), scope=scope)
+    _checks.check_choice(("mass", "frequency"), elect=elect)
+    _checks.check_choice(("majority", "positive"), zero_sign=zero_sign)
+    _checks.check_choice(("exact", "authors"), keep=keep)
     _task_vectors.check_scale(scale)
     if weights is not None:
         weights = _task_vectors.check_weights(weights, len(models))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _mirrors, _tree
+from jaxopt_lab import _checks, _mirrors, _tree
 
 PyTree = Any
 _MIB = 2**20
@@ -120,7 +120,7 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
       0/count         ()            int32            4
       total                                  6,006,004  6 for each of 1,001,000
     """
-    _hyperparams.check_transformation(tx=tx)
+    _checks.check_transformation(tx=tx)
     bare = jax.tree_util.all_leaves([params])
     tree = {_BARE: params} if bare else params
     tree, state = jax.eval_shape(lambda p: (p, tx.init(p)), tree)
@@ -227,7 +227,7 @@ def training_memory(
       >>> found.aliased >= found.parameters + found.state
       True
     """
-    _hyperparams.check_transformation(tx=tx)
+    _checks.check_transformation(tx=tx)
     _tree.check_params(params)
     _check_loss(loss, params, batch)
     update = optax.with_extra_args_support(tx).update

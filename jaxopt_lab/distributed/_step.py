@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
-from jaxopt_lab.distributed import _agreement, _axes, _stacked, sync
+from jaxopt_lab import _checks, _tree
+from jaxopt_lab.distributed import _agreement, _axes, _stacked, _weights
 from jaxopt_lab.distributed.local_updates import LocalUpdatesState
 
 Loss = Callable[..., Any]
@@ -41,7 +41,7 @@ def make(
     for name, fn in {"loss": loss, "weight": weight}.items():
         if not callable(fn) and not (name == "weight" and fn is None):
             raise TypeError(f"{name} must be a function, got {type(fn).__name__}")
-    _hyperparams.check_transformation(tx=tx)
+    _checks.check_transformation(tx=tx)
     update = optax.with_extra_args_support(tx).update
 
     def step(params: Any, opt_state: Any, mutable: Any, batch: Any) -> tuple[Any, Any, Any, Any]:
@@ -65,20 +65,14 @@ def make(
                     "weight is that of a mean over replicas in each step, but replicas step on "
                     "their own between exchanges of their weights"
                 )
-            # Times their number, so that the mean of the method is the weighted one.
-            replicas = _axes.size(axis_name)
-            grads = sync.weighted(
-                jax.tree.map(lambda g: g * jnp.asarray(replicas, g.dtype), grads),
-                own_weight,
-                axis_name,
-            )
+            grads = _weights.for_mean(grads, own_weight, axis_name)
 
         def mean(tree: Any) -> Any:
             if alone:
                 return tree
             if own_weight is None:
                 return _axes.pmean(tree, axis_name)
-            parts = sync.weighted(tree, own_weight, axis_name)
+            parts = _weights.weighted(tree, own_weight, axis_name)
             return jax.tree.map(lambda x: _axes.psum(x, axis_name), parts)
 
         def value_fn(params: Any) -> jax.Array:

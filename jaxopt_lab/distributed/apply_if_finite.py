@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _compat, _hyperparams, _tree
+from jaxopt_lab import _checks, _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes
 
 
@@ -78,14 +78,14 @@ def apply_if_finite(
       `optax.apply_if_finite`, for transformations behind the exchange, and for the local steps of
       `diloco` and its like.
     """
-    _hyperparams.check_transformation(inner=inner)
+    _checks.check_transformation(inner=inner)
     axis_name = _axes.canonical(axis_name)
-    _hyperparams.check_scalar(max_consecutive_errors=max_consecutive_errors)
+    _checks.check_scalar(max_consecutive_errors=max_consecutive_errors)
     if not jnp.issubdtype(jnp.result_type(max_consecutive_errors), jnp.integer):
         raise TypeError(
             f"max_consecutive_errors must be an integer, got {max_consecutive_errors!r}"
         )
-    _hyperparams.check_non_negative(max_consecutive_errors=max_consecutive_errors)
+    _checks.check_non_negative(max_consecutive_errors=max_consecutive_errors)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> ApplyIfFiniteState:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, _rounds
 from jaxopt_lab.distributed.local_updates import Exchange, local_updates
 
@@ -62,9 +62,9 @@ def gap_aware(learning_rate: optax.ScalarOrSchedule, sync_every: int) -> Penalty
       <https://arxiv.org/abs/1909.10802>`_, ICLR 2020. That CO2's penalty is this one is our
       reading; the authors' code has a constant.
     """
-    _hyperparams.check_positive_integer(sync_every=sync_every)
+    _checks.check_positive_integer(sync_every=sync_every)
     if not callable(learning_rate):
-        _hyperparams.check_positive(learning_rate=learning_rate)
+        _checks.check_positive(learning_rate=learning_rate)
 
     def penalty(gap: jax.Array, count: jax.Array) -> jax.Array:
         rate = learning_rate(count * sync_every) if callable(learning_rate) else learning_rate
@@ -138,8 +138,8 @@ def co2_exchange(
         raise ValueError("learning_rate, momentum and clip are those of the default outer step: "
                          "give either them or outer")  # fmt: skip
     if not callable(staleness_penalty):
-        _hyperparams.check_positive(staleness_penalty=staleness_penalty)
-    _hyperparams.check_transformation(outer=outer)
+        _checks.check_positive(staleness_penalty=staleness_penalty)
+    _checks.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
 
     def init(params: optax.Params) -> Co2State:
@@ -257,9 +257,9 @@ def _clipped_heavy_ball(
 ) -> optax.GradientTransformation:
     learning_rate = 1.0 if learning_rate is None else learning_rate
     momentum = 0.2 if momentum is None else momentum
-    _hyperparams.check_decay(momentum=momentum)
-    if clip is not None and not (_hyperparams.is_number(clip) and clip == math.inf):
-        _hyperparams.check_non_negative(clip=clip)
+    _checks.check_decay(momentum=momentum)
+    if clip is not None and not (_checks.is_number(clip) and clip == math.inf):
+        _checks.check_non_negative(clip=clip)
 
     def init_fn(params: optax.Params) -> optax.TraceState:
         return optax.TraceState(trace=_tree.zeros_like(params))

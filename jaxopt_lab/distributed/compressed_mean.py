@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
 from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
@@ -56,7 +56,8 @@ def compressed_mean(
       seed: of the compressor's random numbers.
 
     Returns:
-      A `GradientTransformationExtraArgs`; call `init` under the mapped axis.
+      A `GradientTransformationExtraArgs`; call `init` under the mapped axis. Its update takes
+      `weight` as `sync_gradients` does.
 
     Raises:
       ValueError: an axis that is not bound; gradients that `jax.grad` has already summed (see
@@ -74,7 +75,7 @@ def compressed_mean(
       Array([ 2., -1.], dtype=float32)
     """
     check_compressor(compressor)
-    _hyperparams.check_seed(seed)
+    _checks.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
 
     def init_fn(params: optax.Params) -> CompressedMeanState:
@@ -83,11 +84,16 @@ def compressed_mean(
         return CompressedMeanState(jnp.zeros((), jnp.int32))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        weight: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, CompressedMeanState]:
         del params, extra_args
         state = _tree.check_state(state, CompressedMeanState)
-        g = exchange.message(updates, None, axis_name, "compressed_mean")
+        g = exchange.message(updates, None, axis_name, "compressed_mean", weight)
         key = exchange.round_key(seed, state.count)
         mean, _ = exchange.average(compressor, g, key, axis_name)
         count = _hyperparams.increment(state.count)
@@ -130,7 +136,8 @@ def error_feedback(
       seed: of the compressor's random numbers.
 
     Returns:
-      A `GradientTransformationExtraArgs`; call `init` under the mapped axis.
+      A `GradientTransformationExtraArgs`; call `init` under the mapped axis. Its update takes
+      `weight` as `sync_gradients` does.
 
     Raises:
       ValueError: `error_decay` outside (0, 1]; at init, a compressor whose errors would grow or an
@@ -157,9 +164,9 @@ def error_feedback(
       <https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html>`_, Interspeech 2014.
     """
     check_compressor(compressor)
-    _hyperparams.check_seed(seed)
+    _checks.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
-    if _hyperparams.is_number(error_decay) and not 0.0 < error_decay <= 1.0:
+    if _checks.is_number(error_decay) and not 0.0 < error_decay <= 1.0:
         raise ValueError(f"error_decay must be in (0, 1], got {error_decay}")
 
     def init_fn(params: optax.Params) -> ErrorFeedbackState:
@@ -176,11 +183,16 @@ def error_feedback(
         )
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        weight: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         del params, extra_args
         state = _tree.check_state(state, ErrorFeedbackState)
-        g = exchange.message(updates, state.error, axis_name, "error_feedback")
+        g = exchange.message(updates, state.error, axis_name, "error_feedback", weight)
         key = exchange.round_key(seed, state.count)
         error = _flat.ravel(state.error).astype(g.dtype)
         u = error_decay * error + g

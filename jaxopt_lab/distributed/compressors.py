@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 
 
 class Compressor(Protocol):
@@ -238,7 +238,7 @@ def top_k(fraction: float | None = None, *, count: int | None = None) -> TopK:
     if fraction is not None:
         _check_share(fraction)
     else:
-        _hyperparams.check_positive_integer(count=count)
+        _checks.check_positive_integer(count=count)
     return TopK(fraction, count)
 
 

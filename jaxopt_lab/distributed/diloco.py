@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _tree
 from jaxopt_lab.distributed import _axes, _rounds
 from jaxopt_lab.distributed.local_updates import Exchange, local_updates
 
@@ -66,7 +66,7 @@ def diloco_exchange(
     """
     axis_name = _axes.canonical(axis_name)
     outer = optax.sgd(0.7, momentum=0.9, nesterov=True) if outer is None else outer
-    _hyperparams.check_transformation(outer=outer)
+    _checks.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
     slow_dtype = _floating("slow_dtype", slow_dtype)
 
@@ -150,6 +150,6 @@ def diloco(
 
 def _floating(name: str, dtype: Any) -> Any:
     try:
-        return _hyperparams.canonical_mu_dtype(dtype)
+        return _checks.canonical_mu_dtype(dtype)
     except ValueError as error:
         raise ValueError(str(error).replace("mu_dtype", name)) from None

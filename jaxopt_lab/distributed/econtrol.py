@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
 from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
@@ -59,7 +59,8 @@ def econtrol(
       seed: of the compressor's random numbers.
 
     Returns:
-      A `GradientTransformationExtraArgs`; call `init` under the mapped axis.
+      A `GradientTransformationExtraArgs`; call `init` under the mapped axis. Its update takes
+      `weight` as `sync_gradients` does.
 
     Raises:
       ValueError: `feedback` outside [0, 1]; at init, a compressor whose errors would grow or, with
@@ -85,10 +86,10 @@ def econtrol(
       Gao, Islamov, Stich, `EControl <https://arxiv.org/abs/2311.05645>`_, ICLR 2024.
     """
     check_compressor(compressor)
-    _hyperparams.check_seed(seed)
+    _checks.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
     if feedback is not None:
-        _hyperparams.check_fraction(feedback=feedback)
+        _checks.check_fraction(feedback=feedback)
 
     def strength(size: int) -> _hyperparams.Scalar:
         found = compressor.contraction(size) if feedback is None else feedback
@@ -109,11 +110,16 @@ def econtrol(
         )
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        weight: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, EControlState]:
         del params, extra_args
         state = _tree.check_state(state, EControlState)
-        g = exchange.message(updates, state.error, axis_name, "econtrol")
+        g = exchange.message(updates, state.error, axis_name, "econtrol", weight)
         e, h_own, h = (
             _flat.ravel(tree).astype(g.dtype)
             for tree in (state.error, state.estimate, state.mean_estimate)

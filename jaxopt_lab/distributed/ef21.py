@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxopt_lab import _compat, _hyperparams, _tree
+from jaxopt_lab import _checks, _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _flat, exchange
 from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
@@ -74,7 +74,8 @@ def ef21(
       seed: of the compressor's random numbers.
 
     Returns:
-      A `GradientTransformationExtraArgs`; call `init` under the mapped axis.
+      A `GradientTransformationExtraArgs`; call `init` under the mapped axis. Its update takes
+      `weight` as `sync_gradients` does.
 
     Raises:
       ValueError: an unknown `init`, weights that are not positive, `momentum` outside [0, 1); at
@@ -104,11 +105,11 @@ def ef21(
       NeurIPS 2023.
     """
     check_compressor(compressor)
-    _hyperparams.check_seed(seed)
+    _checks.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
-    _hyperparams.check_choice(_INITS, init=init)
+    _checks.check_choice(_INITS, init=init)
     if momentum is not None:
-        _hyperparams.check_decay(momentum=momentum)
+        _checks.check_decay(momentum=momentum)
     relative = None if weights is None else _relative(weights)
 
     def init_fn(params: optax.Params) -> EF21State:
@@ -127,11 +128,16 @@ def ef21(
         )
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        weight: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, EF21State]:
         del params, extra_args
         state = _tree.check_state(state, EF21State)
-        g = exchange.message(updates, state.estimate, axis_name, "ef21")
+        g = exchange.message(updates, state.estimate, axis_name, "ef21", weight)
         is_first = state.count == 0
         before = _flat.ravel(state.momentum).astype(g.dtype)
         if momentum is not None:

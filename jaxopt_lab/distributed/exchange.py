@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxopt_lab import _compat, _tree
-from jaxopt_lab.distributed import _axes, _flat
+from jaxopt_lab.distributed import _axes, _flat, _weights
 from jaxopt_lab.distributed.compressors import Compressor
 
 # What a key is for; the keys of a round are apart by these.
@@ -151,7 +151,9 @@ def two_phase_average(
     return mean.reshape(-1)[:size], own, jnp.where(exists, z - sent, 0)
 
 
-def message(updates: Any, like: Any, axis_name: _axes.AxisName, method: str) -> jax.Array:
+def message(
+    updates: Any, like: Any, axis_name: _axes.AxisName, method: str, weight: Any = None
+) -> jax.Array:
     """Returns the replica's gradients as one vector, shape (d,), in at least float32.
 
     Args:
@@ -159,6 +161,7 @@ def message(updates: Any, like: Any, axis_name: _axes.AxisName, method: str) -> 
       like: a tree of the state whose paths and shapes they must have, or None.
       axis_name: the mapped axis, or a tuple of several, which count as one.
       method: whose gradients these are, for messages.
+      weight: of the replica in the mean, shape (), or None; see `sync_gradients`.
 
     Raises:
       ValueError: gradients that do not match, or that autodiff has summed over the replicas.
@@ -169,7 +172,7 @@ def message(updates: Any, like: Any, axis_name: _axes.AxisName, method: str) -> 
         _tree.check_updates(updates, like)
     for name, leaf in _tree.leaves_with_names(updates):
         _tree.check_gradient(name, leaf)
-    return _flat.ravel(updates)
+    return _weights.for_mean(_flat.ravel(updates), weight, axis_name)
 
 
 def remembered(mean: Any, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, pairing
 from jaxopt_lab.distributed.local_updates import Exchange, local_updates
 
@@ -311,6 +311,6 @@ def _check(
         pairing.torus(shape)
     if not variance_corrected and (max_scale is not None or mask is not None):
         raise ValueError("max_scale and mask are those of variance_corrected, which is False")
-    if max_scale is not None and _hyperparams.is_number(max_scale) and not max_scale >= 1:
+    if max_scale is not None and _checks.is_number(max_scale) and not max_scale >= 1:
         raise ValueError(f"max_scale must be at least 1, got {max_scale}")
-    _hyperparams.check_seed(seed)
+    _checks.check_seed(seed)

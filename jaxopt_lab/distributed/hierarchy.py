@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
-from jaxopt_lab.distributed import _axes, _flat, sync
+from jaxopt_lab import _checks, _tree
+from jaxopt_lab.distributed import _axes, _flat, _weights
 
 
 class HierarchicalMeanState(NamedTuple):
@@ -61,7 +61,7 @@ def hierarchical_mean(
       >>> both(jnp.arange(12.0).reshape(2, 2, 3))[0, 0]
       Array([4.5, 5.5, 6.5], dtype=float32)
     """
-    _hyperparams.check_transformation(slow=slow)
+    _checks.check_transformation(slow=slow)
     fast_axis = _axes.canonical(fast_axis, "fast_axis")
     slow = optax.with_extra_args_support(slow)
 
@@ -89,7 +89,7 @@ def hierarchical_mean(
         if weight is None:
             own, divisor = updates, replicas
         else:  # the host's, of the host's weight
-            own, divisor = sync.weighted(updates, weight, fast_axis), 1
+            own, divisor = _weights.weighted(updates, weight, fast_axis), 1
             extra_args["weight"] = _axes.psum(jnp.asarray(weight, jnp.float32), fast_axis)
         part = _axes.psum_scatter(_flat.padded(_flat.ravel(own), replicas), fast_axis) / divisor
         part_params = None if params is None else part_of(params)

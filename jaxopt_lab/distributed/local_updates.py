@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _compat, _hyperparams, _tree
+from jaxopt_lab import _checks, _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes
 
 
@@ -85,13 +85,13 @@ def local_updates(
       Stich, `Local SGD Converges Fast and Communicates Little
       <https://arxiv.org/abs/1805.09767>`_, ICLR 2019.
     """
-    _hyperparams.check_positive_integer(sync_every=sync_every)
+    _checks.check_positive_integer(sync_every=sync_every)
     if not isinstance(exchange, Exchange):
         raise TypeError(
             f"exchange must be an Exchange, such as diloco_exchange(...), got "
             f"{type(exchange).__name__}"
         )
-    _hyperparams.check_transformation(inner=inner)
+    _checks.check_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
     axis_name = _axes.canonical(exchange.axis_name)
 
@@ -129,7 +129,7 @@ def local_updates(
         updates, inner_state = inner.update(updates, state.inner_state, weights, **extra_args)
         updates = jax.tree.map(widest, updates, weights)
         here = updates, state.exchange_state
-        if _hyperparams.is_number(sync_every) and sync_every == 1:
+        if _checks.is_number(sync_every) and sync_every == 1:
             updates, exchange_state = exchanged(*here)
         else:
             updates, exchange_state = _compat.cond(

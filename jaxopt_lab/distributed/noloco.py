@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _rounds, pairing
 from jaxopt_lab.distributed.local_updates import Exchange, local_updates
 
@@ -90,12 +90,12 @@ def noloco_exchange(
     elif learning_rate is not None or momentum is not None:
         raise ValueError("learning_rate and momentum are those of the default outer step: give "
                          "either them or outer")  # fmt: skip
-    _hyperparams.check_non_negative(coupling=coupling)
-    _hyperparams.check_seed(seed)
+    _checks.check_non_negative(coupling=coupling)
+    _checks.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
-    _hyperparams.check_transformation(outer=outer)
+    _checks.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
-    one_payload = _hyperparams.is_number(coupling) and coupling == 1
+    one_payload = _checks.is_number(coupling) and coupling == 1
 
     def init(params: optax.Params) -> NolocoState:
         slow = _axes.vary_if_bound(_rounds.slow_weights(params), axis_name)
@@ -220,7 +220,7 @@ def largest_stable_gamma(momentum: float) -> float:
       >>> [round(largest_stable_gamma(mu), 2) for mu in (0.0, 0.3, 0.5, 0.9)]
       [2.0, 1.82, 1.5, 0.38]
     """
-    _hyperparams.check_decay(momentum=momentum)
+    _checks.check_decay(momentum=momentum)
     mu, own = float(momentum), 1 - 1 / _GROUP
 
     def contracts(gamma: float) -> bool:
@@ -240,9 +240,9 @@ def largest_stable_gamma(momentum: float) -> float:
 def _heavy_ball(learning_rate: Any, momentum: Any, coupling: Any) -> optax.GradientTransformation:
     learning_rate = 0.7 if learning_rate is None else learning_rate
     momentum = 0.5 if momentum is None else momentum
-    _hyperparams.check_decay(momentum=momentum)
-    _hyperparams.check_non_negative(learning_rate=learning_rate)
-    if all(map(_hyperparams.is_number, (learning_rate, momentum, coupling))):
+    _checks.check_decay(momentum=momentum)
+    _checks.check_non_negative(learning_rate=learning_rate)
+    if all(map(_checks.is_number, (learning_rate, momentum, coupling))):
         gamma, largest = coupling * learning_rate, largest_stable_gamma(momentum)
         if gamma >= largest:
             raise ValueError(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxopt_lab import _compat, _hyperparams, _tree
-from jaxopt_lab.distributed import _axes, _flat, exchange
+from jaxopt_lab import _checks, _compat, _hyperparams, _tree
+from jaxopt_lab.distributed import _axes, _flat, _weights, exchange
 
 
 class ScaleByOneBitAdamState(NamedTuple):
@@ -134,7 +134,8 @@ def scale_by_one_bit_adam(
         stage, as above.
 
     Returns:
-      A `GradientTransformationExtraArgs`; call `init` under the mapped axis.
+      A `GradientTransformationExtraArgs`; call `init` under the mapped axis. Its update takes
+      `weight` as `sync_gradients` does.
 
     Raises:
       ValueError: a rate outside [0, 1), `eps` not positive, `freeze_step` below 1; at init, an axis
@@ -161,9 +162,9 @@ def scale_by_one_bit_adam(
       Tang et al., `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, ICML 2021, algorithm 1; moments
       without correction and the scales as in the authors' code in DeepSpeed.
     """
-    _hyperparams.check_decay(b1=b1, b2=b2)
-    _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_positive_integer(freeze_step=freeze_step)
+    _checks.check_decay(b1=b1, b2=b2)
+    _checks.check_positive(eps=eps)
+    _checks.check_positive_integer(freeze_step=freeze_step)
     axis_name = _axes.canonical(axis_name)
 
     def init_fn(params: optax.Params) -> ScaleByOneBitAdamState:
@@ -180,12 +181,18 @@ def scale_by_one_bit_adam(
         )
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        weight: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByOneBitAdamState]:
         del extra_args
         state = _tree.check_state(state, ScaleByOneBitAdamState)
         _axes.require_own(updates, axis_name, "scale_by_one_bit_adam")
         _tree.check_updates(updates, state.mu)
+        updates = _weights.for_mean(updates, weight, axis_name)
         count = _hyperparams.increment(state.count)
 
         def momentum(g: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _compat, _hyperparams
+from jaxopt_lab import _checks, _compat
 from jaxopt_lab.distributed import _axes
 
 
@@ -37,7 +37,7 @@ def round_robin(replicas: int) -> np.ndarray:
       >>> round_robin(4).tolist()
       [[3, 2, 1, 0], [1, 0, 3, 2], [2, 3, 0, 1]]
     """
-    _hyperparams.check_positive_integer(replicas=replicas)
+    _checks.check_positive_integer(replicas=replicas)
     chairs = replicas - 1 + replicas % 2
     turns, chair = np.arange(chairs)[:, None], np.arange(chairs)
     table = (turns - chair) % chairs
@@ -71,7 +71,7 @@ def matchings(replicas: int, limit: int = 32, seed: int = 0) -> np.ndarray:
       >>> matchings(8).shape, matchings(3072).shape
       ((7, 8), (32, 3072))
     """
-    _hyperparams.check_positive_integer(replicas=replicas, limit=limit)
+    _checks.check_positive_integer(replicas=replicas, limit=limit)
     if replicas - 1 + replicas % 2 <= limit:
         return round_robin(replicas)
     generator = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def hypercube(replicas: int) -> np.ndarray:
       >>> hypercube(4).tolist()
       [[1, 0, 3, 2], [2, 3, 0, 1]]
     """
-    _hyperparams.check_positive_integer(replicas=replicas)
+    _checks.check_positive_integer(replicas=replicas)
     if replicas & (replicas - 1):
         raise ValueError(f"replicas must be a power of two for a hypercube, got {replicas}")
     bits = 1 << np.arange(_rounds(replicas))[:, None]
@@ -131,7 +131,7 @@ def exponential(replicas: int) -> np.ndarray:
       Ying et al., `Exponential Graph is Provably Efficient for Decentralized Deep Training
       <https://arxiv.org/abs/2110.13363>`_, NeurIPS 2021.
     """
-    _hyperparams.check_positive_integer(replicas=replicas)
+    _checks.check_positive_integer(replicas=replicas)
     shifts = 1 << np.arange(_rounds(replicas))[:, None]
     return (np.arange(replicas) + shifts) % replicas
 
@@ -160,7 +160,7 @@ def torus(shape: Sequence[int]) -> np.ndarray:
     if not shape:
         raise ValueError("shape must have at least one dimension, got ()")
     for size in shape:
-        _hyperparams.check_positive_integer(shape=size)
+        _checks.check_positive_integer(shape=size)
     grid = np.arange(math.prod(shape)).reshape(shape)
     rows: list[np.ndarray] = []
     for axis, size in enumerate(shape):
@@ -176,7 +176,7 @@ def most_square(replicas: int) -> tuple[int, int]:
       >>> most_square(12), most_square(7)
       ((3, 4), (1, 7))
     """
-    _hyperparams.check_positive_integer(replicas=replicas)
+    _checks.check_positive_integer(replicas=replicas)
     short = next(k for k in range(math.isqrt(replicas), 0, -1) if replicas % k == 0)
     return short, replicas // short
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices, _treatments, _tree
-from jaxopt_lab.distributed import _axes, _flat, exchange
+from jaxopt_lab import _checks, _hyperparams, _matrices, _treatments, _tree
+from jaxopt_lab.distributed import _axes, _flat, _weights, exchange
 
 
 class PowerSGDState(NamedTuple):
@@ -74,7 +74,8 @@ def powersgd(
         drawn anew: multiplied by a matrix it would stay zero for ever.
 
     Returns:
-      A `GradientTransformationExtraArgs`; call `init` under the mapped axis.
+      A `GradientTransformationExtraArgs`; call `init` under the mapped axis. Its update takes
+      `weight` as `sync_gradients` does.
 
     Raises:
       ValueError: a rank below 1, `min_compression_rate` below 0; at init, an axis that is not
@@ -96,10 +97,10 @@ def powersgd(
     References:
       Vogels, Karimireddy, Jaggi, `PowerSGD <https://arxiv.org/abs/1905.13727>`_, NeurIPS 2019.
     """
-    _hyperparams.check_seed(seed)
+    _checks.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
-    _hyperparams.check_positive_integer(rank=rank)
-    _hyperparams.check_non_negative(min_compression_rate=min_compression_rate)
+    _checks.check_positive_integer(rank=rank)
+    _checks.check_non_negative(min_compression_rate=min_compression_rate)
 
     def factors(choice: _matrices.Choice) -> tuple[int, int, int] | None:
         """Returns rows, columns and rank, or None for a leaf that is not compressed."""
@@ -147,13 +148,19 @@ def powersgd(
         return PowerSGDState(count, structure.unflatten(error), structure.unflatten(query))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        weight: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, PowerSGDState]:
         del params, extra_args
         state = _tree.check_state(state, PowerSGDState)
         _axes.require_own(updates, axis_name, "powersgd")
         for name, leaf in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, leaf)
+        updates = _weights.for_mean(updates, weight, axis_name)
         leaves, structure = jax.tree.flatten(updates)
         axes = {index: c.axes for index, c in enumerate(decided(updates)) if c.axes is not None}
         matrices = list(axes)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _compat, _hyperparams
+from jaxopt_lab import _checks, _compat
 
 _SCALES = ("l1", "l2")
 
@@ -139,7 +139,7 @@ def sign(scale: Literal["l1", "l2"] = "l1") -> Sign:
       >>> sign().payload_bytes(1_000_000)
       125004
     """
-    _hyperparams.check_choice(_SCALES, scale=scale)
+    _checks.check_choice(_SCALES, scale=scale)
     return Sign(scale)
 
 
@@ -197,7 +197,7 @@ def stochastic_int4(block_size: int = 64) -> StochasticInteger:
 
 
 def _stochastic(bits: int, block_size: int) -> StochasticInteger:
-    _hyperparams.check_positive_integer(block_size=block_size)
+    _checks.check_positive_integer(block_size=block_size)
     return StochasticInteger(bits, block_size)
 
 

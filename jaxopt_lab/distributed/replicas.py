@@ -19,7 +19,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _tree
 from jaxopt_lab.distributed import _processes, _resize, _stacked, _step
 from jaxopt_lab.distributed._stacked import shared_counters
 
@@ -114,7 +114,7 @@ class Replicas:
           RuntimeError: another process does not call it.
           TypeError: `tx` is no transformation.
         """
-        _hyperparams.check_transformation(tx=tx)
+        _checks.check_transformation(tx=tx)
         leaves = jax.tree.leaves((params, mutable))
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
             return self._placed_shapes(
@@ -357,8 +357,8 @@ class Replicas:
           >>> distributed.simulated_replicas(2).resize(tx, four).params
           Array([1.5, 1.5], dtype=float32)
         """
-        _hyperparams.check_transformation(tx=tx)
-        _hyperparams.check_choice(("mean", "first"), params=params)
+        _checks.check_transformation(tx=tx)
+        _checks.check_choice(("mean", "first"), params=params)
         if not isinstance(state, (TrainState, MutableTrainState)):
             raise TypeError(f"state must be a TrainState, got {type(state).__name__}")
         before = _resize.count_of(state)
@@ -483,7 +483,7 @@ def simulated_replicas(count: int, axis_name: str = "replica") -> Replicas:
       8
     """
     _check_axis(axis_name)
-    _hyperparams.check_positive_integer(count=count)
+    _checks.check_positive_integer(count=count)
     return Replicas(axis_name, None, count)
 
 

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxopt_lab import _hyperparams, _tree
-from jaxopt_lab.distributed import _axes
+from jaxopt_lab import _checks, _tree
+from jaxopt_lab.distributed import _axes, _weights
 
 _OPS = ("mean", "sum")
 
@@ -71,7 +70,7 @@ def sync_gradients(
       Array([[-2., -3.],
              [-2., -3.]], dtype=float32)
     """
-    _hyperparams.check_choice(_OPS, op=op)
+    _checks.check_choice(_OPS, op=op)
     axis_name = _axes.canonical(axis_name)
 
     def update_fn(
@@ -91,7 +90,7 @@ def sync_gradients(
                 raise ValueError('weight is that of a mean, but op is "sum"')
             _axes.require_own(updates, axis_name, "sync_gradients with a weight")
             return jax.tree.map(
-                lambda g: _axes.psum(g, axis_name), weighted(updates, weight, axis_name)
+                lambda g: _axes.psum(g, axis_name), _weights.weighted(updates, weight, axis_name)
             ), state
 
         def combine(g: jax.Array) -> jax.Array:
@@ -102,23 +101,3 @@ def sync_gradients(
         return jax.tree.map(combine, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
-
-
-def weighted(tree: Any, weight: Any, axis_name: _axes.AxisName) -> Any:
-    """Returns the replica's share of a weighted mean: `tree` times its part of all weights.
-
-    Args:
-      tree: the replica's arrays.
-      weight: a number that is not negative, shape ().
-      axis_name: the mapped axis, or a tuple of several, which count as one.
-    """
-    _hyperparams.check_scalar(weight=weight)
-    own = jnp.asarray(weight, jnp.float32)
-    total = _axes.psum(own, axis_name)
-    share = own / jnp.where(own == 0, 1, total)
-
-    def scaled(x: jax.Array) -> jax.Array:
-        wide = x.astype(_tree.compute_dtype(x.dtype))
-        return jnp.where(own == 0, 0, wide * share.astype(wide.dtype)).astype(x.dtype)
-
-    return jax.tree.map(scaled, tree)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxopt_lab import _compat, _hyperparams, _tree
+from jaxopt_lab import _checks, _compat, _hyperparams, _tree
 from jaxopt_lab.distributed import _axes, _stacked, _step
 from jaxopt_lab.distributed._stacked import shared_counters
 from jaxopt_lab.distributed.local_updates import Exchange, LocalUpdatesState, local_updates
@@ -205,7 +205,7 @@ def _to(tree: Any, space: Any) -> Any:
 
 
 def _check_memory_kind(kind: str, replicas: Replicas) -> None:
-    _hyperparams.check_choice(_MEMORY_KINDS, exchange_memory_kind=kind)
+    _checks.check_choice(_MEMORY_KINDS, exchange_memory_kind=kind)
     devices = jax.local_devices()[:1] if replicas.mesh is None else replicas.mesh.devices.flat
     for device in devices:
         # A device that a program is only compiled for lists no memories.

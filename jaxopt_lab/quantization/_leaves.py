@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _flax, _hyperparams, _tree
+from jaxopt_lab import _checks, _flax, _tree
 from jaxopt_lab.quantization.codecs import Bfloat16, Codec, Int8, bfloat16, int8
 from jaxopt_lab.quantization.rounding import noise_seeds
 
@@ -121,8 +121,8 @@ class Unpacked(NamedTuple):
 
 def check(codec: CodecChoice, min_size: Any, seed: Any) -> None:
     """Refuses options that `quantize_state` and `fused_step` share."""
-    _hyperparams.check_positive_integer(min_size=min_size)
-    _hyperparams.check_seed(seed)
+    _checks.check_positive_integer(min_size=min_size)
+    _checks.check_seed(seed)
     for factory in (bfloat16, int8):
         if codec is factory:
             name = factory.__name__

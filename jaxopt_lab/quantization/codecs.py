@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _compat, _hyperparams
+from jaxopt_lab import _checks, _compat
 from jaxopt_lab.quantization.rounding import round_seeded, stochastic_round
 
 Code = Literal["dynamic", "linear"]
@@ -405,8 +405,8 @@ def int8(block_size: int = 256, code: Code = "dynamic", signed: bool | None = No
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, ICLR 2022, section 2.
     """
-    _hyperparams.check_positive_integer(block_size=block_size)
-    _hyperparams.check_choice(_CODES, code=code)
+    _checks.check_positive_integer(block_size=block_size)
+    _checks.check_choice(_CODES, code=code)
     if signed is not None and not isinstance(signed, bool):
         raise TypeError(f"signed must be True, False or None, got {signed!r}")
     return Int8(int(block_size), code, signed)

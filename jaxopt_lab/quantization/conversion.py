@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _tree
 from jaxopt_lab.quantization import _leaves
 from jaxopt_lab.quantization._leaves import QuantizedState, Unpacked
 
@@ -56,7 +56,7 @@ def encode_state(
     See Also:
       `decode_state`, the way back.
     """
-    _hyperparams.check_seed(seed)
+    _checks.check_seed(seed)
     expected = _expected(tx, params)
     if _leaves.has_encoded_state(state):
         raise ValueError("state is encoded already; decode_state makes it plain")
@@ -118,7 +118,7 @@ def decode_state(tx: optax.GradientTransformation, state: Any, params: optax.Par
 
 def _expected(tx: Any, params: Any) -> Any:
     """Returns the state that `tx.init` would make, without making it."""
-    _hyperparams.check_transformation(tx=tx)
+    _checks.check_transformation(tx=tx)
     expected = jax.eval_shape(tx.init, params)
     if not _leaves.has_encoded_state(expected):
         raise ValueError("tx keeps no encoded state: there is no quantize_state in it")

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 from jaxopt_lab.quantization import _block_passes, _elementwise, _leaves
 from jaxopt_lab.quantization._leaves import CodecChoice, QuantizedState
 from jaxopt_lab.quantization.codecs import Blocks, Int8, Tiling
@@ -79,10 +79,10 @@ def fused_step(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, ICLR 2022.
     """
-    _hyperparams.check_transformation(inner=inner)
+    _checks.check_transformation(inner=inner)
     _leaves.check(codec, min_size, seed)
     if implementation is not None:
-        _hyperparams.check_choice(_block_passes.IMPLEMENTATIONS, implementation=implementation)
+        _checks.check_choice(_block_passes.IMPLEMENTATIONS, implementation=implementation)
     inner = optax.with_extra_args_support(inner)
 
     @jax.jit

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import optax
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks, _hyperparams
 from jaxopt_lab.quantization import _leaves
 from jaxopt_lab.quantization._leaves import CodecChoice, QuantizedState
 
@@ -79,7 +80,7 @@ def quantize_state(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, ICLR 2022.
     """
-    _hyperparams.check_transformation(inner=inner)
+    _checks.check_transformation(inner=inner)
     _leaves.check(codec, min_size, seed)
     inner = optax.with_extra_args_support(inner)
 
@@ -92,9 +93,25 @@ def quantize_state(
         before = _leaves.unpack_own(state, codec, min_size)
         _leaves.check_gradients(updates, params)
         count = _hyperparams.increment(state.count)
-        new, inner_state = inner.update(updates, before.decoded(), params, **extra_args)
+        decoded = before.decoded()
+        try:
+            new, inner_state = inner.update(updates, decoded, params, **extra_args)
+        except AttributeError as error:
+            made = None if params is None else jax.eval_shape(inner.init, params)
+            if made is None or jax.tree.structure(made) == jax.tree.structure(decoded):
+                raise
+            raise TypeError(
+                f"the state is of another transformation than the one that quantize_state wraps: "
+                f"found {_types(decoded)}, expected {_types(made)}"
+            ) from error
         leaves = _leaves.flatten_like(before, inner_state)
         _leaves.check_gradients(updates, new)
         return new, before.pack(count, _leaves.encode_like(before, leaves, seed, count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _types(state: Any) -> str:
+    """Names the states in a state."""
+    links = [state] if hasattr(state, "_fields") or not isinstance(state, tuple) else state
+    return ", ".join(type(link).__name__ for link in links)

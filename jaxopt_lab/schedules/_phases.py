@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 
 Scalar = _hyperparams.Scalar
 WarmupShape = Literal["linear", "cosine", "sqrt"]
@@ -126,10 +126,10 @@ def check_rate(**values: Scalar) -> None:
       TypeError: neither a real number nor an array of them.
     """
     for name, value in values.items():
-        if not _hyperparams.is_number(value) and not isinstance(value, (jax.Array, np.ndarray)):
+        if not _checks.is_number(value) and not isinstance(value, (jax.Array, np.ndarray)):
             raise TypeError(f"{name} must be a number or an array, got {type(value).__name__}")
-        _hyperparams.check_scalar(**{name: value})
-        if _hyperparams.is_number(value) and not 0 <= value < math.inf:
+        _checks.check_scalar(**{name: value})
+        if _checks.is_number(value) and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and non-negative, got {value}")
 
 
@@ -173,7 +173,7 @@ def check_not_above(name: str, value: Scalar, bound_name: str, bound: Scalar) ->
     Raises:
       ValueError: the message has both.
     """
-    if _hyperparams.is_number(value) and _hyperparams.is_number(bound) and value > bound:
+    if _checks.is_number(value) and _checks.is_number(bound) and value > bound:
         raise ValueError(f"{name} must not exceed {bound_name}, got {value} > {bound}")
 
 
@@ -183,8 +183,8 @@ def check_decay(shape: str, end_value: Scalar) -> None:
     Raises:
       ValueError: see above.
     """
-    _hyperparams.check_choice(DECAY_SHAPES, decay_shape=shape)
-    if shape == "exponential" and _hyperparams.is_number(end_value) and end_value == 0:
+    _checks.check_choice(DECAY_SHAPES, decay_shape=shape)
+    if shape == "exponential" and _checks.is_number(end_value) and end_value == 0:
         raise ValueError("decay_shape exponential needs end_value above 0, got 0")
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.schedules import _phases
 
 Rule = Literal["linear", "sqrt"]
@@ -68,7 +68,7 @@ def scale_learning_rate(
       Granziol et al., `Learning Rates as a Function of Batch Size
       <https://arxiv.org/abs/2006.09092>`_, 2020.
     """
-    _hyperparams.check_choice(get_args(Rule), rule=rule)
+    _checks.check_choice(get_args(Rule), rule=rule)
     old = _phases.as_steps("batch_size", batch_size, 1)
     new = _phases.as_steps("new_batch_size", new_batch_size, 1)
     bound = math.inf if saturation is None else _phases.as_steps("saturation", saturation, 1)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 from jaxopt_lab.schedules import _phases
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
@@ -115,9 +115,9 @@ def hypergradient(
             "learning_rate must be a number: the rate is kept in the state; chain "
             "optax.scale_by_schedule after hypergradient to combine it with a schedule"
         )
-    _hyperparams.check_transformation(inner=inner)
+    _checks.check_transformation(inner=inner)
     _phases.check_rate(learning_rate=learning_rate, meta_rate=meta_rate)
-    _hyperparams.check_choice(RULES, rule=rule)
+    _checks.check_choice(RULES, rule=rule)
     if bounds is None and rule == "fedhyper":
         bounds = _FEDHYPER_BOUNDS
     if bounds is not None:
@@ -161,8 +161,8 @@ def hypergradient(
 def _check_bounds(bounds: Any) -> None:
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise ValueError(f"bounds must be (low, high), two numbers, got {bounds!r}")
-    _hyperparams.check_scalar(**{"bounds[0]": bounds[0], "bounds[1]": bounds[1]})
-    if all(map(_hyperparams.is_number, bounds)) and not 0 <= bounds[0] <= 1 <= bounds[1]:
+    _checks.check_scalar(**{"bounds[0]": bounds[0], "bounds[1]": bounds[1]})
+    if all(map(_checks.is_number, bounds)) and not 0 <= bounds[0] <= 1 <= bounds[1]:
         raise ValueError(f"bounds must be (low, high) with 0 <= low <= 1 <= high, got {bounds}")
 
 

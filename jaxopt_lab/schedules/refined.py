@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 from jaxopt_lab.schedules import _phases
 
 Kind = Literal["l1", "l2"]
@@ -79,8 +79,8 @@ def record_norms(kind: Kind, length: int, *, keep: Keep = "first") -> optax.Grad
       Defazio et al., `Optimal Linear Decay Learning Rate Schedules and Further Refinements
       <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
-    _hyperparams.check_choice(KINDS, kind=kind)
-    _hyperparams.check_choice(get_args(Keep), keep=keep)
+    _checks.check_choice(KINDS, kind=kind)
+    _checks.check_choice(get_args(Keep), keep=keep)
     size = _phases.as_steps("length", length, 1)
 
     def init_fn(params: optax.Params) -> RecordNormsState:
@@ -176,12 +176,12 @@ def refined_schedule(
       Defazio et al., `Optimal Linear Decay Learning Rate Schedules and Further Refinements
       <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
-    _hyperparams.check_choice(KINDS, kind=kind)
+    _checks.check_choice(KINDS, kind=kind)
     _phases.check_rate(peak_value=peak_value)
     total = _phases.as_steps("total_steps", total_steps, 2)
-    if not _hyperparams.is_number(smoothing):
+    if not _checks.is_number(smoothing):
         raise TypeError(f"smoothing must be a number, got {type(smoothing).__name__}")
-    _hyperparams.check_fraction(smoothing=smoothing)
+    _checks.check_fraction(smoothing=smoothing)
     table = _refined(_usable(norms), _EXPONENTS[kind], smoothing)
     stretch = (table.size - 1) / (total - 1)
 

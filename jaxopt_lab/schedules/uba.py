@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.schedules import _phases
 
 Angle = Literal["continuous", "chebyshev"]
@@ -84,8 +84,8 @@ def uba_schedule(
     """
     _phases.check_rate(peak_value=peak_value, end_value=end_value)
     _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
-    _hyperparams.check_positive(phi=phi)
-    _hyperparams.check_choice(ANGLES, angle=angle)
+    _checks.check_positive(phi=phi)
+    _checks.check_choice(ANGLES, angle=angle)
     warmup = _phases.as_steps("warmup_steps", warmup_steps)
     budget = _phases.as_steps("total_steps", total_steps, 1) - warmup
     if budget <= 0:

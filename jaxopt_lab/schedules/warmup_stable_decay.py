@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.schedules import _phases
 
 
@@ -87,7 +87,7 @@ def wsd_schedule(
     _phases.check_rate(peak_value=peak_value, init_value=init_value, end_value=end_value)
     _phases.check_not_above("init_value", init_value, "peak_value", peak_value)
     _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
-    _hyperparams.check_choice(_phases.WARMUP_SHAPES, warmup_shape=warmup_shape)
+    _checks.check_choice(_phases.WARMUP_SHAPES, warmup_shape=warmup_shape)
     warmup = _phases.as_steps("warmup_steps", warmup_steps)
     if (stable_steps is None) != (decay_steps is None):
         raise ValueError(
@@ -96,7 +96,7 @@ def wsd_schedule(
         )
     start = decay = None
     if stable_steps is None or decay_steps is None:
-        _hyperparams.check_choice(_phases.DECAY_SHAPES, decay_shape=decay_shape)
+        _checks.check_choice(_phases.DECAY_SHAPES, decay_shape=decay_shape)
     else:
         _phases.check_decay(decay_shape, end_value)
         start = warmup + _phases.as_steps("stable_steps", stable_steps)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 
 
 def check_static(**values: Any) -> None:
@@ -35,7 +35,7 @@ def check_density(density: Any) -> None:
     if callable(density):
         return
     check_static(density=density)
-    _hyperparams.check_fraction(density=density)
+    _checks.check_fraction(density=density)
 
 
 def check_seed(seed: Any) -> None:
@@ -46,7 +46,7 @@ def check_seed(seed: Any) -> None:
     """
     is_array = isinstance(seed, (jax.Array, np.ndarray))
     if not (is_array and seed.shape == () and np.issubdtype(seed.dtype, np.integer)):
-        _hyperparams.check_seed(seed)
+        _checks.check_seed(seed)
 
 
 def check_function(**values: Callable[..., Any] | None) -> None:
@@ -68,7 +68,7 @@ def check_whole_number(**values: Any) -> None:
       ValueError: below 0.
     """
     check_static(**values)
-    _hyperparams.check_non_negative(**values)
+    _checks.check_non_negative(**values)
     for name, value in values.items():
         if not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name} must be an integer, got {value}")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _adam, _hyperparams, _tree
+from jaxopt_lab import _adam, _checks, _hyperparams, _tree
 from jaxopt_lab.subspace._layers import Group
 from jaxopt_lab.subspace.blocks import Order, blocks
 from jaxopt_lab.subspace.frugal import FrugalState, frugal
@@ -93,7 +93,7 @@ def badam(
     References:
       Luo, Yu and Li, `BAdam <https://arxiv.org/abs/2404.02827>`_, NeurIPS 2024, algorithm 1.
     """
-    _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
+    _checks.check_scalar_or_schedule(weight_decay=weight_decay)
     inner = frugal(
         _adam.scale_by_adam(b1, b2, eps),
         optax.set_to_zero(),
@@ -104,7 +104,7 @@ def badam(
         always_full=always_full,
         seed=seed,
     )
-    decays = not _hyperparams.is_number(weight_decay) or weight_decay != 0
+    decays = not _checks.is_number(weight_decay) or weight_decay != 0
 
     def init_fn(params: optax.Params) -> optax.OptState:
         _tree.mask_leaves(mask, params)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _compat, _hyperparams
+from jaxopt_lab import _checks, _compat
 from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace._layers import Group, layers_of
 from jaxopt_lab.subspace.projections import Density, Leaf, Step
@@ -217,7 +217,7 @@ def blocks(
     References:
       Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, NeurIPS 2024, algorithm 1.
     """
-    _hyperparams.check_choice(get_args(Order), order=order)
+    _checks.check_choice(get_args(Order), order=order)
     if group != "layer" and group is not None and not callable(group):
         raise TypeError(f'group must be a function, "layer" or None, got {group!r}')
     _arguments.check_function(choose=choose)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _hyperparams
+from jaxopt_lab import _checks
 from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 
@@ -161,7 +161,7 @@ def columns(axis: Literal["in", "out"] = "in", choose: Choose | None = None) -> 
       >>> state.selected[0].mu["kernel"].shape
       (6, 2)
     """
-    _hyperparams.check_choice(("in", "out"), axis=axis)
+    _checks.check_choice(("in", "out"), axis=axis)
     _arguments.check_function(choose=choose)
     return Columns(axis, choose)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
+from jaxopt_lab import _adam, _checks, _hyperparams, _matrices, _tree
 from jaxopt_lab.subspace import _arguments
 from jaxopt_lab.subspace.dct import dct
 from jaxopt_lab.subspace.frugal import frugal
@@ -102,9 +102,9 @@ def dct_adamw(
     _arguments.check_static(
         rank=rank, rotate=rotate, error_feedback=error_feedback, stagger=stagger
     )
-    _hyperparams.check_positive_integer(rank=rank)
-    _hyperparams.check_flag(rotate=rotate, error_feedback=error_feedback)
-    _hyperparams.check_positive_integer(update_gap=update_gap)
+    _checks.check_positive_integer(rank=rank)
+    _checks.check_flag(rotate=rotate, error_feedback=error_feedback)
+    _checks.check_positive_integer(update_gap=update_gap)
     gap: Any = update_gap
     first_gap: Any = (max if isinstance(gap, int) else jnp.maximum)(gap - 1, 1)
     split = frugal(

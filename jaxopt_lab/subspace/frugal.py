@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _adam, _hyperparams, _matrices, _roles, _tree
+from jaxopt_lab import _adam, _checks, _hyperparams, _matrices, _roles, _tree
 from jaxopt_lab.subspace import _arguments
 from jaxopt_lab.subspace._parts import (
     Parts,
@@ -152,14 +152,14 @@ def frugal(
     selector: Projection = columns() if projection is None else projection
     first_gap = update_gap if first_gap is None else first_gap
     _check(selector, density, update_gap, first_gap, stagger, seed, on_refresh)
-    _hyperparams.check_non_negative(projected_scale=projected_scale, free_scale=free_scale)
+    _checks.check_non_negative(projected_scale=projected_scale, free_scale=free_scale)
     _arguments.check_static(stagger=stagger, error_feedback=error_feedback)
-    _hyperparams.check_flag(error_feedback=error_feedback)
+    _checks.check_flag(error_feedback=error_feedback)
     if error_feedback and free is not None:
         raise ValueError("with error_feedback the remainder is kept: free must be None")
     full = _adam.scale_by_adam(0.9, 0.999, 1e-8) if full is None else full
     free = optax.scale_by_sign() if free is None else free
-    _hyperparams.check_transformation(full=full, free=free)
+    _checks.check_transformation(full=full, free=free)
     rule, stateless = map(optax.with_extra_args_support, (full, free))
     # What `full` sees of a split leaf has the leaf's path, but is a part of its matrix.
     part_rule = _roles.on_compact(rule) if selector.mirrors else rule
@@ -222,7 +222,7 @@ def frugal(
         """Whether it is time, None for always, and how many selections there have been."""
         since = count - jnp.maximum(first_gap - phase * update_gap // stagger, 1)
         period = jnp.where(count == 0, 0, since // update_gap + 1)
-        if _hyperparams.is_number(update_gap) and update_gap == 1:
+        if _checks.is_number(update_gap) and update_gap == 1:
             return None, period
         return (count == 0) | (since % update_gap == 0), period
 
@@ -332,8 +332,8 @@ def _check(
             f"projection must be one, such as columns() or svd(); got {type(projection).__name__}"
         )
     _arguments.check_density(density)
-    _hyperparams.check_positive_integer(update_gap=update_gap, first_gap=first_gap, stagger=stagger)
-    if _hyperparams.is_number(update_gap) and stagger > update_gap:
+    _checks.check_positive_integer(update_gap=update_gap, first_gap=first_gap, stagger=stagger)
+    if _checks.is_number(update_gap) and stagger > update_gap:
         raise ValueError(f"stagger must be at most update_gap ({update_gap}), got {stagger}")
     _arguments.check_seed(seed)
     allowed = (*projection.on_refresh, "reset_all")
@@ -344,6 +344,6 @@ def _check(
 
 
 def _scaled(x: jax.Array, scale: _hyperparams.Scalar) -> jax.Array:
-    if _hyperparams.is_number(scale) and scale == 1:
+    if _checks.is_number(scale) and scale == 1:
         return x
     return x * jnp.asarray(scale, x.dtype)

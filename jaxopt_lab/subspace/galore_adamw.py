@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _adam, _hyperparams, _matrices, _tree
+from jaxopt_lab import _adam, _checks, _hyperparams, _matrices, _tree
 from jaxopt_lab.subspace import _arguments
 from jaxopt_lab.subspace.frugal import OnRefresh, frugal
 from jaxopt_lab.subspace.projections import Projection
@@ -107,8 +107,8 @@ def galore_adamw(
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, ICML 2024, algorithm 2.
     """
     _arguments.check_static(rank=rank, stagger=stagger)
-    _hyperparams.check_positive_integer(rank=rank)
-    _hyperparams.check_scalar_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
+    _checks.check_positive_integer(rank=rank)
+    _checks.check_scalar_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
     split = frugal(
         _adam.scale_by_adam(b1, b2, eps, eps_in_root=False),
         optax.set_to_zero(),
@@ -163,7 +163,7 @@ def _step_and_decay(
         def rates(dtype: Any) -> tuple[jax.Array, jax.Array]:
             return jnp.asarray(rate, dtype), jnp.asarray(decay, dtype)
 
-        if _hyperparams.is_number(decay) and decay == 0:
+        if _checks.is_number(decay) and decay == 0:
 
             def step(u: jax.Array, shared: Any) -> tuple[jax.Array]:
                 return (-shared[0] * u,)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _compat, _hyperparams, _tree
+from jaxopt_lab import _checks, _compat, _hyperparams, _tree
 from jaxopt_lab.subspace import _arguments, projections
 from jaxopt_lab.subspace.projections import Choose, Density, Leaf, Step
 
@@ -241,8 +241,8 @@ def svd(
       Martinsson and Tropp, `Finding structure with randomness
       <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.3 and 4.4.
     """
-    _hyperparams.check_choice(_SIDES, side=side)
-    _hyperparams.check_choice(_METHODS, method=method)
+    _checks.check_choice(_SIDES, side=side)
+    _checks.check_choice(_METHODS, method=method)
     _arguments.check_whole_number(oversampling=oversampling, power_iterations=power_iterations)
     _arguments.check_function(choose=choose)
     return SVD(side, method, oversampling, power_iterations, choose)

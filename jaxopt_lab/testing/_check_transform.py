@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxopt_lab._hyperparams import check_choice
+from jaxopt_lab._checks import check_choice
 from jaxopt_lab.testing import (  # noqa: F401  (importing a module registers its checks)
     _arguments,
     _composition,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
 CONTRACT_EXCEPTIONS = {
@@ -92,10 +92,10 @@ def scale_by_adabelief(
       Zhuang et al., `AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients
       <https://arxiv.org/abs/2010.07468>`_, NeurIPS 2020, Algorithm 2.
     """
-    _hyperparams.check_decay(b1=b1, b2=b2)
-    _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_flag(amsgrad=amsgrad, rectify=rectify, degenerated_to_sgd=degenerated_to_sgd)
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+    _checks.check_decay(b1=b1, b2=b2)
+    _checks.check_positive(eps=eps)
+    _checks.check_flag(amsgrad=amsgrad, rectify=rectify, degenerated_to_sgd=degenerated_to_sgd)
+    mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByAdaBeliefState:
         return ScaleByAdaBeliefState(
@@ -197,7 +197,7 @@ def adabelief(
     See Also:
       `scale_by_adabelief` for the bare rule and the source.
     """
-    _hyperparams.check_flag(weight_decouple=weight_decouple, fixed_decay=fixed_decay)
+    _checks.check_flag(weight_decouple=weight_decouple, fixed_decay=fixed_decay)
     if fixed_decay and not weight_decouple:
         raise ValueError("fixed_decay=True needs weight_decouple=True")
     rule = scale_by_adabelief(

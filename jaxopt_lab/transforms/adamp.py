@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices, _treatments, _tree
+from jaxopt_lab import _checks, _hyperparams, _matrices, _treatments, _tree
 from jaxopt_lab.transforms import _projection
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
@@ -105,13 +105,13 @@ def scale_by_adamp(
       Heo et al., `AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant
       Weights <https://arxiv.org/abs/2006.08217>`_, ICLR 2021, Algorithm 2.
     """
-    _hyperparams.check_decay(b1=b1, b2=b2)
-    _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
-    _hyperparams.check_non_negative(delta=delta)
-    _hyperparams.check_fraction(wd_ratio=wd_ratio)
-    _hyperparams.check_flag(nesterov=nesterov)
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+    _checks.check_decay(b1=b1, b2=b2)
+    _checks.check_positive(eps=eps)
+    _checks.check_scalar_or_schedule(weight_decay=weight_decay)
+    _checks.check_non_negative(delta=delta)
+    _checks.check_fraction(wd_ratio=wd_ratio)
+    _checks.check_flag(nesterov=nesterov)
+    mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
 
     def static(params: Any) -> list[tuple[_matrices.MatrixAxes | None, bool]]:
         axes = _matrices.matrix_axes(dimension_numbers, params, default=_projection.channel_axes)

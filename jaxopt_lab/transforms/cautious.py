@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _treatments, _tree
+from jaxopt_lab import _checks, _treatments, _tree
 
 # The least share of agreeing coordinates that the rest is scaled up by.
 _LEAST_MEAN = 1e-3
@@ -72,7 +72,7 @@ def cautious(
       Liang et al., `Cautious Optimizers: Improving Training with One Line of Code
       <https://arxiv.org/abs/2411.16085>`_, 2024, Algorithm 1.
     """
-    _hyperparams.check_transformation(inner=inner)
+    _checks.check_transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _order, _tree
+from jaxopt_lab import _checks, _hyperparams, _order, _tree
 
 # What the contract of `jaxopt_lab.testing` asks and this rule, which sees no weights, does not
 # promise.
@@ -67,8 +67,8 @@ def clip_coordinates(
       Pan and Li, `Toward Understanding Why Adam Converges Faster Than SGD for Transformers
       <https://arxiv.org/abs/2306.00204>`_, 2023, section 4.
     """
-    _hyperparams.check_fraction(fraction=fraction)
-    _hyperparams.check_non_negative(scale=scale)
+    _checks.check_fraction(fraction=fraction)
+    _checks.check_non_negative(scale=scale)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
         _tree.check_params(params)
@@ -79,7 +79,7 @@ def clip_coordinates(
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params
         state = _tree.check_state(state, optax.EmptyState)
-        if _hyperparams.is_number(fraction) and fraction == 0:
+        if _checks.is_number(fraction) and fraction == 0:
             return updates, state
         _, *found = _tree.map_leaves(lambda g: (g, jnp.abs(g)), updates)
         magnitudes = jax.tree.leaves(found)
@@ -101,7 +101,7 @@ def _magnitude_at(magnitudes: list[jax.Array], fraction: _hyperparams.Scalar) ->
     total = sum(x.size for x in magnitudes)
     if total >= 2**32:
         raise ValueError(f"clip_coordinates counts below 2**32 coordinates, got {total}")
-    if _hyperparams.is_number(fraction):
+    if _checks.is_number(fraction):
         index = jnp.asarray(math.floor(total * fraction), jnp.uint32)
     else:
         index = jnp.floor(total * fraction).astype(jnp.uint32)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
 CONTRACT_EXCEPTIONS = {
@@ -77,9 +77,9 @@ def scale_by_diffgrad(
       Dubey et al., `diffGrad: An Optimization Method for Convolutional Neural Networks
       <https://arxiv.org/abs/1909.11015>`_, 2020, Algorithm 1.
     """
-    _hyperparams.check_decay(b1=b1, b2=b2)
-    _hyperparams.check_positive(eps=eps)
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+    _checks.check_decay(b1=b1, b2=b2)
+    _checks.check_positive(eps=eps)
+    mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByDiffgradState:
         return ScaleByDiffgradState(

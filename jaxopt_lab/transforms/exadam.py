@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
 CONTRACT_EXCEPTIONS = {
@@ -80,10 +80,10 @@ def scale_by_exadam(
       Adly, `EXAdam: The Power of Adaptive Cross-Moments <https://arxiv.org/abs/2412.20302>`_,
       2024, Algorithm 1.
     """
-    _hyperparams.check_decay(b1=b1, b2=b2)
-    _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_flag(dynamic_step_size=dynamic_step_size)
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+    _checks.check_decay(b1=b1, b2=b2)
+    _checks.check_positive(eps=eps)
+    _checks.check_flag(dynamic_step_size=dynamic_step_size)
+    mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByExadamState:
         return ScaleByExadamState(

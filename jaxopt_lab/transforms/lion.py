@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _tree
+from jaxopt_lab import _checks, _hyperparams, _tree
 
 
 class ScaleByLionState(NamedTuple):
@@ -64,9 +64,9 @@ def scale_by_lion(
       Chen et al., `Symbolic Discovery of Optimization Algorithms
       <https://arxiv.org/abs/2302.06675>`_, 2023, Program 1.
     """
-    _hyperparams.check_decay(b1=b1, b2=b2)
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
-    new_moment_suffices = _hyperparams.is_number(b1) and _hyperparams.is_number(b2) and b2 > 0
+    _checks.check_decay(b1=b1, b2=b2)
+    mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
+    new_moment_suffices = _checks.is_number(b1) and _checks.is_number(b2) and b2 > 0
 
     def init_fn(params: optax.Params) -> ScaleByLionState:
         return ScaleByLionState(mu=_tree.zeros_like(params, mu_dtype))

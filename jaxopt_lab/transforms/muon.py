@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab import _adam, _compat, _hyperparams, _matrices, _roles, _treatments, _tree
+from jaxopt_lab import _adam, _checks, _compat, _hyperparams, _matrices, _roles, _treatments, _tree
 
 Coefficients = tuple[float, float, float]
 NsCoeffs = Literal["original", "standard", "quintic", "dion", "polar_express"]
@@ -151,14 +151,14 @@ def scale_by_muon(
       <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et al., `Muon is Scalable for LLM
       Training <https://arxiv.org/abs/2502.16982>`_, 2025, equation 4.
     """
-    _hyperparams.check_decay(beta=beta)
-    _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_flag(nesterov=nesterov)
+    _checks.check_decay(beta=beta)
+    _checks.check_positive(eps=eps)
+    _checks.check_flag(nesterov=nesterov)
     if consistent_rms is not None:
-        _hyperparams.check_positive(consistent_rms=consistent_rms)
+        _checks.check_positive(consistent_rms=consistent_rms)
     coefficients = _coefficients(ns_coeffs, ns_steps)
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
-    ns_dtype = _hyperparams.canonical_mu_dtype(ns_dtype, name="ns_dtype")
+    mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
+    ns_dtype = _checks.canonical_mu_dtype(ns_dtype, name="ns_dtype")
 
     def all_axes(params: optax.Params) -> list[_matrices.MatrixAxes]:
         found = _matrices.choices(dimension_numbers, params, default=_matrices.hidden)
@@ -499,7 +499,7 @@ def _coefficients(
 ) -> tuple[Coefficients, ...]:
     """Returns one triple for all iterations, or one for each of them."""
     if isinstance(ns_coeffs, str):
-        _hyperparams.check_choice(tuple(PRESETS), ns_coeffs=ns_coeffs)
+        _checks.check_choice(tuple(PRESETS), ns_coeffs=ns_coeffs)
         ns_coeffs = PRESETS[ns_coeffs]
     table = np.asarray(ns_coeffs, dtype=object)
     if table.ndim not in (1, 2) or table.shape[-1] != 3 or table.shape[0] == 0:
@@ -510,14 +510,12 @@ def _coefficients(
     triples = [tuple(row) for row in table.reshape(-1, 3)]
     for index, triple in enumerate(triples):
         of = f" of iteration {index}" if table.ndim == 2 else ""
-        _hyperparams.check_finite(
-            **{f"ns_coeffs {letter}{of}": x for letter, x in zip("abc", triple)}
-        )
+        _checks.check_finite(**{f"ns_coeffs {letter}{of}": x for letter, x in zip("abc", triple)})
     if ns_steps is not None:
-        _hyperparams.check_positive_integer(ns_steps=ns_steps)
+        _checks.check_positive_integer(ns_steps=ns_steps)
     if table.ndim == 1 or ns_steps is None:
         return tuple(triples)
-    if not _hyperparams.is_number(ns_steps):
+    if not _checks.is_number(ns_steps):
         raise TypeError(
             "ns_steps must be an integer where ns_coeffs has a triple for each iteration: leave "
             "it out, or list it in static_args of optax.inject_hyperparams"

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _hyperparams, _matrices, _treatments, _tree
+from jaxopt_lab import _checks, _hyperparams, _matrices, _treatments, _tree
 from jaxopt_lab.transforms import _projection
 
 # What the contract of `jaxopt_lab.testing` asks and this rule does not promise.
@@ -107,13 +107,13 @@ def scale_by_sgdp(
       Heo et al., `AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant
       Weights <https://arxiv.org/abs/2006.08217>`_, ICLR 2021, Algorithm 1.
     """
-    _hyperparams.check_decay(momentum=momentum)
-    _hyperparams.check_positive(eps=eps)
-    _hyperparams.check_scalar_or_schedule(weight_decay=weight_decay)
-    _hyperparams.check_non_negative(delta=delta)
-    _hyperparams.check_fraction(dampening=dampening, wd_ratio=wd_ratio)
-    _hyperparams.check_flag(nesterov=nesterov, project_momentum=project_momentum)
-    mu_dtype = _hyperparams.canonical_mu_dtype(mu_dtype)
+    _checks.check_decay(momentum=momentum)
+    _checks.check_positive(eps=eps)
+    _checks.check_scalar_or_schedule(weight_decay=weight_decay)
+    _checks.check_non_negative(delta=delta)
+    _checks.check_fraction(dampening=dampening, wd_ratio=wd_ratio)
+    _checks.check_flag(nesterov=nesterov, project_momentum=project_momentum)
+    mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
     if project_momentum and nesterov:
         raise ValueError("project_momentum=True needs nesterov=False")
 

@@ -353,6 +353,42 @@ def test_a_weight_is_an_extra_argument_of_an_update(checked):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: distributed.compressed_mean(distributed.stochastic_int8(), AXIS),
+        lambda: distributed.error_feedback(distributed.top_k(0.5), AXIS),
+        lambda: distributed.error_feedback(distributed.sign(), AXIS, two_phase=True),
+        lambda: distributed.ef21(distributed.top_k(0.5), AXIS),
+        lambda: distributed.econtrol(distributed.top_k(0.5), AXIS),
+        lambda: distributed.powersgd(1, AXIS),
+        lambda: distributed.scale_by_one_bit_adam(1, AXIS),
+        lambda: sync_gradients(AXIS),
+    ],
+    ids=["mean", "feedback", "two_phase", "ef21", "econtrol", "powersgd", "one_bit", "sync"],
+)
+def test_every_exchange_takes_a_weight(method):
+    gradients = jax.random.normal(jax.random.key(0), (N, 2, 4, 6))
+    tokens = jnp.array([3.0, 1.0])
+
+    def run(weighted):
+        def steps(gs, own):
+            state = method().init(gs[0])
+            found = []
+            for g in gs:
+                if weighted:
+                    updates, state = method().update(g, state, g, weight=own)
+                else:
+                    updates, state = method().update(N * own / 4.0 * g, state, g)
+                found.append(updates)
+            return jnp.stack(found)
+
+        return jax.vmap(steps, axis_name=AXIS)(gradients, tokens)
+
+    # Factors of 3/2 and 1/2: nothing is rounded in another place.
+    np.testing.assert_array_equal(run(True), run(False))
+
+
 def test_a_replica_without_tokens_takes_no_part():
     def mean(g, weight):
         tx = sync_gradients(AXIS)

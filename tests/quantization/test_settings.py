@@ -123,6 +123,9 @@ def test_the_state_of_another_rule_is_refused():
     adam = quantization.quantize_state(optax.scale_by_adam(), codec, min_size=64)
     with pytest.raises(ValueError, match="another transformation's init"):
         lion.update(params, adam.init(params), params)
+    expected = "found ScaleByLionState, expected ScaleByAdamState"
+    with pytest.raises(TypeError, match=f"quantize_state wraps: {expected}"):
+        adam.update(params, lion.init(params), params)
 
 
 def test_codecs_of_a_user_that_compare_by_identity():

@@ -74,8 +74,9 @@ def test_numbers_are_numbers(make, name):
             ValueError, match=rf"{name} must have shape \(\), got an array of shape"
         ):
             made(make, name, value)
-    with pytest.raises(ValueError, match=rf"{name} must be .*, got inf"):
-        made(make, name, float("inf"))
+    for infinite in (float("inf"), np.asarray(np.inf)):
+        with pytest.raises(ValueError, match=rf"{name} must be .*, got inf"):
+            made(make, name, infinite)
     with pytest.raises(TypeError, match=rf"{name} must be a number"):
         made(make, name, optax.sgd(0.1))
 
