@@ -81,7 +81,7 @@ def choose(params: Any, choice: Choice) -> tuple[Target, ...]:
     axes = choice.kernel_axes or {}
     own = [pattern for pattern in axes if pattern not in FLAX_KERNELS]
     check_patterns(kernels, own, "kernel_axes")
-    return tuple(_target(n, kernel, axes) for n, kernel in kernels.items() if n in chosen)
+    return tuple(target(n, kernel, axes) for n, kernel in kernels.items() if n in chosen)
 
 
 def candidates(params: Any) -> dict[str, Candidate]:
@@ -170,7 +170,8 @@ def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, (int, str)) else list(value)
 
 
-def _target(name: str, kernel: Candidate, kernel_axes: Mapping[str, Any]) -> Target:
+def target(name: str, kernel: Candidate, kernel_axes: Mapping[str, Any]) -> Target:
+    """Returns one kernel with its axes; see `choose`."""
     leaf, role = kernel
     dtype, ndim = jnp.result_type(leaf), jnp.ndim(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):

@@ -93,7 +93,7 @@ class MissConfig:
         targets = _targets.choose(params, self)
         found = tuple(Kernel(t.name, t.shape, t.axes, self.r, 1.0) for t in targets)
         for kernel in found:
-            self._check(kernel)
+            self.check(kernel)
         return found
 
     def changes_base(self, init: Any) -> bool:
@@ -158,7 +158,7 @@ class MissConfig:
             block = jnp.tile(block, (1, 1, fan_out // self.mini_r))
         return jnp.tile(block, (1, -(-fan_in // kernel.r), 1))[:, :fan_in]
 
-    def _check(self, kernel: Kernel) -> None:
+    def check(self, kernel: Kernel) -> None:
         fan_in, fan_out = kernel.matrix
         sizes = f"kernel '{kernel.name}' with {fan_in} inputs and {fan_out} outputs"
         if self.r > fan_in:
