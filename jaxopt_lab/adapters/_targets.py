@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _matrices, _roles
-from jaxopt_lab.adapters import _kernels
+from jaxopt_lab.adapters import _kernels, _whole
 
 Dims = optax.contrib.MuonDimensionNumbers
 
@@ -55,6 +55,8 @@ class Choice(Protocol):
     @property
     def layers_pattern(self) -> str | Sequence[str] | None: ...
     @property
+    def modules_to_save(self) -> Sequence[str] | None: ...
+    @property
     def kernel_axes(self) -> Mapping[str, Any] | None: ...
 
 
@@ -73,10 +75,12 @@ def choose(params: Any, choice: Choice) -> tuple[Target, ...]:
     if choice.layers_to_transform is not None:
         wanted = _as_list(choice.layers_to_transform)
         chosen = {n for n in chosen if _layer(n, choice.layers_pattern) in wanted}
+    # What is trained whole needs no factors; a saved module may be without a kernel.
+    chosen -= _whole.saved(_kernels.named_leaves(params), choice.modules_to_save)
     if not chosen:
         raise ValueError(
-            "no kernel is left: exclude_modules or layers_to_transform take away all that "
-            f"target_modules={choice.target_modules!r} matches"
+            "no kernel is left: exclude_modules, layers_to_transform or modules_to_save take away "
+            f"all that target_modules={choice.target_modules!r} matches"
         )
     axes = choice.kernel_axes or {}
     own = [pattern for pattern in axes if pattern not in FLAX_KERNELS]

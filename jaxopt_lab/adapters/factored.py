@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxopt_lab import _tree
 from jaxopt_lab.adapters import _kernels, _trace
 from jaxopt_lab.adapters._trace import Convolution, Dot, Tracked
-from jaxopt_lab.adapters.adapt import AdapterBase, AdapterConfig, require_apart
+from jaxopt_lab.adapters.adapt import AdapterBase, AdapterConfig, parts, require_apart
 
 
 def factored(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,9 +62,12 @@ def factored(fun: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fun)
     def function(base: AdapterBase, adapters: Mapping[str, Any], *args: Any) -> Any:
         require_apart(base, "factored")
-        factors = {k.name: _kernels.lookup(adapters, k.name) for k in base.kernels}
+        factors, whole = parts(base, adapters)
+        leaves = _kernels.named_leaves(base.params)
+        new = {name: x.astype(leaves[name].dtype) for name, x in whole.items()}
+        params = _kernels.replace_leaves(base.params, new)
         handler = _Factored(base.config)
-        out, _ = _trace.evaluate(fun, base.params, base.kernels, factors, handler, *args)
+        out, _ = _trace.evaluate(fun, params, base.kernels, factors, handler, *args)
         return out
 
     return function
