@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from jaxopt_lab.adapters.corda import corda
     from jaxopt_lab.adapters.covariances import estimate_covariances
     from jaxopt_lab.adapters.factored import factored
+    from jaxopt_lab.adapters.files.kohya import read_kohya_file
+    from jaxopt_lab.adapters.files.mlx import read_mlx_folder
+    from jaxopt_lab.adapters.files.peft import read_peft_folder, write_peft_folder
     from jaxopt_lab.adapters.gradients import estimate_gradients
     from jaxopt_lab.adapters.ist import ist
     from jaxopt_lab.adapters.lora import LoraConfig
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from jaxopt_lab.adapters.lora_plus import lora_plus
     from jaxopt_lab.adapters.miss import MissConfig
     from jaxopt_lab.adapters.olora import olora
-    from jaxopt_lab.adapters.peft_folder import read_peft_folder, write_peft_folder
     from jaxopt_lab.adapters.perp import perp_labels
     from jaxopt_lab.adapters.pissa import pissa
     from jaxopt_lab.adapters.task_arithmetic import task_arithmetic
@@ -154,6 +156,8 @@ __all__ = [
     "powersgd",
     "quantization",
     "quantize_state",
+    "read_kohya_file",
+    "read_mlx_folder",
     "read_peft_folder",
     "record_norms",
     "refined_schedule",

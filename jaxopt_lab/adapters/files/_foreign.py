@@ -17,6 +17,7 @@ WEIGHTS, PYTORCH_WEIGHTS, MLX_WEIGHTS = (
     "adapters.safetensors",
 )
 
+_UNKNOWN = "of a kind that is not known"
 READABLE = ("LORA", "MISS")
 # Kinds of peft, by what they train.
 KINDS = {
@@ -69,7 +70,9 @@ def locate(folder: pathlib.Path, adapter_name: str | None) -> tuple[pathlib.Path
       ValueError: a file in place of a folder, or a folder of another library.
     """
     if not folder.exists():
-        raise FileNotFoundError(f"{folder} is not there; {folder.parent} has {_content(folder.parent)}")
+        raise FileNotFoundError(
+            f"{folder} is not there; {folder.parent} has {_content(folder.parent)}"
+        )
     if folder.is_file():
         raise ValueError(f"{folder} is a file, {describe(folder)}; expected a folder of peft")
     if adapter_name is not None and not (adapter_name == "default" and (folder / CONFIG).exists()):
@@ -97,6 +100,29 @@ def locate(folder: pathlib.Path, adapter_name: str | None) -> tuple[pathlib.Path
     )
 
 
+def missing(path: pathlib.Path, what: str) -> Exception:
+    """Returns the error for a file that is not there, or the one for what is there instead."""
+    folder = path.parent
+    if (folder / WEIGHTS).exists() or (folder / PYTORCH_WEIGHTS).exists():
+        return ValueError(
+            f"{folder} is no place of {what}, but a folder of peft; use read_peft_folder"
+        )
+    for other in sorted(folder.glob("*.gguf")) if folder.is_dir() else ():
+        return ValueError(f"{path} is missing; {other.name} is {describe(other)}")
+    return FileNotFoundError(f"{path} is missing, of {what}; {folder} has {_content(folder)}")
+
+
+def check_file(path: pathlib.Path) -> None:
+    """Refuses a single file that is not kohya's, as what it is.
+
+    Raises:
+      ValueError: another format.
+    """
+    found = describe(path)
+    if "kohya" not in found and found != _UNKNOWN:
+        raise ValueError(f"{path} is {found}; expected a file of kohya's scripts")
+
+
 def describe(path: pathlib.Path) -> str:
     """Returns what a file is, as a text, and what reads it."""
     with path.open("rb") as file:
@@ -108,7 +134,7 @@ def describe(path: pathlib.Path) -> str:
         )
     if start[:2] == b"PK" or path.suffix in (".bin", ".pt", ".pth"):
         return "a file of PyTorch"
-    return _of_keys(_tensors.keys(path)) or "of a kind that is not known"
+    return _of_keys(_tensors.keys(path)) or _UNKNOWN
 
 
 def wrong_key(key: str, path: pathlib.Path, prefix: str) -> ValueError:

@@ -55,9 +55,9 @@ class Layer(NamedTuple):
         r, fan_in = a.shape[0] if a.ndim else 0, self.kernel.matrix[0]
         stored = self._as_stored(a.ndim)
         # A convolution over windows of one is a dense layer, and is stored as either.
-        if a.ndim > 1 and a.shape[1] == fan_in and math.prod(a.shape[2:]) == 1:
-            if stored.kind != "convolution" or math.prod(stored.window) == 1:
-                return a.reshape(r, -1).T
+        alike = a.ndim > 1 and a.shape[1] == fan_in and math.prod(a.shape[2:]) == 1
+        if alike and math.prod(stored.window) == 1:
+            return a.reshape(r, -1).T
         if a.shape != stored.a_shape(r):
             raise ValueError(f"{where} has shape {a.shape}; {self._needs(stored.a_shape(r))}")
         if stored.kind == "convolution" and self._channels_last():
@@ -70,7 +70,9 @@ class Layer(NamedTuple):
         Raises:
           ValueError: the shape is another one.
         """
-        shape = self.b_shape(r) if rows is None else (f"{rows[-1] + 1} or more", *self.b_shape(r)[1:])
+        shape = (
+            self.b_shape(r) if rows is None else (f"{rows[-1] + 1} or more", *self.b_shape(r)[1:])
+        )
         fits = b.ndim > 1 and b.shape[1] == r and math.prod(b.shape[2:]) == 1
         if rows is None and fits:
             fits = b.shape[0] == self.kernel.matrix[1]
@@ -78,7 +80,9 @@ class Layer(NamedTuple):
             fits = b.shape[0] > rows[-1]
         if not fits:
             grouped = b.ndim > 2 and b.shape[0] == self.kernel.matrix[1] and r % b.shape[1] == 0
-            why = ", and is that of a grouped convolution, which is not supported" if grouped else ""
+            why = (
+                ", and is that of a grouped convolution, which is not supported" if grouped else ""
+            )
             raise ValueError(f"{where} has shape {b.shape}{why}; {self._needs(shape)}")
         b = b.reshape(b.shape[0], r)
         return (b if rows is None else b[list(rows)]).T

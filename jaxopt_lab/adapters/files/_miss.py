@@ -21,6 +21,7 @@ def read(
     found: Sequence[Named],
     modules: Mapping[str, Tensors],
     fields: Mapping[str, Any],
+    saved: Sequence[str],
     kernel_axes: Any,
     path: pathlib.Path,
 ) -> tuple[MissConfig, tuple[Kernel, ...], dict[str, Any]]:
@@ -29,19 +30,22 @@ def read(
     Raises:
       ValueError: blocks of another shape, parts of a module's outputs where blocks span them.
     """
-    start = fields.get("init_weights", True)
+    start, bias = fields.get("init_weights", True), fields.get("bias", "none")
     config = MissConfig(
         target_modules=_pairs.exactly(one.layer.kernel.name for one in found),
         r=fields["r"],
         mini_r=fields.get("mini_r", 1),
         init_weights=True if isinstance(start, bool) else start,
         kernel_axes=kernel_axes,
+        bias="lora_only" if bias == "MiSS_only" else bias,
+        modules_to_save=saved or None,
     )
     kernels, adapters = [], {}
     for one in found:
         kernel = one.layer.kernel._replace(r=config.r)
         config.check(kernel)
-        shape = block_shape(config, kernel)
+        batch = tuple(kernel.shape[axis] for axis in kernel.axes.batch)
+        shape = config.shapes(kernel)["miss_block"][len(batch) :]
         blocks = []
         for place in one.places:
             if place.module not in modules:  # a layer of the stack that is not adapted
@@ -62,7 +66,6 @@ def read(
             blocks.append(block.swapaxes(-1, -2) if config.init_weights == "bat" else block)
         dtype = jnp.result_type(*(block.dtype for block in blocks))
         stack = np.stack([block.astype(dtype) for block in blocks])
-        batch = [kernel.shape[axis] for axis in kernel.axes.batch]
         factors = {"miss_block": jnp.asarray(stack.reshape(*batch, *shape))}
         _kernels.insert(adapters, kernel.name, factors)
         kernels.append(kernel)
@@ -81,14 +84,6 @@ def write(config: MissConfig, parts: Sequence[Part], outputs: int) -> Tensors:
         for part in parts:
             block[:, list(part.rows)] = part.pairs[0].b
     return {"miss_block": block}
-
-
-def block_shape(config: MissConfig, kernel: Kernel) -> tuple[int, ...]:
-    """Returns the shape of the block of one matrix."""
-    r, fan_out = config.r, kernel.matrix[1]
-    if config.init_weights == "bat":
-        return (fan_out // r, r, r)
-    return (r, config.mini_r if config.init_weights == "mini" else fan_out)
 
 
 def _require_columns(config: MissConfig, place: str) -> None:

@@ -70,10 +70,8 @@ def named(
         known |= {place.module for place in own}
         if not modules & {place.module for place in own}:
             continue
-        target = _targets.target(name, candidate, kernel_axes)
-        kernel = Kernel(target.name, target.shape, target.axes, 1, 1.0)
-        own = _places.of_kernel(names, name, kernel.count)
-        found.append(Named(_layouts.layer(kernel, candidate.role.kind), own))
+        one = layer(name, candidate, kernel_axes)
+        found.append(Named(one, _places.of_kernel(names, name, one.kernel.count)))
     for module in sorted(modules - known):
         raise ValueError(
             f"{where}: no kernel is named after {what} '{module}'; the nearest names are "
@@ -81,6 +79,14 @@ def named(
         )
     _places.check_apart(claims(found))
     return found
+
+
+def layer(name: str, candidate: _targets.Candidate, kernel_axes: Any) -> Layer:
+    """Returns a kernel whose rank is not known yet."""
+    axes = _targets.FLAX_KERNELS if kernel_axes is None else kernel_axes
+    target = _targets.target(name, candidate, axes)
+    kernel = Kernel(target.name, target.shape, target.axes, 1, 1.0)
+    return _layouts.layer(kernel, candidate.role.kind)
 
 
 def claims(found: Iterable[Named]) -> list[tuple[str, Place, range]]:

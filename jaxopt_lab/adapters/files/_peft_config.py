@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 import re
@@ -10,13 +11,15 @@ from typing import Any
 
 from jaxopt_lab.adapters.files import _foreign
 from jaxopt_lab.adapters.files._places import Place
+from jaxopt_lab.adapters.lora import LoraConfig
+from jaxopt_lab.adapters.miss import MissConfig
 
 _REQUIRED = {"LORA": ("r", "lora_alpha", "target_modules"), "MISS": ("r", "target_modules")}
 
 # Fields that decide what the adapter is.
 TAKEN = {
     "LORA": {
-        "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout",
+        "alpha_pattern", "bias", "init_lora_weights", "lora_alpha",
         "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "target_modules",
         "target_parameters", "task_type", "use_dora", "use_rslora",
     },
@@ -30,7 +33,7 @@ IGNORED = {
     "LORA": {
         "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
         "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
-        "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
+        "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
         "megatron_core", "qalora_group_size", "revision", "runtime_config",
     },
     "MISS": {
@@ -129,20 +132,79 @@ def is_saved(fields: Mapping[str, Any], module: str) -> bool:
     return any(name.endswith(end) for end in fields.get("modules_to_save") or () for name in above)
 
 
-def patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Returns what is not the default by patterns that match one module alone."""
-    return {"^" + re.escape(name): v for name, v in sorted(values.items()) if v != default}
+def of_lora(
+    config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns the fields of LoRA with rank and alpha of each module."""
+    r, alpha = (collections.Counter(d.values()).most_common(1)[0][0] for d in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": _patterns(ranks, r),
+        "alpha_pattern": _patterns(alphas, alpha),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_dropout": config.lora_dropout,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "inference_mode": True,
+    }
 
 
-def targets(modules: Sequence[str], known: Sequence[str]) -> list[str] | str:
-    """Returns `target_modules` for these modules alone: a pattern where a list would have more.
+def of_miss(config: MissConfig) -> dict[str, Any]:
+    """Returns the fields of MiSS."""
+    return {
+        "peft_type": "MISS",
+        "r": config.r,
+        "mini_r": config.mini_r,
+        "init_weights": config.init_weights,
+        "bias": "none",
+        "inference_mode": True,
+    }
 
-    peft takes each module whose name ends in an entry of the list.
+
+def targets(places: Sequence[Place], known: Sequence[Place]) -> dict[str, Any]:
+    """Returns `target_modules` and `target_parameters` for these places alone.
+
+    peft takes all whose name ends in an entry of the list, so that a list that would have more is
+    written as a pattern.
+
+    Raises:
+      ValueError: parameters for which that is not possible.
     """
-    others = set(known) - set(modules)
-    if any(other.endswith(f".{module}") for module in modules for other in others):
-        return "|".join(re.escape(module) for module in sorted(modules))
-    return sorted(modules)
+    fields: dict[str, Any] = {"target_modules": []}
+    for field, names, others in (
+        ("target_modules", *_own_names(places, known, parameters=False)),
+        ("target_parameters", *_own_names(places, known, parameters=True)),
+    ):
+        clashes = [n for n in names if any(other.endswith(f".{n}") for other in others)]
+        if clashes and field == "target_parameters":
+            raise ValueError(
+                f"peft finds target_parameters by the end of the name: '{clashes[0]}' would be "
+                "others too, which have no adapter"
+            )
+        if names:
+            fields[field] = "|".join(map(re.escape, names)) if clashes else names
+    if "target_parameters" in fields:
+        fields["peft_version"] = "0.19.0"  # the first with this layout of experts
+    return fields
+
+
+def _own_names(
+    places: Sequence[Place], known: Sequence[Place], parameters: bool
+) -> tuple[list[str], set[str]]:
+    own, every = (
+        {place.own_name for place in group if (place.parameter is not None) == parameters}
+        for group in (places, known)
+    )
+    return sorted(own), every - own
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Returns what is not the default, by patterns that match one module alone."""
+    return {"^" + re.escape(name): v for name, v in sorted(values.items()) if v != default}
 
 
 def _by_pattern(module: str, found: Mapping[str, Any] | None, default: Any) -> Any:
@@ -153,7 +215,11 @@ def _by_pattern(module: str, found: Mapping[str, Any] | None, default: Any) -> A
 
 
 def _check_field(kind: str, name: str, value: Any, path: pathlib.Path) -> None:
-    if name in TAKEN[kind] or name in IGNORED[kind] or any(value is x or (value == x and type(value) is type(x)) for x in _NEUTRAL):
+    if (
+        name in TAKEN[kind]
+        or name in IGNORED[kind]
+        or any(value is x or (value == x and type(value) is type(x)) for x in _NEUTRAL)
+    ):
         return
     if name in REFUSED[kind]:
         raise ValueError(f"{path}: {name}={value!r} is not supported: {REFUSED[kind][name]}")

@@ -16,7 +16,9 @@ from jaxopt_lab.adapters.files._places import Place
 
 PREFIX = "base_model.model."
 Tensors = dict[str, np.ndarray]
-_OF_ADAPTERS = re.compile(r"(.*\.)?(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|miss_block)\b")
+_OF_ADAPTERS = re.compile(
+    r"(.*\.)?(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|miss_block)\b"
+)
 _NAMES = {
     "LORA": r"lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector",
     "MISS": r"miss_block",
@@ -153,7 +155,10 @@ def write_pairs(parts: Sequence[Part], outputs: int) -> tuple[Tensors, int, floa
             f"kernel '{layer.kernel.name}' is that of a grouped convolution, whose factors peft "
             "groups too; exclude it"
         )
-    joined = [_side_by_side([part.pairs[i] for part in parts], parts, outputs) for i in range(len(parts[0].pairs))]
+    joined = [
+        _side_by_side([part.pairs[i] for part in parts], parts, outputs)
+        for i in range(len(parts[0].pairs))
+    ]
     r, scaling = joined[0].a.shape[1], joined[0].scaling
     if place.parameter is not None:
         a, b = _layouts.write_experts([(pair.a, pair.b) for pair in joined])

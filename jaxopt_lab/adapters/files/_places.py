@@ -1,8 +1,8 @@
 """Where the matrices of a kernel are in another library's model: what a name map says.
 
-    "model.attn.q_proj"                      a module
-    "transformer.c_attn[0:768]"              a part of its outputs
-    "mlp.experts.base_layer:gate_up_proj"    a parameter with one matrix an expert
+"model.attn.q_proj"                      a module
+"transformer.c_attn[0:768]"              a part of its outputs
+"mlp.experts.base_layer:gate_up_proj"    a parameter with one matrix an expert
 """
 
 from __future__ import annotations

@@ -12,8 +12,7 @@ import numpy as np
 
 from jaxopt_lab import _names, _roles
 from jaxopt_lab.adapters import _kernels, _targets
-from jaxopt_lab.adapters._kernels import Kernel
-from jaxopt_lab.adapters.files import _layouts, _peft_config, _places
+from jaxopt_lab.adapters.files import _pairs, _peft_config, _places
 from jaxopt_lab.adapters.files._layouts import Layer
 from jaxopt_lab.adapters.files._peft_tensors import PREFIX, Content, Tensors
 from jaxopt_lab.adapters.files._places import Names, Place
@@ -53,16 +52,20 @@ def read(
     names: Names,
     kernel_axes: Any,
     path: pathlib.Path,
-) -> dict[str, Any]:
-    """Returns by name the leaves that the file has trained whole; compares the rest with `params`.
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads what is trained whole, and compares the rest with `params`.
+
+    Returns:
+      The leaves that are trained whole, by name, and the modules of `modules_to_save` here.
 
     Raises:
       ValueError: a tensor without a leaf, of another shape, or a base that is not the user's.
     """
     if not content.whole and not content.base:
-        return {}
+        return {}, []
     found = _index(params, names, kernel_axes)
     leaves = {name: np.asarray(leaf) for name, leaf in _kernels.named_leaves(params).items()}
+    modules = set()
     trained: dict[str, list[tuple[_Piece, np.ndarray]]] = collections.defaultdict(list)
     beside = fields.get("bias", "none") != "none"
     for tensors, suffix in ((content.whole, ""), (content.base, ".base_layer")):
@@ -80,12 +83,14 @@ def read(
                     )
                 if is_trained:
                     trained[piece.leaf].append((piece, value))
+                    modules |= {_module(piece.leaf)} if saved else set()
                 elif not _same(own[piece.index], value):
                     raise ValueError(
                         f"{where} is the base below the adapter, and differs from '{piece.leaf}' "
                         "of params: the adapter was made for other weights"
                     )
-    return {name: _put(leaves[name], pieces) for name, pieces in trained.items()}
+    values = {name: _put(leaves[name], pieces) for name, pieces in trained.items()}
+    return values, sorted(modules)
 
 
 def write(
@@ -106,7 +111,7 @@ def write(
     if not base.whole:
         return {}, {}
     adapted = set(adapted)
-    found = _index(base.params, names, base.config.kernel_axes or {})
+    found = _index(base.params, names, base.config.kernel_axes)
     bias = getattr(base.config, "bias", "none")
     saved, wanted = set(), set()
     for name in base.whole:
@@ -125,7 +130,9 @@ def write(
         pieces = found[module, parameter]
         values = {
             piece.leaf: np.asarray(
-                _kernels.lookup(adapters, piece.leaf) if piece.leaf in base.whole else leaves[piece.leaf]
+                _kernels.lookup(adapters, piece.leaf)
+                if piece.leaf in base.whole
+                else leaves[piece.leaf]
             )
             for piece in pieces
         }
@@ -146,9 +153,7 @@ def _index(params: Any, names: Names, kernel_axes: Any) -> dict[tuple[str, str],
     for name, candidate in _targets.candidates(params).items():
         own = _places.places(names, name)
         if own:
-            target = _targets.target(name, candidate, kernel_axes)
-            kernel = Kernel(target.name, target.shape, target.axes, 1, 1.0)
-            kernels[name] = _layouts.layer(kernel, candidate.role.kind), own
+            kernels[name] = _pairs.layer(name, candidate, kernel_axes), own
             beside[name.rpartition("/")[0]] = own
     for name, role in zip(_kernels.named_leaves(params), _roles.roles(params)):
         layer, own = kernels.get(name, (None, []))
@@ -187,6 +192,11 @@ def _pieces(
     return pieces
 
 
+def _module(leaf: str) -> str:
+    """Returns the dotted name of the module that a leaf is in, its own if there is none."""
+    return (leaf.rpartition("/")[0] or leaf).replace("/", ".")
+
+
 def _put(leaf: np.ndarray, pieces: list[tuple[_Piece, np.ndarray]]) -> Any:
     dtype = jnp.result_type(leaf.dtype, *(value.dtype for _, value in pieces))
     first = pieces[0][0]
@@ -207,7 +217,7 @@ def _tensor(pieces: list[_Piece], values: Mapping[str, np.ndarray], key: str) ->
         parts.append((piece.place.rows(size, f"names['{piece.leaf}']"), tensor))
     if len(parts) == 1 and not pieces[0].place.is_part:
         return parts[0][1]
-    rows = sum((list(own) for own, _ in parts), [])
+    rows = [row for own, _ in parts for row in own]
     if sorted(rows) != list(range(len(rows))):
         raise ValueError(f"'{key}' is written whole, but its parts in names are not all of it")
     return np.concatenate([tensor for _, tensor in parts])[np.argsort(rows)]
