@@ -23,6 +23,8 @@ from jaxopt_lab.adapters._kernels import Kernel
 
 Kind = Literal["dense", "embedding", "convolution", "depthwise"]
 
+_GROUPED = ", that of a grouped convolution, which is not supported"
+
 
 class Layer(NamedTuple):
     """A kernel and what PyTorch's layer of it is."""
@@ -58,8 +60,13 @@ class Layer(NamedTuple):
         alike = a.ndim > 1 and a.shape[1] == fan_in and math.prod(a.shape[2:]) == 1
         if alike and math.prod(stored.window) == 1:
             return a.reshape(r, -1).T
-        if a.shape != stored.a_shape(r):
-            raise ValueError(f"{where} has shape {a.shape}; {self._needs(stored.a_shape(r))}")
+        needed = stored.a_shape(r)
+        if a.shape != needed:
+            alike = a.ndim > 2 and a.ndim == len(needed) and a.shape[2:] == needed[2:]
+            grouped = alike and a.shape[1] > needed[1] and a.shape[1] % needed[1] == 0
+            raise ValueError(
+                f"{where} has shape {a.shape}{_GROUPED if grouped else ''}; {self._needs(needed)}"
+            )
         if stored.kind == "convolution" and self._channels_last():
             a = np.moveaxis(a, 1, -1)
         return a.reshape(r, -1).T
@@ -80,10 +87,9 @@ class Layer(NamedTuple):
             fits = b.shape[0] > rows[-1]
         if not fits:
             grouped = b.ndim > 2 and b.shape[0] == self.kernel.matrix[1] and r % b.shape[1] == 0
-            why = (
-                ", and is that of a grouped convolution, which is not supported" if grouped else ""
+            raise ValueError(
+                f"{where} has shape {b.shape}{_GROUPED if grouped else ''}; {self._needs(shape)}"
             )
-            raise ValueError(f"{where} has shape {b.shape}{why}; {self._needs(shape)}")
         b = b.reshape(b.shape[0], r)
         return (b if rows is None else b[list(rows)]).T
 

@@ -73,8 +73,17 @@ def read(
 
 
 def write(config: MissConfig, parts: Sequence[Part], outputs: int) -> Tensors:
-    """Returns the tensors of a module; its kernels have their blocks as `b` of a pair."""
+    """Returns the tensors of a module; its kernels have their blocks as `b` of a pair.
+
+    Raises:
+      ValueError: what peft does not have, or cannot be parted.
+    """
     first = parts[0]
+    if first.layer.kind != "dense" or first.place.parameter is not None:
+        raise ValueError(
+            f"kernel '{first.layer.kernel.name}', '{first.place}' there, is no dense layer, and "
+            "peft has MiSS for those alone; exclude it"
+        )
     block = first.pairs[0].b
     if config.init_weights == "bat":
         block = block.swapaxes(-1, -2)

@@ -148,6 +148,9 @@ def write_pairs(parts: Sequence[Part], outputs: int) -> tuple[Tensors, int, floa
     Args:
       parts: the kernels of the module.
       outputs: its outputs, with those that no kernel adapts.
+
+    Raises:
+      ValueError: what peft does not have.
     """
     layer, place = parts[0].layer, parts[0].place
     if layer.kind == "depthwise":
@@ -155,6 +158,8 @@ def write_pairs(parts: Sequence[Part], outputs: int) -> tuple[Tensors, int, floa
             f"kernel '{layer.kernel.name}' is that of a grouped convolution, whose factors peft "
             "groups too; exclude it"
         )
+    if place.parameter is not None and parts[0].pairs[0].magnitude is not None:
+        raise ValueError(f"'{place}' is a parameter, for which peft has no DoRA; exclude it")
     joined = [
         _side_by_side([part.pairs[i] for part in parts], parts, outputs)
         for i in range(len(parts[0].pairs))
