@@ -321,6 +321,7 @@ def writes(kind, option, folder):
     return "written" if near(peft_outputs(loaded, kind), expected, before) else "WRONG"
 
 
+VERSION = tuple(map(int, peft.__version__.split(".")[:2]))
 # What is not "read" and "written", by parts of the names of kind and option.
 EXCEPTIONS = {
     ("convolution, grouped", ""): ("refused: .*grouped convolution|not in", "refused by peft|ref"),
@@ -335,18 +336,25 @@ EXCEPTIONS = {
     ("experts", "miss"): ("not in peft", "refused: .*peft has MiSS for those alone"),
     ("fused", "miss bat"): ("refused: .*are not parted", "refused: .*are not parted"),
 }
+if VERSION < (0, 19):  # with another layout of experts, which is read, and not written
+    EXCEPTIONS |= {("experts", ""): ("read|not in peft|lost by peft", "refused")}
+if VERSION < (0, 21):  # the biases of adapted layers are not saved
+    EXCEPTIONS |= {("", "bias lora_only"): ("read|lost by peft", "written")}
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's own advice on models that are not transformers'
 @pytest.mark.parametrize("name", KINDS)
 def test_folders_of_every_kind_of_layer(tmp_path, name):
+    wrong = []
     for option in OPTIONS:
         ways = [tmp_path / option / way for way in ("from peft", "to peft")]
         found = reads(KINDS[name], option, ways[0]), writes(KINDS[name], option, ways[1])
         print(f"{name:20} | {option:22} |", " | ".join(x.partition(": /")[0][:60] for x in found))
-        wanted = [w for (k, o), w in EXCEPTIONS.items() if k in name and o in option]
-        for one, pattern in zip(found, wanted[0] if wanted else ("read", "written")):
-            assert re.match(pattern, one, re.DOTALL), (name, option, one)
+        matching = [w for (k, o), w in EXCEPTIONS.items() if k in name and o in option]
+        for one, pattern in zip(found, matching[0] if matching else ("read", "written")):
+            if not re.match(pattern, one, re.DOTALL):
+                wrong.append((option, one))
+    assert not wrong
 
 
 def test_a_file_of_pytorch_is_read(tmp_path):

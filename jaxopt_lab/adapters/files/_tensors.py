@@ -105,7 +105,7 @@ def _from_torch(tensor: Any, torch: Any) -> np.ndarray:
 
 
 def _floating(key: str, tensor: np.ndarray, path: pathlib.Path) -> np.ndarray:
-    if tensor.ndim == 0 and jnp.issubdtype(tensor.dtype, jnp.integer):  # an alpha of kohya's
+    if tensor.size == 1 and jnp.issubdtype(tensor.dtype, jnp.integer):  # an alpha of kohya's
         return tensor.astype(np.float32)
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(f"{path}: '{key}' has dtype {tensor.dtype}; expected floating point")
