@@ -89,6 +89,10 @@ class Handler(Protocol):
         """Returns the array that any other operation is given."""
         ...
 
+    def repeated(self, kernel: Tracked, step: jax.Array) -> Tracked:
+        """Returns a kernel that a scan does not walk over, as one step of the scan has it."""
+        ...
+
     def product(self, product: Dot | Convolution) -> tuple[jax.Array, Mapping[str, Any]] | None:
         """Returns the result and what is to be recorded by name, or None for the usual product."""
         ...
@@ -209,7 +213,11 @@ def _scanned(eqn: Any, operands: Sequence[Any], handler: Handler, records: Recor
         for x in operands[num_consts + num_carry :]
     ]
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], Any]:
+    steps = jnp.arange(eqn.params["length"])
+
+    def body(carry: list[Any], of_step: tuple[jax.Array, list[Any]]) -> tuple[list[Any], Any]:
+        step, xs = of_step
+        own = [handler.repeated(x, step) if isinstance(x, Tracked) else x for x in consts]
         # The scan has taken the first axis of everything, and with it the first batch axis.
         xs = [
             dataclasses.replace(x, dims=x.dims[1:], batch=x.batch[1:])
@@ -218,14 +226,14 @@ def _scanned(eqn: Any, operands: Sequence[Any], handler: Handler, records: Recor
             for x in xs
         ]
         inner: Records = {}
-        found = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs], handler, inner)
+        found = _evaluate(closed.jaxpr, closed.consts, [*own, *carry, *xs], handler, inner)
         found = [_plain(x, handler) for x in found]
         return found[:num_carry], (found[num_carry:], inner)
 
     carry, (outputs, inner) = jax.lax.scan(
         body,
         carry,
-        stacked,
+        (steps, stacked),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],

@@ -111,6 +111,11 @@ class _Collector:
         """Returns the kernel as it is."""
         return kernel.value
 
+    def repeated(self, kernel: Tracked, step: jax.Array) -> Tracked:
+        """Returns the kernel."""
+        del step
+        return kernel
+
     def product(self, product: Dot | Convolution) -> tuple[jax.Array, dict[str, Any]] | None:
         """Records the inputs' second moment, (batch..., inputs, inputs), and 1 for the product."""
         if isinstance(product, Convolution):
