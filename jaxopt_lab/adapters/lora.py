@@ -58,8 +58,8 @@ class LoraConfig:
       kernel_axes: by pattern, as `rank_pattern`, which axes of a kernel are inputs and outputs:
         `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)`; all others count
         matrices, each with a pair of its own (scanned layers, experts). By default they follow
-        from names, shapes and neighbours, as `jaxopt_lab.muon_dimension_numbers` describes; what
-        nothing tells must be named.
+        from names, shapes and neighbours, as `jaxopt_lab.muon_dimension_numbers` describes, those
+        of Flax's attention and convolutions among them; what nothing tells must be named.
       adapter_dtype: dtype of the factors; by default the widest of float32 and the kernel's.
       bias: biases that are trained whole: "none", "all" of the model, or "lora_only", those of the
         layers with an adapter.
