@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
     from jaxopt_lab.adapters.corda import corda
     from jaxopt_lab.adapters.covariances import estimate_covariances
+    from jaxopt_lab.adapters.eva import estimate_scatter, eva
     from jaxopt_lab.adapters.factored import factored
     from jaxopt_lab.adapters.gradients import estimate_gradients
     from jaxopt_lab.adapters.ist import ist
@@ -126,6 +127,8 @@ __all__ = [
     "error_feedback",
     "estimate_covariances",
     "estimate_gradients",
+    "estimate_scatter",
+    "eva",
     "exadam",
     "factored",
     "frugal",

@@ -15,6 +15,7 @@ from jaxopt_lab.adapters.adapt import (
 from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
 from jaxopt_lab.adapters.corda import corda
 from jaxopt_lab.adapters.covariances import estimate_covariances
+from jaxopt_lab.adapters.eva import estimate_scatter, eva
 from jaxopt_lab.adapters.factored import factored
 from jaxopt_lab.adapters.gradients import estimate_gradients
 from jaxopt_lab.adapters.ist import IstState, ist
@@ -46,6 +47,8 @@ __all__ = [
     "corda",
     "estimate_covariances",
     "estimate_gradients",
+    "estimate_scatter",
+    "eva",
     "factored",
     "init_adapters",
     "ist",

@@ -98,7 +98,28 @@ class Handler(Protocol):
         ...
 
 
-Records = dict[str, list[Any]]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What was recorded of a product, (repeats..., stack..., as the handler gave it).
+
+    Attributes:
+      value: a tree of arrays.
+      repeats: number of scans around the product that do not walk over the kernel's layers.
+    """
+
+    value: Any
+    repeats: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def out_of_scan(self, *, walked: bool) -> Record:
+        """Returns the record with the axis that a scan has put in front where it belongs."""
+        if not walked:
+            return Record(self.value, self.repeats + 1)
+        moved = jax.tree.map(lambda x: jnp.moveaxis(x, 0, self.repeats), self.value)
+        return Record(moved, self.repeats)
+
+
+Records = dict[str, list[Record]]
 
 
 def evaluate(
@@ -120,8 +141,7 @@ def evaluate(
       *args: further arguments.
 
     Returns:
-      What `fun` returns, and for each name all that was recorded; what was recorded in a scan has
-      the scan's axis in front.
+      What `fun` returns, and for each name all that was recorded.
     """
     jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(params, *args)
     leaves = _kernels.named_leaves(params)
@@ -166,7 +186,7 @@ def _plain(x: Any, handler: Handler) -> Any:
     return handler.materialise(x) if isinstance(x, Tracked) else x
 
 
-def _record(records: Records, new: Mapping[str, list[Any]]) -> None:
+def _record(records: Records, new: Mapping[str, list[Record]]) -> None:
     for name, values in new.items():
         records.setdefault(name, []).extend(values)
 
@@ -238,7 +258,9 @@ def _scanned(eqn: Any, operands: Sequence[Any], handler: Handler, records: Recor
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    _record(records, inner)
+    walked = {x.kernel.name for x in stacked if isinstance(x, Tracked)}
+    for name, values in inner.items():
+        _record(records, {name: [one.out_of_scan(walked=name in walked) for one in values]})
     return [*carry, *outputs]
 
 
@@ -283,7 +305,7 @@ def _handled(product: Dot | Convolution, handler: Handler, records: Records) -> 
     if found is None:
         return None
     result, new = found
-    _record(records, {name: [value] for name, value in new.items()})
+    _record(records, {name: [Record(value)] for name, value in new.items()})
     return [result]
 
 

@@ -167,7 +167,7 @@ class LoraConfig:
             if key is None:
                 raise ValueError("init_adapters needs a key to draw the factors of LoRA")
             init = _starts.drawn(self.init_lora_weights)
-        elif kernel.r > min(kernel.matrix):
+        elif kernel.r > min(kernel.matrix) and self.changes_base(init):
             raise ValueError(
                 f"rank {kernel.r} is above the smaller side of kernel '{kernel.name}', whose "
                 f"{kernel.matrix[0]} inputs and {kernel.matrix[1]} outputs give a computed start "
