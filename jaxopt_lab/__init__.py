@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxopt_lab.adapters.factored import factored
     from jaxopt_lab.adapters.gradients import estimate_gradients
     from jaxopt_lab.adapters.ist import ist
+    from jaxopt_lab.adapters.join import join_adapters
     from jaxopt_lab.adapters.lora import LoraConfig
     from jaxopt_lab.adapters.lora_ga import lora_ga
     from jaxopt_lab.adapters.lora_plus import lora_plus
@@ -142,6 +143,7 @@ __all__ = [
     "init_sharded",
     "inverse_sqrt_schedule",
     "ist",
+    "join_adapters",
     "lion",
     "local_updates",
     "lora_ga",

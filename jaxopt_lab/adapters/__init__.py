@@ -19,6 +19,7 @@ from jaxopt_lab.adapters.eva import estimate_scatter, eva
 from jaxopt_lab.adapters.factored import factored
 from jaxopt_lab.adapters.gradients import estimate_gradients
 from jaxopt_lab.adapters.ist import IstState, ist
+from jaxopt_lab.adapters.join import join_adapters
 from jaxopt_lab.adapters.lora import LoraConfig
 from jaxopt_lab.adapters.lora_ga import lora_ga
 from jaxopt_lab.adapters.lora_plus import lora_plus, lora_plus_labels
@@ -52,6 +53,7 @@ __all__ = [
     "factored",
     "init_adapters",
     "ist",
+    "join_adapters",
     "lora_ga",
     "lora_plus",
     "lora_plus_labels",

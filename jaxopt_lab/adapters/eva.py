@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab import _hyperparams, _tree
-from jaxopt_lab.adapters import _trace
+from jaxopt_lab.adapters import _trace, lora
 from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters._trace import Convolution, Dot, Record, Tracked
 from jaxopt_lab.adapters.adapt import AdapterConfig
@@ -153,23 +152,12 @@ def eva(
         raise ValueError(f"rho must be at least 1, got {rho}")
     found = {name: _directions(name, value) for name, value in scatter.items()}
     ranks = _ranks({n: shares for n, (_, _, shares) in found.items()}, scatter, config, rho)
-    patterns = {name: f"^{re.escape(name.replace('/', '.'))}" for name in ranks}
     alphas = {}
     for name, rank in ranks.items():
         before = config.rank(name)
-        plain = config.scaling(name) * (before**0.5 if config.use_rslora else before)
-        alphas[name] = plain * rank / before if adjust_scaling_factors else plain
-    kept = [name for name, rank in ranks.items() if rank]
-    config = dataclasses.replace(
-        config,
-        target_modules="|".join(patterns[name].removeprefix("^") for name in kept),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern={patterns[name]: ranks[name] for name in kept},
-        alpha_pattern={patterns[name]: alphas[name] for name in kept},
-        init_lora_weights=True,
-    )
+        alphas[name] = config.scaling(name) * (before**0.5 if config.use_rslora else before)
+        alphas[name] *= rank / before if adjust_scaling_factors else 1
+    config = lora.of_kernels(config, {n: rank for n, rank in ranks.items() if rank}, alphas)
     return config, _Start(found, ranks, whiten)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -205,3 +206,28 @@ class LoraConfig:
         if not self.use_dora:
             return changed, None
         return dora.rescaled(kernel, changed, factors["lora_magnitude"])
+
+
+def of_kernels(
+    config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> LoraConfig:
+    """Returns the config that chooses just the given kernels, with the given ranks and alphas.
+
+    Args:
+      config: all else.
+      ranks: by the kernel's path, at least one.
+      alphas: likewise.
+    """
+    # From the first name on: "head" is not to mean "model.head" too.
+    names = {name: re.escape(name.replace("/", ".")) for name in ranks}
+    return dataclasses.replace(
+        config,
+        target_modules="|".join(names.values()),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        r=max(ranks.values()),
+        rank_pattern={f"^{own}": ranks[name] for name, own in names.items()},
+        alpha_pattern={f"^{own}": alphas[name] for name, own in names.items()},
+        init_lora_weights=True,
+    )
