@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
     from jaxopt_lab.adapters.corda import corda
     from jaxopt_lab.adapters.covariances import estimate_covariances
+    from jaxopt_lab.adapters.eva import estimate_scatter, eva
     from jaxopt_lab.adapters.factored import factored
     from jaxopt_lab.adapters.files.kohya import read_kohya_file
     from jaxopt_lab.adapters.files.mlx import read_mlx_folder
     from jaxopt_lab.adapters.files.peft import read_peft_folder, write_peft_folder
     from jaxopt_lab.adapters.gradients import estimate_gradients
     from jaxopt_lab.adapters.ist import ist
+    from jaxopt_lab.adapters.join import join_adapters
     from jaxopt_lab.adapters.lora import LoraConfig
     from jaxopt_lab.adapters.lora_ga import lora_ga
     from jaxopt_lab.adapters.lora_plus import lora_plus
@@ -128,6 +130,8 @@ __all__ = [
     "error_feedback",
     "estimate_covariances",
     "estimate_gradients",
+    "estimate_scatter",
+    "eva",
     "exadam",
     "factored",
     "frugal",
@@ -141,6 +145,7 @@ __all__ = [
     "init_sharded",
     "inverse_sqrt_schedule",
     "ist",
+    "join_adapters",
     "lion",
     "local_updates",
     "lora_ga",

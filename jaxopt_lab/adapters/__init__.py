@@ -15,12 +15,14 @@ from jaxopt_lab.adapters.adapt import (
 from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
 from jaxopt_lab.adapters.corda import corda
 from jaxopt_lab.adapters.covariances import estimate_covariances
+from jaxopt_lab.adapters.eva import estimate_scatter, eva
 from jaxopt_lab.adapters.factored import factored
 from jaxopt_lab.adapters.files.kohya import read_kohya_file
 from jaxopt_lab.adapters.files.mlx import read_mlx_folder
 from jaxopt_lab.adapters.files.peft import read_peft_folder, write_peft_folder
 from jaxopt_lab.adapters.gradients import estimate_gradients
 from jaxopt_lab.adapters.ist import IstState, ist
+from jaxopt_lab.adapters.join import join_adapters
 from jaxopt_lab.adapters.lora import LoraConfig
 from jaxopt_lab.adapters.lora_ga import lora_ga
 from jaxopt_lab.adapters.lora_plus import lora_plus, lora_plus_labels
@@ -48,9 +50,12 @@ __all__ = [
     "corda",
     "estimate_covariances",
     "estimate_gradients",
+    "estimate_scatter",
+    "eva",
     "factored",
     "init_adapters",
     "ist",
+    "join_adapters",
     "lora_ga",
     "lora_plus",
     "lora_plus_labels",

@@ -19,7 +19,7 @@ Pair = tuple[jax.Array, jax.Array]
 _NITER = re.compile(r"pissa_niter_(\d+)")
 # Names of peft that say too little, and what to do.
 _ELSEWHERE = {
-    "eva": "it needs activations: config, init = adapters.eva(adapters.estimate_components(...), "
+    "eva": "it needs activations: config, init = adapters.eva(adapters.estimate_scatter(...), "
     "config), and init_adapters(..., init=init)",
     "corda": "it needs activations: init_adapters(..., init=adapters.corda("
     "adapters.estimate_covariances(...)))",

@@ -16,15 +16,16 @@ from jaxopt_lab.adapters import _kernels, _whole
 
 Dims = optax.contrib.MuonDimensionNumbers
 
+_CONVOLUTION = Dims(reduction_axis=(-4, -3, -2), output_axis=(-1,))
 FLAX_KERNELS: dict[str, Dims] = {
     r"query|key|value": Dims(reduction_axis=(-3,), output_axis=(-2, -1)),
     r"out": Dims(reduction_axis=(-3, -2), output_axis=(-1,)),
-    r".*Conv.*|.*conv.*": Dims(reduction_axis=(-4, -3, -2), output_axis=(-1,)),
+    r".*Conv.*|.*conv.*": _CONVOLUTION,
 }
-"""`kernel_axes` of Flax's attention (embed, heads, head size) and its convolutions over images.
+"""`kernel_axes` of Flax's attention (embed, heads, head size) and convolutions (window, in, out).
 
 These are known without it; it serves kernels of which neither neighbours nor shapes say whether
-they are stacks of layers.
+they are stacks of layers. A convolution is over a line, an image or a volume by its number of axes.
 """
 
 
@@ -183,6 +184,8 @@ def target(name: str, kernel: Candidate, kernel_axes: Mapping[str, Any]) -> Targ
     named = {p: spec for p, spec in kernel_axes.items() if FLAX_KERNELS.get(p) != spec}
     spec = by_pattern(name, named, _matrices.specification(role.axes))
     spec = by_pattern(name, kernel_axes, None) if spec is None else spec
+    if spec is _CONVOLUTION and ndim in (3, 5):
+        spec = Dims(tuple(range(-ndim, -1)), (-1,))
     if spec is None:
         raise ValueError(
             f"kernel '{name}' of shape {jnp.shape(leaf)} has {ndim} axes, and which of them are "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -58,8 +59,8 @@ class LoraConfig:
       kernel_axes: by pattern, as `rank_pattern`, which axes of a kernel are inputs and outputs:
         `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)`; all others count
         matrices, each with a pair of its own (scanned layers, experts). By default they follow
-        from names, shapes and neighbours, as `jaxopt_lab.muon_dimension_numbers` describes; what
-        nothing tells must be named.
+        from names, shapes and neighbours, as `jaxopt_lab.muon_dimension_numbers` describes, those
+        of Flax's attention and convolutions among them; what nothing tells must be named.
       adapter_dtype: dtype of the factors; by default the widest of float32 and the kernel's.
       bias: biases that are trained whole: "none", "all" of the model, or "lora_only", those of the
         layers with an adapter.
@@ -167,7 +168,7 @@ class LoraConfig:
             if key is None:
                 raise ValueError("init_adapters needs a key to draw the factors of LoRA")
             init = _starts.drawn(self.init_lora_weights)
-        elif kernel.r > min(kernel.matrix):
+        elif kernel.r > min(kernel.matrix) and self.changes_base(init):
             raise ValueError(
                 f"rank {kernel.r} is above the smaller side of kernel '{kernel.name}', whose "
                 f"{kernel.matrix[0]} inputs and {kernel.matrix[1]} outputs give a computed start "
@@ -205,3 +206,28 @@ class LoraConfig:
         if not self.use_dora:
             return changed, None
         return dora.rescaled(kernel, changed, factors["lora_magnitude"])
+
+
+def of_kernels(
+    config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> LoraConfig:
+    """Returns the config that chooses just the given kernels, with the given ranks and alphas.
+
+    Args:
+      config: all else.
+      ranks: by the kernel's path, at least one.
+      alphas: likewise.
+    """
+    # From the first name on: "head" is not to mean "model.head" too.
+    names = {name: re.escape(name.replace("/", ".")) for name in ranks}
+    return dataclasses.replace(
+        config,
+        target_modules="|".join(names.values()),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        r=max(ranks.values()),
+        rank_pattern={f"^{own}": ranks[name] for name, own in names.items()},
+        alpha_pattern={f"^{own}": alphas[name] for name, own in names.items()},
+        init_lora_weights=True,
+    )
