@@ -172,15 +172,16 @@ MOE_NAMES = {
 }
 
 
-class TestExperts:
-    fields = {"target_parameters": ["experts.gate", "experts.down"], "peft_version": "0.21.2"}
+FIELDS = {"target_parameters": ["experts.gate", "experts.down"], "peft_version": "0.21.2"}
 
+
+class TestExperts:
     def test_parameters_with_a_matrix_an_expert_are_stacks(self, tmp_path):
         down, whole_down = expert_tensors(1, 3, 6, 4)
         gate, whole_gate = expert_tensors(3, 3, 4, 6, r=1)
         modules = {"mlp.experts": down, "mlp.experts.base_layer": gate}
         patterns = {"rank_pattern": {"experts.gate": 1}, "alpha_pattern": {"gate": 5}}
-        path = folder(tmp_path / "a", modules, **self.fields, **patterns)
+        path = folder(tmp_path / "a", modules, **FIELDS, **patterns)
         base, lora = adapters.read_peft_folder(path, MOE, MOE_NAMES)
         same(change(base, lora, "experts", "down", "kernel"), whole_down)
         same(change(base, lora, "experts", "gate", "kernel"), 5 * whole_gate)
@@ -202,7 +203,7 @@ class TestExperts:
         params = {n: {"kernel": jnp.zeros((3, 4, 6))} for n in ("gate", "up")}
         names = {"gate/kernel": "experts:gate_up[:6]", "up/kernel": "experts:gate_up[6:12]"}
         both, whole = expert_tensors(1, 3, 4, 12)
-        path = folder(tmp_path / "a", {"experts": both}, **self.fields)
+        path = folder(tmp_path / "a", {"experts": both}, **FIELDS)
         base, lora = adapters.read_peft_folder(path, params, names)
         same(change(base, lora, "gate", "kernel"), whole[..., :6])
         same(change(base, lora, "up", "kernel"), whole[..., 6:])
@@ -212,32 +213,32 @@ class TestExperts:
     def test_folders_from_before_019_have_the_sides_the_other_way_round(self, tmp_path, version):
         # Of a parameter (experts, outputs, inputs) that release has A on the outputs.
         tensors, whole = expert_tensors(1, 3, 4, 6)
-        path = folder(tmp_path / "a", {"mlp.experts": tensors}, **self.fields | version)
+        path = folder(tmp_path / "a", {"mlp.experts": tensors}, **FIELDS | version)
         base, lora = adapters.read_peft_folder(path, MOE, MOE_NAMES)
         same(change(base, lora, "experts", "down", "kernel"), whole.swapaxes(1, 2))
         square = {"experts": {"kernel": jnp.zeros((3, 4, 4))}}
         tensors, whole = expert_tensors(1, 3, 4, 4)
         names = {"experts/kernel": "mlp.experts:up"}
-        path = folder(tmp_path / "b", {"mlp.experts": tensors}, **self.fields | version)
+        path = folder(tmp_path / "b", {"mlp.experts": tensors}, **FIELDS | version)
         with pytest.raises(ValueError, match=r"peft before 0.19 .*nothing tells which"):
             adapters.read_peft_folder(path, square, names)
-        path = folder(tmp_path / "c", {"mlp.experts": tensors}, **self.fields)
+        path = folder(tmp_path / "c", {"mlp.experts": tensors}, **FIELDS)
         same(change(*adapters.read_peft_folder(path, square, names), "experts", "kernel"), whole)
 
     def test_two_parameters_of_one_module_need_their_order(self, tmp_path):
         tensors, _ = expert_tensors(1, 3, 4, 6)
-        path = folder(tmp_path, {"mlp.experts": tensors}, **self.fields)
+        path = folder(tmp_path, {"mlp.experts": tensors}, **FIELDS)
         names = {k: v.replace(".base_layer", "") for k, v in MOE_NAMES.items()}
         with pytest.raises(ValueError, match=r"which peft nests: name the one.*base_layer:..."):
             adapters.read_peft_folder(path, MOE, names)
 
     def test_shapes_that_do_not_fit_are_refused(self, tmp_path):
         tensors, _ = expert_tensors(1, 3, 5, 6)
-        path = folder(tmp_path, {"mlp.experts": tensors}, **self.fields)
+        path = folder(tmp_path, {"mlp.experts": tensors}, **FIELDS)
         with pytest.raises(ValueError, match="has 3 experts with 6 inputs and 4 outputs"):
             adapters.read_peft_folder(path, MOE, MOE_NAMES)
-        with pytest.raises(ValueError, match="3 experts of rank 3 need \\(9, inputs\\)"):
-            folder(tmp_path, {"mlp.experts": tensors}, **self.fields, r=3)
+        folder(tmp_path, {"mlp.experts": tensors}, **FIELDS, r=3)
+        with pytest.raises(ValueError, match=r"3 experts of rank 3 need \(9, inputs\)"):
             adapters.read_peft_folder(path, MOE, MOE_NAMES)
 
     def test_a_name_that_would_match_others_is_refused(self, tmp_path):
@@ -381,7 +382,7 @@ class TestWholeLeaves:
     def test_saved_modules(self, tmp_path, kind):
         config = kind(target_modules=["up"], r=2, modules_to_save=["head", "table", "query"])
         base, lora = trained(WHOLE, config)
-        again, found = there_and_back(tmp_path, base, lora, WHOLE_NAMES, WHOLE)
+        again, _ = there_and_back(tmp_path, base, lora, WHOLE_NAMES, WHOLE)
         assert set(again.whole) == set(base.whole)
         assert again.config.modules_to_save == ["head", "query", "table"]
         assert fields_of(tmp_path)["modules_to_save"] == ["head", "m.query", "m.table"]

@@ -155,14 +155,15 @@ PARAMS = {
 NAMES = {"embed/embedding": "model.embed_tokens", "lm_head/kernel": "lm_head"}
 
 
-class TestBaseBesideTheAdapter:
-    head = {
-        **pair(1, 4, 9),
-        "base_layer.weight": np.asarray(PARAMS["lm_head"]["kernel"]).T,
-        "base_layer.bias": np.asarray(PARAMS["lm_head"]["bias"]),
-    }
-    table = np.asarray(PARAMS["embed"]["embedding"])
+HEAD = {
+    **pair(1, 4, 9),
+    "base_layer.weight": np.asarray(PARAMS["lm_head"]["kernel"]).T,
+    "base_layer.bias": np.asarray(PARAMS["lm_head"]["bias"]),
+}
+TABLE = np.asarray(PARAMS["embed"]["embedding"])
 
+
+class TestBaseBesideTheAdapter:
     def read(self, path, tensors):
         return adapters.read_peft_folder(folder(path, tensors), PARAMS, NAMES)
 
@@ -170,36 +171,36 @@ class TestBaseBesideTheAdapter:
         embed = {
             "lora_embedding_A": draw(5, 2, 9),
             "lora_embedding_B": draw(6, 4, 2),
-            "base_layer.weight": self.table,
+            "base_layer.weight": TABLE,
         }
-        base, lora = self.read(tmp_path, {"lm_head": self.head, "model.embed_tokens": embed})
-        same(change(base, lora, "lm_head", "kernel"), expected(self.head))
+        base, lora = self.read(tmp_path, {"lm_head": HEAD, "model.embed_tokens": embed})
+        same(change(base, lora, "lm_head", "kernel"), expected(HEAD))
         a, b = embed["lora_embedding_A"], embed["lora_embedding_B"]
         same(change(base, lora, "embed", "embedding"), a.T @ b.T)
         assert base.whole == ()
 
     def test_fewer_bits_of_the_same_are_the_same(self, tmp_path):
-        weight = self.head["base_layer.weight"].astype(np.float16)
-        self.read(tmp_path, {"lm_head": self.head | {"base_layer.weight": weight}})
+        weight = HEAD["base_layer.weight"].astype(np.float16)
+        self.read(tmp_path, {"lm_head": HEAD | {"base_layer.weight": weight}})
 
     def test_another_size_is_refused(self, tmp_path):
         resized = {"base_layer.weight": draw(7, 11, 4)}
         with pytest.raises(
             ValueError, match=r"lm_head.base_layer.weight' has shape \(11, 4\).*voc"
         ):
-            self.read(tmp_path, {"lm_head": self.head | resized})
+            self.read(tmp_path, {"lm_head": HEAD | resized})
 
     @pytest.mark.parametrize("name", ["weight", "bias"])
     def test_other_values_are_refused(self, tmp_path, name):
-        other = {f"base_layer.{name}": self.head[f"base_layer.{name}"] * np.float32(1.01)}
+        other = {f"base_layer.{name}": HEAD[f"base_layer.{name}"] * np.float32(1.01)}
         message = f"lm_head.base_layer.{name}' is the base.*differs from 'lm_head/"
         with pytest.raises(ValueError, match=message):
-            self.read(tmp_path, {"lm_head": self.head | other})
+            self.read(tmp_path, {"lm_head": HEAD | other})
 
     def test_a_table_without_an_adapter_is_compared_too(self, tmp_path):
-        whole = {"lm_head": pair(1, 4, 9), "model.embed_tokens": {"weight": self.table}}
+        whole = {"lm_head": pair(1, 4, 9), "model.embed_tokens": {"weight": TABLE}}
         self.read(tmp_path, whole)
-        changed = whole | {"model.embed_tokens": {"weight": self.table + 1}}
+        changed = whole | {"model.embed_tokens": {"weight": TABLE + 1}}
         with pytest.raises(ValueError, match=r"differs from 'embed/embedding'"):
             self.read(tmp_path, changed)
         with pytest.raises(ValueError, match=r"'weight' of module 'model.norm'; the nearest"):
@@ -349,9 +350,7 @@ class TestPlaces:
         same(change(base, lora, "w", "kernel"), wanted)
 
     def test_numbers_that_are_no_weights_are_refused(self, tmp_path):
-        with pytest.raises(
-            ValueError, match=r"'.*lora_A.weight' has dtype int8; expected floating"
-        ):
+        with pytest.raises(ValueError, match=r"'.*lora_A.weight' has dtype int8; expected"):
             read_w(tmp_path, pair(1, 6, 9) | {"lora_A.weight": np.ones((2, 6), np.int8)})
 
     def test_a_file_of_pytorch_without_pytorch_names_the_remedy(self, tmp_path, monkeypatch):

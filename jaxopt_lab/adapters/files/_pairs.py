@@ -14,9 +14,9 @@ import numpy as np
 from jaxopt_lab import _tree
 from jaxopt_lab.adapters import _kernels, _targets, dora
 from jaxopt_lab.adapters._kernels import Factors, Kernel
-from jaxopt_lab.adapters.files import _layouts, _places
-from jaxopt_lab.adapters.files._layouts import Layer
+from jaxopt_lab.adapters.files import _places, _torch_layers
 from jaxopt_lab.adapters.files._places import Names, Place
+from jaxopt_lab.adapters.files._torch_layers import Layer
 
 
 class Pair(NamedTuple):
@@ -63,9 +63,11 @@ def named(
     Raises:
       ValueError: a module that no kernel is named after, with the nearest; a name used twice.
     """
-    modules = set(modules)
+    modules, candidates = set(modules), _targets.candidates(params)
+    own_axes = [pattern for pattern in kernel_axes or {} if pattern not in _targets.FLAX_KERNELS]
+    _targets.check_patterns(candidates, own_axes, "kernel_axes")
     found, known = [], set()
-    for name, candidate in _targets.candidates(params).items():
+    for name, candidate in candidates.items():
         own = _places.places(names, name)
         known |= {place.module for place in own}
         if not modules & {place.module for place in own}:
@@ -86,7 +88,7 @@ def layer(name: str, candidate: _targets.Candidate, kernel_axes: Any) -> Layer:
     axes = _targets.FLAX_KERNELS if kernel_axes is None else kernel_axes
     target = _targets.target(name, candidate, axes)
     kernel = Kernel(target.name, target.shape, target.axes, 1, 1.0)
-    return _layouts.layer(kernel, candidate.role.kind)
+    return _torch_layers.layer(kernel, candidate.role.kind)
 
 
 def claims(found: Iterable[Named]) -> list[tuple[str, Place, range]]:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxopt_lab.adapters.files import _foreign, _layouts, _peft_config
-from jaxopt_lab.adapters.files._layouts import Layer
+from jaxopt_lab.adapters.files import _foreign, _peft_config, _torch_layers
 from jaxopt_lab.adapters.files._pairs import Named, Pair
 from jaxopt_lab.adapters.files._places import Place
+from jaxopt_lab.adapters.files._torch_layers import Layer
 
 PREFIX = "base_model.model."
 Tensors = dict[str, np.ndarray]
@@ -124,7 +124,7 @@ def _read_experts(
                 f"{where}: 'lora_B.weight' has shape {b.shape}; '{place}' needs more outputs"
             )
         b = b[list(rows)]
-    pairs = _layouts.read_experts(
+    pairs = _torch_layers.read_experts(
         one.layer.kernel, a, b, one.each, _peft_config.is_legacy(fields), where
     )
     return [Pair(first, second, scaling) for first, second in pairs]
@@ -166,7 +166,7 @@ def write_pairs(parts: Sequence[Part], outputs: int) -> tuple[Tensors, int, floa
     ]
     r, scaling = joined[0].a.shape[1], joined[0].scaling
     if place.parameter is not None:
-        a, b = _layouts.write_experts([(pair.a, pair.b) for pair in joined])
+        a, b = _torch_layers.write_experts([(pair.a, pair.b) for pair in joined])
         return {"lora_A.weight": a, "lora_B.weight": b}, r, scaling
     (pair,) = joined
     ones = tuple(1 for _ in layer.window)

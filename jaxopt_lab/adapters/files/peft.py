@@ -24,14 +24,14 @@ from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import AdapterBase, parts, require_apart
 from jaxopt_lab.adapters.files import (
     _foreign,
-    _layouts,
-    _miss,
     _pairs,
     _peft_config,
+    _peft_miss,
     _peft_tensors,
+    _peft_whole,
     _places,
     _tensors,
-    _whole,
+    _torch_layers,
 )
 from jaxopt_lab.adapters.files._pairs import Named, Pair
 from jaxopt_lab.adapters.files._peft_tensors import PREFIX, Part, Tensors
@@ -109,14 +109,14 @@ def write_peft_folder(
     ranks, alphas = {}, {}
     for module, own in modules.items():
         if isinstance(config, MissConfig):
-            found = _miss.write(config, own, outputs[module])
+            found = _peft_miss.write(config, own, outputs[module])
         else:
             found, r, scaling = _peft_tensors.write_pairs(own, outputs[module])
             name = own[0].place.own_name
             ranks[name] = r
             alphas[name] = _pairs.whole(scaling * (r**0.5 if config.use_rslora else r))
         tensors |= {f"{PREFIX}{module}.{suffix}": value for suffix, value in found.items()}
-    whole, more = _whole.write(base, adapters, names, modules)
+    whole, more = _peft_whole.write(base, adapters, names, modules)
     if isinstance(config, MissConfig):
         fields = _peft_config.of_miss(config)
     else:
@@ -177,9 +177,9 @@ def read_peft_folder(
     fields = _peft_config.read(config_path)
     content = _peft_tensors.split(_tensors.load(path), fields["peft_type"], path)
     found = _pairs.named(params, names, content.adapters, kernel_axes, str(path), "module")
-    whole, saved = _whole.read(content, fields, params, names, kernel_axes, path)
+    whole, saved = _peft_whole.read(content, fields, params, names, kernel_axes, path)
     if fields["peft_type"] == "MISS":
-        config, kernels, adapters = _miss.read(
+        config, kernels, adapters = _peft_miss.read(
             found, content.adapters, fields, saved, kernel_axes, path
         )
     else:
@@ -211,7 +211,7 @@ def _known(base: AdapterBase, names: Names) -> dict[str, Named]:
     for name, candidate in _targets.candidates(base.params).items():
         if name in own:
             places = _places.of_kernel(names, name, own[name].count)
-            found[name] = Named(_layouts.layer(own[name], candidate.role.kind), places)
+            found[name] = Named(_torch_layers.layer(own[name], candidate.role.kind), places)
         elif places := _places.places(names, name):
             layer = _pairs.layer(name, candidate, base.config.kernel_axes)
             found[name] = Named(layer, places)

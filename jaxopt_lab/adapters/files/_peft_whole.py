@@ -13,9 +13,9 @@ import numpy as np
 from jaxopt_lab import _names, _roles
 from jaxopt_lab.adapters import _kernels, _targets
 from jaxopt_lab.adapters.files import _pairs, _peft_config, _places
-from jaxopt_lab.adapters.files._layouts import Layer
 from jaxopt_lab.adapters.files._peft_tensors import PREFIX, Content, Tensors
 from jaxopt_lab.adapters.files._places import Names, Place
+from jaxopt_lab.adapters.files._torch_layers import Layer
 
 _PARAMETERS = {"mean": "running_mean", "var": "running_var"}
 
@@ -89,7 +89,7 @@ def read(
                         f"{where} is the base below the adapter, and differs from '{piece.leaf}' "
                         "of params: the adapter was made for other weights"
                     )
-    values = {name: _put(leaves[name], pieces) for name, pieces in trained.items()}
+    values = {name: _put(leaf, trained[name]) for name, leaf in leaves.items() if name in trained}
     return values, sorted(modules)
 
 
