@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_lab.adapters import FLAX_KERNELS
-
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
@@ -90,7 +88,6 @@ class Kind:
     targets: list[str]  # the same, as target_modules here
     inputs: np.ndarray
     pattern: tuple[str, str]  # of one of the layers, here and there
-    axes: dict[str, Any] | None = None
     there: dict[str, Any] | None = None  # targets, where they are no modules
     beside: dict[str, str] = dataclasses.field(default_factory=dict)  # names of the others
     merged: bool = False  # compared after merging
@@ -174,7 +171,6 @@ def _convolution(dimensions: int, **options: Any) -> Kind:
         ["Conv_0"],
         _images(*(5, 4, 3)[:dimensions]),
         ("Conv_0", "conv"),
-        FLAX_KERNELS,
     )
 
 
@@ -270,7 +266,6 @@ KINDS = {
         ["attention.query", "attention.out"],
         _VECTORS,
         ("query", "query"),
-        FLAX_KERNELS,
     ),
     "fused qkv": Kind(
         lambda: Net({"c_attn": nn.Linear(DIM, 3 * OUT)}, lambda m, x: _mixed(m.c_attn(x))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -369,7 +370,8 @@ class TestWholeLeaves:
             ("lora_only", {"m.up.base_layer.bias"}),
             ("all", {"m.up.base_layer.bias", "m.query.bias", "m.norm.bias", "head.bias"}),
         ):
-            config = adapters.LoraConfig(target_modules=["up"], r=2, bias=bias)
+            options: Any = {"bias": bias}
+            config = adapters.LoraConfig(target_modules=["up"], r=2, **options)
             base, lora = trained(WHOLE, config)
             again, found = there_and_back(tmp_path / bias, base, lora, WHOLE_NAMES, WHOLE)
             assert again.whole == base.whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,8 +145,9 @@ class TestNames:
         path = folder(tmp_path, {"x": pair(1, 4, 4)})
         with pytest.raises(ValueError, match=r"names\['x/kernel'\] is .*expected 'module'"):
             adapters.read_peft_folder(path, TWO_HEADS, {"x/kernel": name})
+        wrong: Any = [3]
         with pytest.raises(TypeError, match="must be text or a list of texts, got 3"):
-            adapters.read_peft_folder(path, TWO_HEADS, {"x/kernel": [3]})
+            adapters.read_peft_folder(path, TWO_HEADS, {"x/kernel": wrong})
 
 
 PARAMS = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -250,12 +251,11 @@ def their_config(kind, option):
 
 def our_config(kind, option):
     if option.startswith("miss"):
-        start = {"init_weights": "bat"} if option == "miss bat" else {}
-        return adapters.MissConfig(target_modules=kind.targets, r=R, kernel_axes=kind.axes, **start)
+        start: dict[str, Any] = {"init_weights": "bat"} if option == "miss bat" else {}
+        return adapters.MissConfig(target_modules=kind.targets, r=R, **start)
     _, ours = arguments(kind, option)
     return adapters.LoraConfig(
-        **{"target_modules": kind.targets, "r": R, "lora_alpha": ALPHA, "kernel_axes": kind.axes}
-        | ours
+        **{"target_modules": kind.targets, "r": R, "lora_alpha": ALPHA} | ours
     )
 
 
@@ -292,9 +292,7 @@ def reads(kind, option, folder):
     if not near(again, expected, before):
         return "lost by peft"  # its own folder is not the adapter
     try:
-        base, found = adapters.read_peft_folder(
-            folder, params, kind.every_name.get, kernel_axes=kind.axes
-        )
+        base, found = adapters.read_peft_folder(folder, params, kind.every_name.get)
     except ValueError as error:
         return f"refused: {error}"
     outputs = kind.outputs(adapters.apply_adapters(base, found))

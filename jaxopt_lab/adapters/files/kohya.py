@@ -89,7 +89,7 @@ def read_kohya_file(
 
     def pairs_of(one: Named, place: Place) -> list[Pair] | None:
         tensors = modules.get(place.module)
-        return tensors and _pairs_of(one, place, tensors, path)
+        return None if tensors is None else _pairs_of(one, place, tensors, path)
 
     kernels, adapters = _pairs.read(found, _kernels.named_leaves(params), pairs_of, False)
     config = LoraConfig(**_pairs.options(kernels, use_rslora=False), kernel_axes=kernel_axes)

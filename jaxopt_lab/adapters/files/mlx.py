@@ -79,7 +79,7 @@ def read_mlx_folder(
 
     def pairs_of(one: Named, place: Place) -> list[Pair] | None:
         tensors = modules.get(place.module)
-        return tensors and _pairs_of(one, place, tensors, scale, dora, path)
+        return None if tensors is None else _pairs_of(one, place, tensors, scale, dora, path)
 
     kernels, adapters = _pairs.read(found, _kernels.named_leaves(params), pairs_of, dora)
     made = LoraConfig(

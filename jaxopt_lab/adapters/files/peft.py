@@ -186,7 +186,9 @@ def read_peft_folder(
 
         def pairs_of(one: Named, place: Place) -> list[Pair] | None:
             tensors = content.adapters.get(place.module)
-            return tensors and _peft_tensors.read_pairs(one, place, tensors, fields, path)
+            if tensors is None:
+                return None
+            return _peft_tensors.read_pairs(one, place, tensors, fields, path)
 
         dora = bool(fields.get("use_dora"))
         kernels, adapters = _pairs.read(found, _kernels.named_leaves(params), pairs_of, dora)
