@@ -397,5 +397,5 @@ class TestPlaces:
             adapters.read_peft_folder(path, W, W_NAMES)
         safetensors.numpy.save_file({}, path / "adapter_model.safetensors")
         folder(path, {})
-        with pytest.raises(ValueError, match="has no tensors"):
+        with pytest.raises(ValueError, match="has no tensors of a LORA adapter"):
             adapters.read_peft_folder(path, W, W_NAMES)

@@ -37,7 +37,7 @@ def split(tensors: Mapping[str, np.ndarray], kind: str, path: pathlib.Path) -> C
     """Sorts tensors by the module that they belong to.
 
     Raises:
-      ValueError: a key that peft does not write, or no tensors at all.
+      ValueError: a key that peft does not write, or no factors at all.
     """
     found = Content({}, {}, {})
     for key, value in tensors.items():
@@ -55,8 +55,8 @@ def split(tensors: Mapping[str, np.ndarray], kind: str, path: pathlib.Path) -> C
         module = module.removesuffix(".modules_to_save")
         own = module.removesuffix(".base_layer")
         (found.whole if own == module else found.base)[own, parameter] = value
-    if not tensors:
-        raise ValueError(f"{path} has no tensors")
+    if not found.adapters:
+        raise ValueError(f"{path} has no tensors of a {kind} adapter")
     return found
 
 
