@@ -16,11 +16,12 @@ import pytest
 
 from jaxopt_lab import adapters
 from jaxopt_lab.adapters.files import _foreign, _peft_config
-from tests.adapters.peft_kinds import KINDS, run
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
+kinds = pytest.importorskip("tests.adapters.peft_kinds")
+KINDS, run = kinds.KINDS, kinds.run
 
 VOCABULARY, WIDTH, HEADS, LAYERS, TIME = 11, 16, 2, 2, 5
 LINEAR = ("query", "key", "value", "out", "up", "down")
@@ -379,8 +380,7 @@ def test_a_file_of_pytorch_is_read(tmp_path):
 
 def test_every_kind_and_field_of_peft_is_known():
     """A new release of peft shows here what it has added."""
-    kinds = {kind.value for kind in peft.PeftType}
-    assert kinds <= {*_foreign.KINDS, *_foreign.READABLE}
+    assert {kind.value for kind in peft.PeftType} <= {*_foreign.KINDS, *_foreign.READABLE}
     for name, config in (("LORA", peft.LoraConfig), ("MISS", peft.MissConfig)):
         known = _peft_config.TAKEN[name] | _peft_config.IGNORED[name]
         known |= set(_peft_config.REFUSED[name])
