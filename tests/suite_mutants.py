@@ -169,7 +169,8 @@ MUTANTS = [
         "np.stack([b.T for _, b in pairs], axis=-1)",
         "np.stack([b.T for _, b in pairs], axis=1)",
     ),
-    Mutant("_pairs", "ratio = pair.scaling / scaling", "ratio = 1"),
+    Mutant("_pairs", "* (pair.scaling / scaling)", "* 1"),
+    Mutant("_pairs", "*changed[:1]", "*changed[:0]"),
     Mutant("_pairs", '"^" + exactly([n]): r for', "exactly([n]): r for"),
     Mutant("_pairs", "rows[index] = pair.magnitude", "pass"),
     Mutant("_places", "whole = not (place.is_part and its_place.is_part)", "whole = False"),
@@ -178,7 +179,7 @@ MUTANTS = [
     Mutant("_peft_config", '{"^" + re.escape(name): v', "{re.escape(name): v"),
     Mutant("_peft_config", "type(value) is type(x)", "True"),
     Mutant("_peft_tensors", "starts = [0 if shared else", "starts = [0 if True else"),
-    Mutant("_peft_tensors", "ratio = pair.scaling / first.scaling", "ratio = 1"),
+    Mutant("_peft_tensors", "mine.scaling == first.scaling and", "True and"),
     Mutant(
         "_peft_miss", 'block.swapaxes(-1, -2) if config.init_weights == "bat" else block)', "block)"
     ),

@@ -70,6 +70,18 @@ class TestStacks:
             same(found[i], expected(modules[f"layers.{i}.up"], scaling))
         there_and_back(tmp_path / "b", base, lora, STACK_NAMES, STACK)
 
+    def test_scalings_that_differ_cost_no_bits(self, tmp_path):
+        # In eight bits of a mantissa a third would be off by a thousandth.
+        modules = {
+            f"layers.{i}.up": {k: v.astype(jnp.bfloat16) for k, v in pair(i, 4, 6).items()}
+            for i in range(3)
+        }
+        path = folder(tmp_path, modules, alpha_pattern={"2.up": 2 / 3})
+        base, lora = adapters.read_peft_folder(path, STACK, STACK_NAMES)
+        wanted = {k: v.astype(np.float32) for k, v in modules["layers.2.up"].items()}
+        same(change(base, lora, "layers", "up", "kernel")[2], expected(wanted, 1 / 3))
+        assert lora["layers"]["up"]["kernel"]["lora_a"].dtype == jnp.bfloat16
+
     def test_layers_without_magnitudes_keep_their_lengths(self, tmp_path):
         module = pair(1, 4, 6) | {"lora_magnitude_vector": draw(5, 6)}
         path = folder(tmp_path, {"layers.1.up": module}, use_dora=True)
@@ -119,6 +131,24 @@ class TestParts:
         tensors = tensors_of(tmp_path)
         assert tensors[f"{PREFIX}c_attn.lora_A.weight"].shape == (2 * len(targets), 4)
         assert tensors[f"{PREFIX}c_attn.lora_B.weight"].shape == (18, 2 * len(targets))
+
+    def test_experts_share_for_all_or_for_none(self, tmp_path):
+        params = {n: {"kernel": jnp.zeros((3, 4, 6))} for n in ("gate", "up")}
+        names = {"gate/kernel": "experts:gate_up[:6]", "up/kernel": "experts:gate_up[6:12]"}
+        config = adapters.LoraConfig(target_modules=["gate", "up"], r=2)
+        base, lora = trained(params, config)
+        first = lora["gate"]["kernel"]["lora_a"][0]
+        lora["up"]["kernel"]["lora_a"] = lora["up"]["kernel"]["lora_a"].at[0].set(first)
+        there_and_back(tmp_path, base, lora, names, params)
+
+    def test_kernels_that_are_not_adapted_may_have_axes_that_nothing_tells(self, tmp_path):
+        params = {**QKV, "odd": {"thing": jnp.zeros((2, 3, 4, 5, 6))}}
+        config = adapters.LoraConfig(
+            target_modules=["q"], r=2, modules_to_save=["v"], bias="lora_only"
+        )
+        base, lora = trained(params, config)
+        names = {"q/kernel": "q", "v/kernel": "v", "odd/thing": "odd"}
+        there_and_back(tmp_path, base, lora, names, params)
 
     def test_every_other_output(self, tmp_path):
         params = {n: {"kernel": jnp.zeros((4, 6))} for n in ("gate", "up")}
@@ -318,6 +348,11 @@ class TestConvolutions:
         with pytest.raises(ValueError, match=r"'lora_B.weight' has shape .* of a grouped convol"):
             adapters.read_peft_folder(folder(tmp_path / "b", {"conv": module}), params, names)
         params = {"depthwise": {"kernel": jnp.zeros((3, 3, 1, 6))}}
+        module = {"lora_A.weight": draw(1, 2, 6, 3, 3), "lora_B.weight": draw(2, 6, 2, 1, 1)}
+        with pytest.raises(ValueError, match="that of a grouped convolution"):
+            adapters.read_peft_folder(
+                folder(tmp_path / "d", {"conv": module}), params, {"depthwise/kernel": "conv"}
+            )
         config = adapters.LoraConfig(target_modules=["depthwise"], r=1)
         base, lora = trained(params, config)
         with pytest.raises(ValueError, match="'depthwise/kernel' is that of a grouped convolution"):

@@ -122,15 +122,13 @@ def joined(
     counted = collections.Counter(pair.scaling for pair in there)
     r, scaling = max(pair.a.shape[1] for pair in there), counted.most_common(1)[0][0]
     fan_in, fan_out = kernel.matrix
-    dtype = jnp.result_type(*(x.dtype for pair in there for x in (pair.a, pair.b)))
-    a = np.zeros((kernel.count, fan_in, r), dtype)
-    b = np.zeros((kernel.count, r, fan_out), dtype)
+    a = np.zeros((kernel.count, fan_in, r), jnp.result_type(*(pair.a.dtype for pair in there)))
+    b = np.zeros((kernel.count, r, fan_out), dtype_of_b(there, scaling))
     for index, pair in enumerate(pairs):
         if pair is not None:
             own = pair.a.shape[1]
             a[index, :, :own] = pair.a
-            ratio = pair.scaling / scaling
-            b[index, :own] = pair.b if ratio == 1 else (pair.b.astype(np.float64) * ratio)
+            b[index, :own] = scaled_b(pair, scaling)
     kernel = kernel._replace(r=r, scaling=scaling)
     factors = kernel.pair(jnp.asarray(a), jnp.asarray(b))
     if use_dora:
@@ -144,6 +142,19 @@ def joined(
         magnitude = rows.astype(kept.pop()) if len(kept) == 1 else rows
         factors["lora_magnitude"] = jnp.asarray(magnitude).reshape(lengths.shape)
     return kernel, factors
+
+
+def dtype_of_b(pairs: Sequence[Pair], scaling: float) -> Any:
+    """Returns the dtype for `scaled_b` of all: at least float32 where values are changed."""
+    changed = [jnp.dtype(jnp.float32) for pair in pairs if pair.scaling != scaling]
+    return jnp.result_type(*(pair.b.dtype for pair in pairs), *changed[:1])
+
+
+def scaled_b(pair: Pair, scaling: float) -> np.ndarray:
+    """Returns b of a pair under another scaling."""
+    if pair.scaling == scaling:
+        return pair.b
+    return pair.b.astype(np.float64) * (pair.scaling / scaling)
 
 
 def read(

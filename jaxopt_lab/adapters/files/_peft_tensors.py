@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.adapters.files import _foreign, _peft_config, _torch_layers
-from jaxopt_lab.adapters.files._pairs import Named, Pair
+from jaxopt_lab.adapters.files._pairs import Named, Pair, dtype_of_b, scaled_b
 from jaxopt_lab.adapters.files._places import Place
 from jaxopt_lab.adapters.files._torch_layers import Layer
 
@@ -160,10 +161,16 @@ def write_pairs(parts: Sequence[Part], outputs: int) -> tuple[Tensors, int, floa
         )
     if place.parameter is not None and parts[0].pairs[0].magnitude is not None:
         raise ValueError(f"'{place}' is a parameter, for which peft has no DoRA; exclude it")
-    joined = [
-        _side_by_side([part.pairs[i] for part in parts], parts, outputs)
-        for i in range(len(parts[0].pairs))
-    ]
+    if len(parts) == 1 and len(parts[0].rows) == outputs:
+        joined = parts[0].pairs
+    else:
+        shared = all(
+            mine.scaling == first.scaling and np.array_equal(mine.a, first.a)
+            for part in parts
+            for mine, first in zip(part.pairs, parts[0].pairs)
+        )
+        every = zip(*(part.pairs for part in parts))
+        joined = [_side_by_side(pairs, parts, outputs, shared) for pairs in every]
     r, scaling = joined[0].a.shape[1], joined[0].scaling
     if place.parameter is not None:
         a, b = _torch_layers.write_experts([(pair.a, pair.b) for pair in joined])
@@ -181,23 +188,19 @@ def write_pairs(parts: Sequence[Part], outputs: int) -> tuple[Tensors, int, floa
     return found, r, scaling
 
 
-def _side_by_side(pairs: Sequence[Pair], parts: Sequence[Part], outputs: int) -> Pair:
+def _side_by_side(pairs: Sequence[Pair], parts: Sequence[Part], outputs: int, shared: bool) -> Pair:
     first = pairs[0]
-    if len(pairs) == 1 and len(parts[0].rows) == outputs:
-        return first
-    shared = all(
-        pair.scaling == first.scaling and np.array_equal(pair.a, first.a) for pair in pairs
-    )
     ranks = [pair.a.shape[1] for pair in pairs]
     starts = [0 if shared else sum(ranks[:index]) for index in range(len(pairs))]
-    r = ranks[0] if shared else sum(ranks)
-    a = first.a if shared else np.concatenate([pair.a for pair in pairs], axis=1)
-    b = np.zeros((r, outputs), np.result_type(*(pair.b.dtype for pair in pairs)))
+    a = first.a
+    if not shared:
+        dtype = jnp.result_type(*(pair.a.dtype for pair in pairs))
+        a = np.concatenate([pair.a.astype(dtype) for pair in pairs], axis=1)
+    b = np.zeros((a.shape[1], outputs), dtype_of_b(pairs, first.scaling))
     magnitude = None if first.magnitude is None else np.zeros(outputs, first.magnitude.dtype)
     missing = set(range(outputs))
     for pair, part, start in zip(pairs, parts, starts):
-        ratio = pair.scaling / first.scaling
-        own = pair.b if ratio == 1 else pair.b.astype(np.float64) * ratio
+        own = scaled_b(pair, first.scaling)
         b[start : start + len(own), list(part.rows)] = own
         missing -= set(part.rows)
         if magnitude is not None:

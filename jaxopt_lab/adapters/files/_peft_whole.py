@@ -63,7 +63,10 @@ def read(
     """
     if not content.whole and not content.base:
         return {}, []
-    found = _index(params, names, kernel_axes)
+    named = _named(params, names)
+    found = _index(
+        params, named, kernel_axes, (module for module, _ in (*content.whole, *content.base))
+    )
     leaves = {name: np.asarray(leaf) for name, leaf in _kernels.named_leaves(params).items()}
     modules = set()
     trained: dict[str, list[tuple[_Piece, np.ndarray]]] = collections.defaultdict(list)
@@ -73,7 +76,7 @@ def read(
             where = f"{path}: '{PREFIX}{module}{suffix}.{parameter}'"
             saved = not suffix and _peft_config.is_saved(fields, module)
             is_trained = saved or (parameter == "bias" and beside)
-            for piece in _pieces(found, module, parameter, where):
+            for piece in _pieces(found, named, module, parameter, where):
                 own = piece.matrix(leaves[piece.leaf])
                 value = piece.read(tensor, own.shape[-1])
                 if value is None:
@@ -111,18 +114,21 @@ def write(
     if not base.whole:
         return {}, {}
     adapted = set(adapted)
-    found = _index(base.params, names, base.config.kernel_axes)
+    named = _named(base.params, names)
+    for name in base.whole:
+        if name not in named:
+            raise ValueError(f"names has no PyTorch module for '{name}', which is trained whole")
+    modules = {place.module for name in base.whole for place in named[name]}
+    found = _index(base.params, named, base.config.kernel_axes, modules)
     bias = getattr(base.config, "bias", "none")
     saved, wanted = set(), set()
     for name in base.whole:
         own = {key for key, pieces in found.items() if any(p.leaf == name for p in pieces)}
-        if not own:
-            raise ValueError(f"names has no PyTorch module for '{name}', which is trained whole")
         for module, parameter in own:
             wanted.add((module, parameter))
             if parameter != "bias" or bias == "none":
                 saved.add(module)
-    _check_saved(saved, adapted, {module for module, _ in found})
+    _check_saved(saved, adapted, {place.module for own in named.values() for place in own})
     wanted |= {key for key in found if key[0] in saved}
     tensors = {}
     leaves = _kernels.named_leaves(base.params)
@@ -146,20 +152,28 @@ def write(
     }
 
 
-def _index(params: Any, names: Names, kernel_axes: Any) -> dict[tuple[str, str], list[_Piece]]:
-    """Returns the leaves by module and parameter."""
-    found: dict[tuple[str, str], list[_Piece]] = collections.defaultdict(list)
-    kernels, beside = {}, {}
-    for name, candidate in _targets.candidates(params).items():
-        own = _places.places(names, name)
-        if own:
-            kernels[name] = _pairs.layer(name, candidate, kernel_axes), own
-            beside[name.rpartition("/")[0]] = own
+def _named(params: Any, names: Names) -> dict[str, list[Place]]:
+    """Returns the places of each leaf that has any; a bias is in the module of its kernel."""
+    own = {name: _places.places(names, name) for name in _targets.candidates(params)}
+    beside = {name.rpartition("/")[0]: found for name, found in own.items() if found}
     for name, role in zip(_kernels.named_leaves(params), _roles.roles(params)):
-        layer, own = kernels.get(name, (None, []))
-        if layer is None and role.kind == "vector":
-            # A bias is in the module of its kernel.
-            own = _places.places(names, name) or beside.get(name.rpartition("/")[0], [])
+        if name not in own and role.kind == "vector":
+            above = name.rpartition("/")[0]
+            own[name] = _places.places(names, name) or beside.get(above, [])
+    return {name: found for name, found in own.items() if found}
+
+
+def _index(
+    params: Any, named: Mapping[str, list[Place]], kernel_axes: Any, modules: Iterable[str]
+) -> dict[tuple[str, str], list[_Piece]]:
+    """Returns the leaves of some modules by module and parameter."""
+    modules, candidates = set(modules), _targets.candidates(params)
+    found: dict[tuple[str, str], list[_Piece]] = collections.defaultdict(list)
+    for name, own in named.items():
+        if not modules & {place.module for place in own}:
+            continue
+        kernel = candidates.get(name)
+        layer = None if kernel is None else _pairs.layer(name, kernel, kernel_axes)
         for index, place in enumerate(own):
             parameter = place.parameter or _parameter(name, layer)
             found[place.module, parameter].append(_Piece(name, layer, place, index, len(own)))
@@ -175,14 +189,18 @@ def _parameter(name: str, layer: Layer | None) -> str:
 
 
 def _pieces(
-    found: Mapping[tuple[str, str], list[_Piece]], module: str, parameter: str, where: str
+    found: Mapping[tuple[str, str], list[_Piece]],
+    named: Mapping[str, list[Place]],
+    module: str,
+    parameter: str,
+    where: str,
 ) -> list[_Piece]:
     pieces = found.get((module, parameter), [])
     if not pieces:
-        known = [".".join(key) for key in found]
+        known = [place.module for own in named.values() for place in own]
         raise ValueError(
             f"{where} has no leaf: none is named after parameter '{parameter}' of module "
-            f"'{module}'; the nearest names are {_places.nearest(f'{module}.{parameter}', known)}"
+            f"'{module}'; the nearest names are {_places.nearest(module, known)}"
         )
     for piece in pieces:
         if piece.layer is not None and piece.place.parameter is not None:

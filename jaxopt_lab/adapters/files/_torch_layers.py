@@ -64,6 +64,7 @@ class Layer(NamedTuple):
         if a.shape != needed:
             alike = a.ndim > 2 and a.ndim == len(needed) and a.shape[2:] == needed[2:]
             grouped = alike and a.shape[1] > needed[1] and a.shape[1] % needed[1] == 0
+            grouped |= self.kind == "depthwise"
             raise ValueError(
                 f"{where} has shape {a.shape}{_GROUPED if grouped else ''}; {self._needs(needed)}"
             )

@@ -122,7 +122,7 @@ def write_peft_folder(
     else:
         fields = _peft_config.of_lora(config, ranks, alphas)
     first = [own[0].place for own in modules.values()]
-    every = [place for one in known.values() for place in one.places]
+    every = [p for name in _targets.candidates(base.params) for p in _places.places(names, name)]
     fields |= more | _peft_config.targets(first, every)
     fields["base_model_name_or_path"] = base_model_name_or_path
     fields["task_type"] = task_type or getattr(config, "task_type", None)
@@ -207,14 +207,16 @@ def read_peft_folder(
 
 
 def _known(base: AdapterBase, names: Names) -> dict[str, Named]:
-    """Returns the adapted kernels and all others that have a name, which may share modules."""
+    """Returns the adapted kernels, and all others that are named as parts of modules."""
     own = {kernel.name: kernel for kernel in base.kernels}
     found = {}
     for name, candidate in _targets.candidates(base.params).items():
         if name in own:
             places = _places.of_kernel(names, name, own[name].count)
             found[name] = Named(_torch_layers.layer(own[name], candidate.role.kind), places)
-        elif places := _places.places(names, name):
+            continue
+        places = _places.places(names, name)
+        if any(place.is_part for place in places):
             layer = _pairs.layer(name, candidate, base.config.kernel_axes)
             found[name] = Named(layer, places)
     return found
