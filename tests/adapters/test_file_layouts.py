@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxopt_lab import adapters
 from tests.adapters.test_files import (
@@ -530,3 +531,43 @@ def test_a_config_is_written_as_text_that_json_reads_anywhere(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     adapters.write_peft_folder(tmp_path, base, lora, WHOLE_NAMES, task_type="SEQ_CLS")
     assert fields_of(tmp_path)["task_type"] == "SEQ_CLS"
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 4, 4, 4, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(4, rngs=rngs)
+        self.conv = nnx.Conv(4, 4, (3,), rngs=rngs)
+
+
+@pytest.mark.parametrize("container", ["module", "state"])
+def test_flax_models_need_names_alone(tmp_path, container):
+    model = Model(nnx.Rngs(0))
+    params = model if container == "module" else nnx.state(model, nnx.Param)
+    config = adapters.LoraConfig(
+        target_modules=["query", "out", "conv"], r=2, bias="lora_only", modules_to_save=["norm"]
+    )
+    base, lora = trained(params, config)
+    adapters.write_peft_folder(
+        tmp_path, base, lora, lambda path: path.replace("/", ".").rpartition(".")[0]
+    )
+    shapes = {
+        key.removeprefix(PREFIX): value.shape
+        for key, value in tensors_of(tmp_path).items()
+        if "lora_B" not in key
+    }
+    assert shapes == {
+        "attention.query.lora_A.weight": (2, 4),
+        "attention.query.base_layer.bias": (4,),
+        "attention.out.lora_A.weight": (2, 4),
+        "attention.out.base_layer.bias": (4,),
+        "conv.lora_A.weight": (2, 4, 3),
+        "conv.base_layer.bias": (4,),
+        "norm.weight": (4,),
+        "norm.bias": (4,),
+    }
+    again, found = adapters.read_peft_folder(
+        tmp_path, params, lambda path: path.replace("/", ".").rpartition(".")[0]
+    )
+    assert again.whole == base.whole
+    jax.tree.map(np.testing.assert_array_equal, found, lora)

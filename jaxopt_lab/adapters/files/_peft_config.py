@@ -60,7 +60,7 @@ REFUSED = {
         "monteclora_config": "factors are drawn during training; " + _MERGE,
         "trainable_token_indices": "some rows of an embedding are replaced; " + _MERGE,
         "use_bdlora": "factors have blocks; " + _MERGE,
-        "use_qalora": "inputs are pooled; " + _MERGE,
+        "use_qalora": "inputs are pooled, above a quantised base; " + _NO_FILE,
         "velora_config": "factors are compressed in training; " + _MERGE,
     },
     "MISS": {},
