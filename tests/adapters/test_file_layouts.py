@@ -49,6 +49,21 @@ STACK_NAMES = {"layers/up/kernel": [f"layers.{i}.up" for i in range(3)]}
 
 
 class TestStacks:
+    def test_the_config_that_is_read_has_rank_and_alpha_of_each_kernel_alone(self, tmp_path):
+        params = {
+            "up": {"kernel": jnp.zeros((4, 6))},
+            "deep": {"up": {"kernel": jnp.zeros((4, 6))}, "other": {"kernel": jnp.zeros((4, 6))}},
+        }
+        names = {"up/kernel": "up", "deep/up/kernel": "deep.up", "deep/other/kernel": "other"}
+        modules = {"up": pair(1, 4, 6, r=3), "deep.up": pair(3, 4, 6), "other": pair(5, 4, 6)}
+        path = folder(
+            tmp_path, modules, rank_pattern={"^up": 3}, alpha_pattern={"^up": 9}, use_rslora=True
+        )
+        base, _ = adapters.read_peft_folder(path, params, names)
+        again = {k.name: (k.r, pytest.approx(k.scaling)) for k in base.config.kernels(params)}
+        assert {k.name: (k.r, k.scaling) for k in base.kernels} == again
+        assert again["deep/up/kernel"][0] == 2
+
     def test_layers_without_an_adapter_stay_as_they_are(self, tmp_path):
         modules = {"layers.0.up": pair(1, 4, 6), "layers.2.up": pair(3, 4, 6)}
         base, lora = adapters.read_peft_folder(folder(tmp_path, modules), STACK, STACK_NAMES)

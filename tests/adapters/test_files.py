@@ -91,6 +91,22 @@ class TestNames:
         again = base.config.kernels(TWO_HEADS)
         assert {k.name: (k.r, k.scaling) for k in again} == scalings
 
+    @pytest.mark.parametrize(
+        ("patterns", "wanted"),
+        [
+            ({"head": 6}, (3, 3)),
+            ({"ead": 20, "head": 6}, (3, 3)),  # not from within a word on
+            ({"^head": 6}, (3, 1)),
+            ({"model.head": 6, "head": 8}, (4, 3)),  # the first that matches counts
+            ({r".*\.head": 6}, (1, 3)),
+        ],
+    )
+    def test_patterns_are_matched_as_peft_matches_them(self, tmp_path, patterns, wanted):
+        modules = {"head": pair(1, 4, 4), "model.head": pair(3, 4, 4)}
+        path = folder(tmp_path, modules, alpha_pattern=patterns)
+        base, _ = adapters.read_peft_folder(path, TWO_HEADS, TWO_NAMES)
+        assert tuple(k.scaling for k in base.kernels) == wanted
+
     @pytest.mark.parametrize("only", ["head", "model.head"])
     def test_an_adapter_of_one_of_them_alone_is_read(self, tmp_path, only):
         modules = {only: pair(1, 4, 4)}
