@@ -31,7 +31,11 @@ def tree() -> dict[str, Any]:
         "layers": {"0": layer},
         "head": {"kernel": models.draw(7, 4, 3), "bias": models.draw(8, 3)},
         "lm_head": {"kernel": models.draw(9, 4, 3)},
-        "raw": {"w1": models.draw(10, 4, 4), "b1": models.draw(11, 4), "g": jnp.ones(4)},
+        "raw": {
+            **{name: models.draw(10, 4, 4) for name in ("w1", "w2")},
+            **{name: models.draw(11, 4) for name in ("b1", "b2")},
+            "g": jnp.ones(4),
+        },
         "steps": {"count": jnp.int32(3)},
     }
 
@@ -69,7 +73,7 @@ LAYER = "layers/0/"
     ("changes", "expected"),
     [
         ({}, []),
-        ({"bias": "all"}, ["head/bias", "dense", "free", "norm", "raw/b1"]),
+        ({"bias": "all"}, ["head/bias", "dense", "free", "norm", "raw/b1", "raw/b2"]),
         ({"bias": "lora_only"}, ["dense"]),
         ({"bias": "lora_only", "target_modules": ["raw.w1", "lm_head"]}, ["raw/b1"]),
         # From a dot on: `lm_head` is another module.
@@ -99,7 +103,7 @@ def test_a_saved_module_has_no_factors():
         tree(), config(target_modules="all-linear", modules_to_save=["free", "raw"]), KEY
     )
     assert [kernel.name for kernel in base.kernels] == [f"{LAYER}dense/kernel"]
-    assert set(factors["raw"]) == {"w1", "b1", "g"}
+    assert set(factors["raw"]) == {"w1", "w2", "b1", "b2", "g"}
     with pytest.raises(ValueError, match=r"no kernel is left: .*modules_to_save take away all"):
         adapters.init_adapters(tree(), config(modules_to_save=["dense"]), KEY)
     with pytest.raises(ValueError, match=r"modules_to_save: 'haed' matches no module.*head"):
