@@ -203,10 +203,6 @@ def check_seed(seed: Any) -> None:
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
 
 
-# What other libraries call them.
-_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-
-
 def canonical_mu_dtype(mu_dtype: Any, name: str = "mu_dtype") -> np.dtype | None:
     """Returns `mu_dtype` as a dtype, or None; `name` is the argument's.
 
@@ -218,11 +214,7 @@ def canonical_mu_dtype(mu_dtype: Any, name: str = "mu_dtype") -> np.dtype | None
     try:
         dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
     except (TypeError, ValueError) as error:
-        known = isinstance(mu_dtype, str) and _SHORT_DTYPES.get(mu_dtype.lower())
-        hint = f"; did you mean {known!r}?" if known else ""
-        raise ValueError(
-            f"{name} must be a floating dtype, got {_shown(mu_dtype)}{hint}"
-        ) from error
+        raise ValueError(f"{name} must be a dtype such as 'bfloat16', got {mu_dtype!r}") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got {dtype}")
     return dtype

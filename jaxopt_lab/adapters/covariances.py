@@ -99,8 +99,8 @@ def _total(kernel: Kernel, records: list[Record]) -> tuple[jax.Array, jax.Array]
         jax.tree.map(lambda x, r=record.repeats: jnp.sum(x, range(r)), record.value)
         for record in records
     ]
-    moments, counts = zip(*sums)
-    return sum(moments).reshape(-1, width, width), sum(counts).reshape(-1)
+    moment, count = jax.tree.map(lambda *parts: sum(parts), *sums)
+    return moment.reshape(-1, width, width), count.reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)

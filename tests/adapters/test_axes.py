@@ -62,21 +62,19 @@ CASES = {
 }
 
 
+def function(layer, x):
+    """Returns the parameters of a layer, and a function of them."""
+    if isinstance(layer, nnx.Module):
+        graph, params = nnx.split(layer, nnx.Param)
+        return params, lambda p, x: nnx.merge(graph, p)(x)
+    return layer.init(KEY, x)["params"], lambda p, x: layer.apply({"params": p}, x)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_layers_of_flax_need_no_axes(name):
     layer, shape, expected = CASES[name]
     x = models.draw(3, *shape)
-    if isinstance(layer, nnx.Module):
-        graph, params = nnx.split(layer, nnx.Param)
-
-        def apply(p, x):
-            return nnx.merge(graph, p)(x)
-    else:
-        params = layer.init(KEY, x)["params"]
-
-        def apply(p, x):
-            return layer.apply({"params": p}, x)
-
+    params, apply = function(layer, x)
     config = adapters.LoraConfig(target_modules=list(expected), r=2)
     base, factors = adapters.init_adapters(params, config, KEY)
     assert {k.name.split("/")[-2]: k.axes for k in base.kernels} == expected

@@ -6,6 +6,8 @@ are left, so that each mask can be read off.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,8 @@ RATE = 0.25
 KEPT = 1 / (1 - RATE)
 
 
-def config(targets="all-linear", **changes):
-    arguments = {"r": WIDTH, "lora_alpha": WIDTH, "lora_dropout": RATE} | changes
+def config(targets: Any = "all-linear", **changes):
+    arguments: dict[str, Any] = {"r": WIDTH, "lora_alpha": WIDTH, "lora_dropout": RATE} | changes
     return adapters.LoraConfig(target_modules=targets, **arguments)
 
 

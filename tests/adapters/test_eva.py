@@ -158,16 +158,16 @@ def test_ranks_go_where_directions_explain_most():
     assert {k.name[0]: k.r for k in new.kernels(params)} == {"a": 1, "b": 2}
     # A stack has one rank, which costs all of its matrices.
     stack = {
-        "a/kernel": np.tile(spread(97.0, 1.0, 1.0, 1.0), (2, 1, 1)),
+        "a/kernel": np.tile(spread(97.0, 1.0, 1.0, 1.0), (3, 1, 1)),
         "b/kernel": scatter["b/kernel"],
     }
-    params = {"a": {"kernel": models.draw(9, 2, 4, 6)}, "b": {"kernel": models.draw(8, 4, 6)}}
+    params = {"a": {"kernel": models.draw(9, 3, 4, 6)}, "b": {"kernel": models.draw(8, 4, 6)}}
     axes = {"a": models.STACKED}
     config = adapters.LoraConfig(target_modules=["a", "b"], r=2, kernel_axes=axes)
     new, init = adapters.eva(stack, config)
     assert {k.name[0]: k.r for k in new.kernels(params)} == {"a": 1, "b": 4}
     _, lora = adapters.init_adapters(params, new, init=init)
-    assert lora["a"]["kernel"]["lora_a"].shape == (2, 4, 1)
+    assert lora["a"]["kernel"]["lora_a"].shape == (3, 4, 1)
 
 
 def test_more_directions_than_outputs_are_allowed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,10 @@ def three():
     )
 
 
+def apart(pairs) -> tuple[list[adapters.AdapterBase], list[Any]]:
+    return [base for base, _ in pairs], [factors for _, factors in pairs]
+
+
 WEIGHTS = [0.7, -0.4, 1.5]
 
 
@@ -69,8 +74,8 @@ def check(joined, expected, tolerance=3e-6):
                                  {"combination_type": "svd", "svd_rank": 7}])  # fmt: skip
 def test_the_joined_adapter_is_the_sum_of_all(how):
     pairs = three()
-    bases, factors = zip(*pairs)
-    joined = adapters.join_adapters(list(bases), list(factors), WEIGHTS, **how)
+    bases, factors = apart(pairs)
+    joined = adapters.join_adapters(bases, factors, WEIGHTS, **how)
     check(joined, exact(pairs, WEIGHTS))
     base, new = joined
     assert [k.name for k in base.kernels] == [
@@ -88,8 +93,8 @@ def test_the_joined_adapter_is_the_sum_of_all(how):
 
 def test_svd_is_the_best_approximation():
     pairs = three()
-    bases, factors = zip(*pairs)
-    base, new = adapters.join_adapters(list(bases), list(factors), WEIGHTS, "svd", svd_rank=2)
+    bases, factors = apart(pairs)
+    base, new = adapters.join_adapters(bases, factors, WEIGHTS, "svd", svd_rank=2)
     whole = exact(pairs, WEIGHTS)
     found = adapters.apply_adapters(base, new)
     for kernel in base.kernels:
@@ -103,7 +108,7 @@ def test_svd_is_the_best_approximation():
         rest = np.linalg.norm(np.asarray(best - change), axis=(1, 2))
         np.testing.assert_allclose(rest, np.linalg.norm(tail, axis=1), 1e-4, 1e-5)
     # By default the largest rank of the adapters that a kernel has.
-    base, _ = adapters.join_adapters(list(bases), list(factors), WEIGHTS, "svd")
+    base, _ = adapters.join_adapters(bases, factors, WEIGHTS, "svd")
     assert [k.r for k in base.kernels] == [4, 2, 3]
 
 
@@ -177,9 +182,9 @@ def test_what_cannot_be_joined_is_refused_by_name():
         ([(base, wide[1])], r"lora_a of shape \(6, 3\).*'head/kernel'"),
         ([(adapters.merge_adapters(base, one), one)], "join_adapters: adapters are merged"),
     ]:
-        bases, factors = zip(*pairs)
+        bases, factors = apart(pairs)
         with pytest.raises(ValueError, match=message):
-            adapters.join_adapters(list(bases), list(factors), [1.0] * len(pairs))
+            adapters.join_adapters(bases, factors, [1.0] * len(pairs))
     for arguments, message in [
         ((base, [one], [1.0, 2.0]), r"weights must have shape \(1,\)"),
         ((base, [one], [float("nan")]), "weights must be finite"),

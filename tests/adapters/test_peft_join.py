@@ -5,6 +5,8 @@ Needs the extra `test-peft`, which has an environment of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,7 @@ WEIGHTS = [0.7, 0.4]
 
 def trained():
     """A model of peft with two adapters, and both here."""
-    theirs = None
+    theirs: Any = None
     for name, fields in CONFIGS.items():
         config = peft.LoraConfig(init_lora_weights=False, **fields)
         if theirs is None:
@@ -92,10 +94,8 @@ def test_joined_adapters_are_those_of_peft(combination_type, rank):
     theirs.add_weighted_adapter(
         list(CONFIGS), WEIGHTS, "joined", combination_type=combination_type, svd_rank=rank
     )
-    bases, factors = zip(*pairs)
-    base, joined = adapters.join_adapters(
-        list(bases), list(factors), WEIGHTS, combination_type, svd_rank=rank
-    )
+    bases, factors = [base for base, _ in pairs], [own for _, own in pairs]
+    base, joined = adapters.join_adapters(bases, factors, WEIGHTS, combination_type, svd_rank=rank)
     found = adapters.apply_adapters(base, joined)
     for layer in NAMES:
         module = getattr(theirs.base_model.model, layer)

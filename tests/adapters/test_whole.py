@@ -31,7 +31,11 @@ def tree() -> dict[str, Any]:
         "layers": {"0": layer},
         "head": {"kernel": models.draw(7, 4, 3), "bias": models.draw(8, 3)},
         "lm_head": {"kernel": models.draw(9, 4, 3)},
-        "raw": {"w1": models.draw(10, 4, 4), "b1": models.draw(11, 4), "g": jnp.ones(4)},
+        "raw": {
+            **{name: models.draw(10, 4, 4) for name in ("w1", "w2")},
+            **{name: models.draw(11, 4) for name in ("b1", "b2")},
+            "g": jnp.ones(4),
+        },
         "steps": {"count": jnp.int32(3)},
     }
 
@@ -69,7 +73,7 @@ LAYER = "layers/0/"
     ("changes", "expected"),
     [
         ({}, []),
-        ({"bias": "all"}, ["head/bias", "dense", "free", "norm", "raw/b1"]),
+        ({"bias": "all"}, ["head/bias", "dense", "free", "norm", "raw/b1", "raw/b2"]),
         ({"bias": "lora_only"}, ["dense"]),
         ({"bias": "lora_only", "target_modules": ["raw.w1", "lm_head"]}, ["raw/b1"]),
         # From a dot on: `lm_head` is another module.
@@ -99,7 +103,7 @@ def test_a_saved_module_has_no_factors():
         tree(), config(target_modules="all-linear", modules_to_save=["free", "raw"]), KEY
     )
     assert [kernel.name for kernel in base.kernels] == [f"{LAYER}dense/kernel"]
-    assert set(factors["raw"]) == {"w1", "b1", "g"}
+    assert set(factors["raw"]) == {"w1", "w2", "b1", "b2", "g"}
     with pytest.raises(ValueError, match=r"no kernel is left: .*modules_to_save take away all"):
         adapters.init_adapters(tree(), config(modules_to_save=["dense"]), KEY)
     with pytest.raises(ValueError, match=r"modules_to_save: 'haed' matches no module.*head"):
@@ -150,7 +154,7 @@ def test_merging_restores_the_leaves_of_the_base_exactly():
     assert back.whole == base.whole
     assert back.undo == {}
     np.testing.assert_array_equal(back.params["head"]["kernel"], tree()["head"]["kernel"])
-    again = flax.serialization.from_bytes(merged, flax.serialization.to_bytes(merged))
+    again: Any = flax.serialization.from_bytes(merged, flax.serialization.to_bytes(merged))
     back = adapters.unmerge_adapters(again, trained(factors))
     np.testing.assert_array_equal(back.params["head"]["bias"], tree()["head"]["bias"])
 
@@ -231,10 +235,10 @@ def test_importance_sampling_takes_whole_leaves_with_their_layer():
         params, adapters.LoraConfig(target_modules=["d"], r=2, bias="all"), KEY
     )
     tx = adapters.ist(optax.sgd(1.0), probes=1)
-    update, _ = tx.update(
+    update: Any = tx.update(
         jax.tree.map(jnp.ones_like, factors), tx.init(factors), factors,
         value_fn=lambda f: jnp.sum(adapters.apply_adapters(base, f)["layers"]["0"]["d"]["bias"]),
-    )  # fmt: skip
+    )[0]  # fmt: skip
     for layer in update["layers"].values():
         changed = [bool(x.any()) for x in jax.tree.leaves(layer)]
         assert len(set(changed)) == 1

@@ -169,6 +169,6 @@ def test_dtypes_are_dtypes(use, name):
     for value in (WRONG, "int32", 3):
         with pytest.raises(ValueError, match=f"{name} must be"):
             use(name, value)
-    with pytest.raises(ValueError, match=f"{name} must be .*'bf16'.*did you mean 'bfloat16'"):
+    with pytest.raises(ValueError, match=f"{name} must be a dtype such as 'bfloat16', got 'bf16'"):
         use(name, "bf16")
     use(name, "bfloat16")
