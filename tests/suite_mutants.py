@@ -179,7 +179,7 @@ MUTANTS = [
     Mutant("_peft_config", '{"^" + re.escape(name): v', "{re.escape(name): v"),
     Mutant("_peft_config", "type(value) is type(x)", "True"),
     Mutant("_peft_tensors", "starts = [0 if shared else", "starts = [0 if True else"),
-    Mutant("_peft_tensors", "mine.scaling == first.scaling and", "True and"),
+    Mutant("_peft_tensors", "np.array_equal(mine.a, first.a)", "True"),
     Mutant(
         "_peft_miss", 'block.swapaxes(-1, -2) if config.init_weights == "bat" else block)', "block)"
     ),

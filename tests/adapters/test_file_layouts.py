@@ -137,6 +137,15 @@ class TestParts:
         for key in one:
             np.testing.assert_array_equal(one[key], two[key])
 
+    def test_what_is_shared_may_have_scalings_of_its_own(self, tmp_path):
+        config = adapters.LoraConfig(
+            target_modules=["q", "k"], r=2, lora_alpha=3, alpha_pattern={"q": 5}
+        )
+        base, lora = trained(QKV, config)
+        lora["k"]["kernel"]["lora_a"] = lora["q"]["kernel"]["lora_a"]
+        there_and_back(tmp_path, base, lora, QKV_NAMES, QKV)
+        assert tensors_of(tmp_path)[f"{PREFIX}c_attn.lora_A.weight"].shape == (2, 4)
+
     @pytest.mark.parametrize("targets", [["q", "k", "v"], ["q", "v"], ["k"]])
     def test_adapters_of_their_own_stand_side_by_side(self, tmp_path, targets):
         config = adapters.LoraConfig(

@@ -165,7 +165,7 @@ def write_pairs(parts: Sequence[Part], outputs: int) -> tuple[Tensors, int, floa
         joined = parts[0].pairs
     else:
         shared = all(
-            mine.scaling == first.scaling and np.array_equal(mine.a, first.a)
+            np.array_equal(mine.a, first.a)
             for part in parts
             for mine, first in zip(part.pairs, parts[0].pairs)
         )
