@@ -58,7 +58,8 @@ def ist(
     those to train with weights :math:`\sigma(-c)`, those to damp with :math:`\sigma(c)`. A layer
     that is not trained has updates of zero, and nothing of its optimizer state changes, neither
     moments nor counters; its part of `inner` is in a `jax.lax.cond`. The choice is data: nothing is
-    compiled again. Gradients are computed for all layers.
+    compiled again. Gradients are computed for all layers. Leaves that are trained whole go with
+    their layer; a probe leaves them as they are, as they have no part that could be damped.
 
     Args:
       inner: transformation of the adapters; each layer has an instance of its own.
