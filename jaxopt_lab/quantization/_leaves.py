@@ -374,7 +374,14 @@ def _seeds(
     if not chosen:
         return {}
     seeds = jax.vmap(lambda i: noise_seeds(jax.random.fold_in(key, i)))(np.asarray(chosen))
-    return {i: {"seeds": seeds[place]} for place, i in enumerate(chosen)}
+    # The place is an operand, and of two numbers, as a compiler would put a single one into the
+    # kernel: kernels of leaves of one shape are equal so, and are translated once.
+    places = [np.array([place, 0], np.int32) for place in range(len(chosen))]
+    each = [
+        jax.lax.dynamic_slice(seeds, tuple(place), (1, 2), allow_negative_indices=False)[0]
+        for place in jax.lax.optimization_barrier(places)
+    ]
+    return {i: {"seeds": own} for i, own in zip(chosen, each)}
 
 
 def _scales(
