@@ -60,8 +60,8 @@ def nearest(units: jax.Array, signed: bool) -> jax.Array:
       signed: which of the two codes.
     """
     size = jnp.abs(units) if signed else jnp.maximum(units, 0)
-    index = round_to_integer(_nearest_index(size, signed, jnp, lambda x: x * 10 - 1))
-    return _with_sign(index, units < 0) if signed else index
+    index = _nearest_index(size, signed, jnp, lambda x: x * 10 - 1)
+    return round_to_integer(_with_sign(index, units < 0) if signed else index)
 
 
 def nearest_by_table(x: jax.Array, inverse: jax.Array, signed: bool) -> jax.Array:
@@ -117,7 +117,8 @@ def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
 
 
 def _with_sign(index: jax.Array, negative: jax.Array) -> jax.Array:
-    return 127 + jnp.where(negative, -index, index)
+    # There is no level at -1.
+    return 127 + jnp.where(negative, jnp.maximum(-index, -127), index)
 
 
 def _nearest_index(size: Any, signed: bool, xp: Any, ten_fold_less_one: Any) -> Any:

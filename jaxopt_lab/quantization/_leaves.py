@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _flax, _hyperparams, _tree
+from jaxopt_lab import _compat, _flax, _hyperparams, _tree
 from jaxopt_lab.quantization.codecs import Bfloat16, Codec, Int8, bfloat16, int8
 from jaxopt_lab.quantization.rounding import noise_seeds
 
@@ -374,13 +374,7 @@ def _seeds(
     if not chosen:
         return {}
     seeds = jax.vmap(lambda i: noise_seeds(jax.random.fold_in(key, i)))(np.asarray(chosen))
-    # The place is an operand, and of two numbers, as a compiler would put a single one into the
-    # kernel: kernels of leaves of one shape are equal so, and are translated once.
-    places = [np.array([place, 0], np.int32) for place in range(len(chosen))]
-    each = [
-        jax.lax.dynamic_slice(seeds, tuple(place), (1, 2), allow_negative_indices=False)[0]
-        for place in jax.lax.optimization_barrier(places)
-    ]
+    each = _compat.members(seeds, len(chosen))
     return {i: {"seeds": own} for i, own in zip(chosen, each)}
 
 

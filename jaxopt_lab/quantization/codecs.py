@@ -122,7 +122,7 @@ class Int8:
 
     def scales(self, x: jax.Array) -> jax.Array:
         """Returns the scales of the floating array `x`, shape (*leading axes, blocks of a row)."""
-        x = _compat.unshard(_floats(x))
+        x = _compat.unshard(self._floats(x))
         leading, length, _ = self._rows(x.shape)
         rows = x.reshape(*leading, length)
         full = length - length % self.block_size
@@ -145,7 +145,7 @@ class Int8:
         """
         del key
         scales = self.scales(x) if scales is None else scales
-        return Blocks(self._entrywise(self._codes, _floats(x), scales), scales)
+        return Blocks(self._entrywise(self._codes, self._floats(x), scales), scales)
 
     def decode(self, encoded: Blocks, dtype: Any) -> jax.Array:
         """Returns the array of dtype `dtype` that `encoded` stands for.
@@ -181,7 +181,7 @@ class Int8:
 
     def measure_tile(self, x: jax.Array) -> jax.Array:
         """Returns the scales of a floating tile."""
-        x = _floats(x) if self._signed else jnp.maximum(_floats(x), 0)
+        x = self._floats(x) if self._signed else jnp.maximum(self._floats(x), 0)
         if self._signed and self.code == "dynamic":
             high, low = jnp.max(x, -1, keepdims=True), jnp.min(x, -1, keepdims=True)
             nan = _compat.has_nan(x, -1, keepdims=True)
@@ -191,7 +191,7 @@ class Int8:
 
     def encode_tile(self, x: jax.Array, scales: jax.Array, tables: bool) -> Blocks:
         """Encodes a floating tile, given what `measure_tile` returned."""
-        return Blocks(self._codes(_floats(x), scales, lambda value: value, tables), scales)
+        return Blocks(self._codes(self._floats(x), scales, lambda value: value, tables), scales)
 
     def decode_tile(self, encoded: Blocks, dtype: Any, tables: bool) -> jax.Array:
         """Decodes what `encode_tile` returned."""
@@ -207,9 +207,6 @@ class Int8:
         if dynamic and tables:
             codes = nearest_by_table(x, spread(inverse), self._signed)
         else:
-            # Not after the product: so XLA on a CPU makes a new moment in each kernel that reads
-            # it, which costs a moment with these levels less than to write it.
-            x = x if self._signed else jnp.maximum(x, 0)
             # Infinity times _TINY is infinite and every other number times _TINY**2 too small for a
             # code. With their dtype: where values pass through a branch, a Python number's is not
             # weak any more, and with x64 it is float64.
@@ -235,13 +232,14 @@ class Int8:
         """Returns what codes stand for; `spread` gives each entry what its block has."""
         if self.code == "dynamic":
             levels = dynamic_levels(codes, self._signed)
-        else:
-            # Of the block, though it is the same for all that are finite: a compiler would merge a
-            # constant with the scale and round their product.
-            unit = jnp.where(jnp.isinf(scales), jnp.float32(_HUGE), jnp.float32(1 / self._top))
-            levels = codes.astype(jnp.float32) * spread(unit)
-        # Also below a scale that is infinite.
-        return jnp.where(levels == 0, 0, levels * spread(scales))
+            # Also below a scale that is infinite.
+            return jnp.where(levels == 0, 0, levels * spread(scales))
+        # Two factors for each block, because a compiler would merge a constant with the scale and
+        # round the product.
+        infinite = jnp.isinf(scales)
+        unit = jnp.where(infinite, jnp.float32(_HUGE), jnp.float32(1 / self._top))
+        scales = jnp.where(infinite, jnp.sign(scales) * _HUGE, scales)
+        return (codes.astype(jnp.float32) * spread(unit)) * spread(scales)
 
     @property
     def _signed(self) -> bool:
@@ -260,6 +258,13 @@ class Int8:
             axes -= 1
         length = math.prod(shape[axes:])
         return shape[:axes], length, -(-length // self.block_size)
+
+    def _floats(self, x: jax.Array) -> jax.Array:
+        # Codes have no derivative; that of the scales alone would be misleading.
+        x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        # With dynamic levels what is negative goes later: a CPU then writes a new second moment
+        # once, where it would look up the old one in each kernel that reads the new.
+        return x if self._signed or self.code == "dynamic" else jnp.maximum(x, 0)
 
     def _entrywise(self, fn: Any, x: jax.Array, scales: jax.Array) -> jax.Array:
         """Returns `fn(entries, scales, spread, tables)`, which works entry by entry.
@@ -311,11 +316,6 @@ class Int8:
             scale = jnp.where(high >= -low, high, low if self.code == "dynamic" else -low)
         # The quotient of numbers below it is unreliable where a device flushes them to zero.
         return jnp.where(jnp.abs(scale) <= _TINY, 0, scale)
-
-
-def _floats(x: jax.Array) -> jax.Array:
-    # Codes have no derivative; that of the scales alone would be misleading.
-    return jax.lax.stop_gradient(x).astype(jnp.float32)
 
 
 def int8(block_size: int = 256, code: Code = "dynamic", signed: bool | None = None) -> Int8:
