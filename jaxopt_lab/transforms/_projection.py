@@ -95,16 +95,18 @@ def radial_parts(
             groups[shape, of, _compat.type_of(found[0])].append(index)
     results: list[Radial | None] = [None] * len(sums)
     for (shape, of, _), alike in groups.items():
-        for first in range(0, len(alike), _AT_ONCE):
-            members = alike[first : first + _AT_ONCE]
+        # As many at once each time, where that is possible: other numbers make other kernels.
+        at_once = math.ceil(len(alike) / math.ceil(len(alike) / _AT_ONCE))
+        for first in range(0, len(alike), at_once):
+            members = alike[first : first + at_once]
             stacked = jnp.stack([x for index in members for x in sums[index]])
             stacked = stacked.reshape(len(members), -1, *stacked.shape[1:])
             # Behind the barriers XLA neither merges the sums over a layer into the large ones nor
             # repeats what is small in the kernel of each leaf.
             stacked = jax.lax.optimization_barrier(stacked)
             parts = jax.lax.optimization_barrier(part(stacked, shape, of))
-            for place, index in enumerate(members):
-                results[index] = jax.tree.map(lambda x, place=place: x[place], parts)
+            for index, own in zip(members, _compat.members(parts, len(members))):
+                results[index] = own
     return results
 
 
