@@ -454,6 +454,19 @@ class TestWholeLeaves:
         same(tensors[f"{PREFIX}m.query.weight"], lora["query"]["kernel"].reshape(4, 6).T)
         same(tensors[f"{PREFIX}m.query.bias"], lora["query"]["bias"].reshape(6))
 
+    def test_what_is_not_trained_must_be_the_base(self, tmp_path):
+        modules = {"m.up": pair(1, 4, 6), "m.norm": {"weight": np.asarray(WHOLE["norm"]["scale"])}}
+        base, lora = adapters.read_peft_folder(folder(tmp_path, modules), WHOLE, WHOLE_NAMES)
+        assert base.whole == ()
+        assert set(lora) == {"up"}
+        modules["m.norm"]["weight"] = modules["m.norm"]["weight"] + 1
+        path = folder(tmp_path, modules)
+        with pytest.raises(ValueError, match="m.norm.weight' is the base.*from 'norm/scale'"):
+            adapters.read_peft_folder(path, WHOLE, WHOLE_NAMES)
+        path = folder(tmp_path, modules, modules_to_save=["norm"])
+        _, lora = adapters.read_peft_folder(path, WHOLE, WHOLE_NAMES)
+        same(lora["norm"]["scale"], modules["m.norm"]["weight"])
+
     def test_a_container_that_is_saved_has_its_modules(self, tmp_path):
         modules = {
             "m.up": pair(1, 4, 6),
