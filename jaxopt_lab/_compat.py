@@ -30,7 +30,8 @@ def members(stacked: Any, count: int) -> list[Any]:
     """Returns `[stacked[0], stacked[1], ...]`, of each array in a tree.
 
     A place is an operand, and of two numbers, as a compiler would put a single one into the kernel
-    that reads there: so kernels of equal leaves are equal, and XLA translates equal ones once.
+    that reads there: so kernels of equal leaves are equal, and XLA translates equal ones once. For
+    arrays of a few numbers: a CPU reads longer ones slower so.
     """
     places = lax.optimization_barrier([np.array([place, 0], np.int32) for place in range(count)])
 

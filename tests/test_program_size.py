@@ -47,7 +47,8 @@ def instructions(step, leaves: int) -> int:
     )
     # What comes after the counted program, the machine's instructions, need not be good.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})
-    return len(re.findall(r"^\s+(?:ROOT )?%?\S+ = ", compiled.as_text(), re.MULTILINE))
+    text = compiled.as_text() or ""
+    return len(re.findall(r"^\s+(?:ROOT )?%?\S+ = ", text, re.MULTILINE))
 
 
 def slope(name: str) -> float:

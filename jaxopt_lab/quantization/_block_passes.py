@@ -86,7 +86,9 @@ def _loop(step: Step, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array])
     """In place, where the caller has no further use for an array."""
     tiling, changed = step.tiling, step.changed
     is_matrix = list(map(step.is_matrix, arrays))
-    compute = functools.partial(step.compute, tables=True)
+
+    def compute(scalars: Sequence[jax.Array], tiles: Sequence[jax.Array]) -> Any:
+        return step.compute(scalars, tiles, True)
 
     def turn(row: Any, block: Any, rows: int, width: int, new: list[jax.Array]) -> list[jax.Array]:
         now = dict(enumerate(arrays)) | dict(zip(changed, new))

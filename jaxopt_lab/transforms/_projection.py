@@ -95,7 +95,8 @@ def radial_parts(
             groups[shape, of, _compat.type_of(found[0])].append(index)
     results: list[Radial | None] = [None] * len(sums)
     for (shape, of, _), alike in groups.items():
-        # As many at once each time, where that is possible: other numbers make other kernels.
+        # As many at once each time, where that is possible, as XLA translates equal kernels once:
+        # that of a leaf depends on the number and on its place among them.
         at_once = math.ceil(len(alike) / math.ceil(len(alike) / _AT_ONCE))
         for first in range(0, len(alike), at_once):
             members = alike[first : first + at_once]
@@ -105,8 +106,8 @@ def radial_parts(
             # repeats what is small in the kernel of each leaf.
             stacked = jax.lax.optimization_barrier(stacked)
             parts = jax.lax.optimization_barrier(part(stacked, shape, of))
-            for index, own in zip(members, _compat.members(parts, len(members))):
-                results[index] = own
+            for place, index in enumerate(members):
+                results[index] = jax.tree.map(lambda x, place=place: x[place], parts)
     return results
 
 

@@ -79,7 +79,7 @@ def test_codes_on_the_whole_range_are_those_of_the_arithmetic(signed):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_levels_are_the_book(signed):
-    codes, book = np.arange(256, dtype=np.uint8), quantization.dynamic_code(signed=signed)
+    codes, book = jnp.arange(256, dtype=jnp.uint8), quantization.dynamic_code(signed=signed)
     np.testing.assert_array_equal(_dynamic.levels_by_table(codes, signed), book)
     # Three powers of ten and a product, each rounded once.
     np.testing.assert_allclose(_dynamic.compute_levels(codes, signed), book, rtol=4 * 2**-24)
