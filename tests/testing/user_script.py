@@ -122,7 +122,11 @@ def adapters(params: Params, key: jax.Array) -> None:
     full: Params = jaxopt_lab.apply_adapters(base, lora)
     merged = jaxopt_lab.merge_adapters(base, lora)
     jaxopt_lab.unmerge_adapters(merged, lora)
-    jaxopt_lab.factored(model)(base, lora, batches[0])
+    jaxopt_lab.factored(model)(base, lora, batches[0], key=key)
+    scatter = jaxopt_lab.estimate_scatter(model, params, [jnp.eye(8)], config)
+    shared, start = jaxopt_lab.eva(scatter, config, rho=2.0)
+    jaxopt_lab.init_adapters(params, shared, init=start)
+    jaxopt_lab.join_adapters(base, [lora, lora], [0.5, 0.5], "svd", svd_rank=2)
     tx = jaxopt_lab.lora_plus(optax.adamw, 1e-3, ratio=16)
     tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)
     optax.partition(
