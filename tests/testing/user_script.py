@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import tempfile
 from typing import Any, assert_type
@@ -136,7 +137,11 @@ def adapters(params: Params, key: jax.Array) -> None:
     names = {"dense/kernel": "model.dense"}
     with tempfile.TemporaryDirectory() as folder:
         written = jaxopt_lab.write_peft_folder(pathlib.Path(folder), base, lora, names)
-        jaxopt_lab.read_peft_folder(written, params, names)
+        jaxopt_lab.read_peft_folder(written, params, names, adapter_name="default")
+        with contextlib.suppress(FileNotFoundError):
+            jaxopt_lab.read_mlx_folder(f"{folder}/none", params, names)
+        with contextlib.suppress(FileNotFoundError):
+            jaxopt_lab.read_kohya_file(pathlib.Path(folder) / "none", params, names)
     jaxopt_lab.task_arithmetic(params, [full], [0.5])
     jaxopt_lab.ties_merge(params, [full], density=0.5, elect="mass")
     jaxopt_lab.breadcrumbs_merge(params, [full], keep=0.5, remove=0.1, scope="row")
