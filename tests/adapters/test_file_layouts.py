@@ -461,7 +461,7 @@ class TestWholeLeaves:
         assert set(lora) == {"up"}
         modules["m.norm"]["weight"] = modules["m.norm"]["weight"] + 1
         path = folder(tmp_path, modules)
-        with pytest.raises(ValueError, match="m.norm.weight' is the base.*from 'norm/scale'"):
+        with pytest.raises(ValueError, match=r"m.norm.weight' is the base.*from 'norm/scale'"):
             adapters.read_peft_folder(path, WHOLE, WHOLE_NAMES)
         path = folder(tmp_path, modules, modules_to_save=["norm"])
         _, lora = adapters.read_peft_folder(path, WHOLE, WHOLE_NAMES)
