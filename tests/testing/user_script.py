@@ -141,7 +141,7 @@ def adapters(params: Params, key: jax.Array) -> None:
         with contextlib.suppress(FileNotFoundError):
             jaxopt_lab.read_mlx_folder(f"{folder}/none", params, names)
         with contextlib.suppress(FileNotFoundError):
-            jaxopt_lab.read_kohya_file(pathlib.Path(folder) / "none", params, names)
+            jaxopt_lab.read_kohya_file(pathlib.Path(folder) / "none" / "x", params, names)
     jaxopt_lab.task_arithmetic(params, [full], [0.5])
     jaxopt_lab.ties_merge(params, [full], density=0.5, elect="mass")
     jaxopt_lab.breadcrumbs_merge(params, [full], keep=0.5, remove=0.1, scope="row")
