@@ -9,6 +9,8 @@ import warnings
 
 import pytest
 
+from jaxopt_lab import testing
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGES = {str(page.relative_to(DOCS)): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
 PUBLIC = (
@@ -93,6 +95,19 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\{doc\}`([^`]+)`", text):
         found = file.parent / target
         assert any(found.with_suffix(suffix).exists() for suffix in (".md", ".rst")), target
+
+
+def test_promises_name_tests_and_checks_that_exist():
+    names = re.findall(r"`([\w/.]+)`", PAGES["promises.md"])
+    checks = {check.name for check in testing.contract_checks()}
+    suite = "".join(path.read_text() for path in (DOCS.parent / "tests").rglob("test_*.py"))
+    for name in names:
+        if name.startswith("tests/"):
+            assert (DOCS.parent / name).exists(), name
+        elif name.startswith("test_"):
+            assert f"def {name}(" in suite, name
+        elif name.startswith(("nan_", "nonfinite_", "inject_", "resume_", "nnx_")):
+            assert name in checks, name
 
 
 def test_findings_are_all_listed_with_what_they_were_seen_with():
