@@ -49,7 +49,7 @@ def ist(
     r"""Trains a random fourth of the layers in each step, the important ones more often.
 
     .. math::
-      \rho_k = e^{-\ell_k} - \tfrac{1}{K} \textstyle\sum_j e^{-\ell_j}, \quad
+      \rho_k = e^{-\ell_k} - \tfrac{1}{K} {\textstyle \sum_j e^{-\ell_j}}, \quad
       c_l \leftarrow c_l + \eta\, \rho_k\, p_l (1 - p_l) \text{ for } l \in S_k, \quad
       p = \sigma(c)
 
