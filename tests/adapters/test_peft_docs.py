@@ -1,4 +1,4 @@
-"""The tables of docs/peft.md are those of the code."""
+"""The tables of docs/coming_from/peft.md are those of the code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jaxopt_lab import adapters
 from jaxopt_lab.adapters.files import _foreign, _peft_config, _places
 
-TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "peft.md").read_text()
+TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "coming_from" / "peft.md").read_text()
 
 
 def table(title):
