@@ -24,6 +24,8 @@ def attention(
     is_causal: bool = False,
     query_seq_lengths: jax.Array | Sequence[int] | None = None,
     key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -50,6 +52,8 @@ def attention(
     is_causal: bool = False,
     query_seq_lengths: jax.Array | Sequence[int] | None = None,
     key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -76,6 +80,8 @@ def attention(
     is_causal: bool = False,
     query_seq_lengths: jax.Array | Sequence[int] | None = None,
     key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -101,6 +107,8 @@ def attention(
     is_causal: bool = False,
     query_seq_lengths: jax.Array | Sequence[int] | None = None,
     key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -142,8 +150,15 @@ def attention(
       query_seq_lengths: Integers (B,). Queries from there on have output 0.
       key_value_seq_lengths: Integers (B,). Keys and values from there on are never looked at, and
         may be NaN. What another mask hides must be finite.
+      key_value_start: An integer or integers (B,). Keys and values before it are never looked at,
+        as with padding on the left; they may be NaN. Positions count from key 0 all the same.
+      prefix_lengths: An integer or integers (B,). That many first keys are not hidden on the right:
+        every query sees them, its window to the left permitting, also from before (prefix LM).
       local_window_size: ``w`` or ``(left, right)``: how many keys before and after its own position
-        a query sees; None in the pair is no limit. With `is_causal`, right is 0.
+        a query sees; None in the pair is no limit. With `is_causal`, right is 0. All together,
+        query t at position ``p = t + query_offset`` sees key s if ``start <= s < length`` and
+        ``s >= p - left`` and (``s <= p + right`` or ``s < prefix``), and t is before its length,
+        its segment is the key's, and `mask` allows it.
       logits_soft_cap: Bounds the scores by ``cap * tanh(z / cap)``, after the bias.
       sinks: (N,). A learned key with value 0 for each head, whose score is this number.
       query_segment_ids: Integers (B, T). A query sees the keys of its own segment. Given alone,
@@ -196,7 +211,8 @@ def attention(
     call = arguments.canonical(
         query, key, value, bias, mask,
         scale=scale, is_causal=is_causal, query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size,
+        key_value_seq_lengths=key_value_seq_lengths, key_value_start=key_value_start,
+        prefix_lengths=prefix_lengths, local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap, sinks=sinks, query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids, query_offset=query_offset,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, precision=precision, config=config,

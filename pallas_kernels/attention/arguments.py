@@ -48,6 +48,8 @@ def canonical(
     is_causal: bool,
     query_seq_lengths: Any,
     key_value_seq_lengths: Any,
+    key_value_start: Any = None,
+    prefix_lengths: Any = None,
     local_window_size: Any,
     logits_soft_cap: float | None,
     sinks: Any,
@@ -94,13 +96,24 @@ def canonical(
             raise TypeError(f"bias has dtype {bias.dtype}; expected a floating dtype")
         bias = _four(bias, "bias", sizes)
     left, right = _window(local_window_size, is_causal)
-    offset, offsets = _offset(query_offset, leading)
+    offset, offsets = _number_or_entries("query_offset", query_offset, leading)
+    start, starts = _number_or_entries("key_value_start", key_value_start, leading)
+    prefix, prefix_lengths = _number_or_entries("prefix_lengths", prefix_lengths, leading)
+    if right is None and (prefix or prefix_lengths is not None):
+        raise ValueError(
+            "prefix_lengths was given where nothing is hidden on the right; expected "
+            "is_causal=True or a local_window_size with a right side"
+        )
     ids = _segment_ids(query_segment_ids, key_value_segment_ids, sizes)
     q_lengths = _lengths("query_seq_lengths", query_seq_lengths, leading)
     kv_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, leading)
     # What is beyond a length may be anything, NaN included, and 0 * NaN is NaN in a product.
     query = _zero_beyond(query, q_lengths)
     key, value = _zero_beyond(key, kv_lengths), _zero_beyond(value, kv_lengths)
+    if start or starts is not None:
+        first = start if starts is None else starts[:, None]
+        before = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32) < first, (batch, s))
+        key, value = (jnp.where(before[:, :, None, None], 0, x) for x in (key, value))
 
     if sinks is not None:
         sinks = jnp.asarray(sinks)
@@ -132,6 +145,10 @@ def canonical(
             query_segment_ids=ids[0],
             key_value_segment_ids=ids[1],
             dense=mask,
+            start=start,
+            starts=starts,
+            prefix=prefix,
+            prefix_lengths=prefix_lengths,
         ),
         seeds=seeds,
     )
@@ -232,12 +249,18 @@ def _window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
     return left, 0 if is_causal else right
 
 
-def _offset(offset: Any, leading: tuple[int, ...]) -> tuple[int, jax.Array | None]:
-    if offset is None:
+def _number_or_entries(
+    name: str, value: Any, leading: tuple[int, ...]
+) -> tuple[int, jax.Array | None]:
+    """Returns a number known while tracing, or else 0 and one number for each batch entry."""
+    if value is None:
         return 0, None
-    if isinstance(offset, numbers.Integral):
-        return int(offset), None
-    return 0, _per_entry("query_offset", offset, leading)
+    if isinstance(value, numbers.Integral):
+        return int(value), None
+    value = jnp.asarray(value)
+    return 0, _per_entry(
+        name, jnp.broadcast_to(value, leading) if value.ndim == 0 else value, leading
+    )
 
 
 def _lengths(name: str, lengths: Any, leading: tuple[int, ...]) -> jax.Array | None:

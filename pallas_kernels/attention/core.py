@@ -26,6 +26,8 @@ _AXES = {
     "query_segment_ids": "bt",
     "key_value_segment_ids": "bs",
     "dense": "bnts",
+    "starts": "b",
+    "prefix_lengths": "b",
     "seeds": "bn",
 }
 

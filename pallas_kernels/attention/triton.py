@@ -181,7 +181,7 @@ class _Inputs(NamedTuple):
     bias: Any = None  # (B or 1, N or 1, T or 1, S or 1)
     sinks: Any = None  # float32 (N,)
     seeds: Any = None  # int32 (B, N)
-    limits: Any = None  # int32 (B, 3), unless all is known at trace time
+    limits: Any = None  # int32 (B, 3 or 5), unless all is known at trace time
     query_ids: Any = None  # int32 (B, T)
     key_ids: Any = None  # int32 (B, S)
     spans: Any = None  # int32 (B, nq or nk, 4), where segment ids decide: see `_spans`
@@ -256,7 +256,8 @@ class _Plan:
     def limits(self, b: Any) -> Limits:
         if self.static_limits is not None:
             return self.static_limits
-        return Limits(*(self.inputs.limits[b, column] for column in range(3)))
+        columns = self.inputs.limits.shape[1]
+        return Limits(*(self.inputs.limits[b, column] for column in range(columns)))
 
     def key_blocks_of(self, limits: Limits, b: Any, i: Any) -> Span:
         """Returns the key blocks that query block `i` sees.
@@ -730,7 +731,9 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
     block_q = min(blocks.block_q, _padded(size.queries))
     block_kv = min(blocks.block_kv, _padded(size.keys))
     limits = spans = kinds = None
-    if not mask.is_static:
+    # A first key that is known would make spans whose start is a number other than 0.
+    is_static = mask.is_static and not mask.has_start
+    if not is_static:
         limits = mask.limits(size.batch, size.queries, size.keys)
     if mask.dense is not None or mask.has_segments:
         kinds = tile_kinds(mask, size.batch, size.queries, size.keys, block_q, block_kv)
@@ -741,7 +744,7 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
         size=size,
         blocks=blocks._replace(block_q=block_q, block_kv=block_kv),
         window=Mask(mask.left, mask.right),
-        static_limits=mask.static_limits(size.queries, size.keys) if mask.is_static else None,
+        static_limits=mask.static_limits(size.queries, size.keys) if is_static else None,
         natural=operands.bias is not None or settings.soft_cap is not None or settings.scale <= 0,
         keys_first=kernel == "dkv",
         inputs=_Inputs(

@@ -40,6 +40,10 @@ class Case:
     offsets: tuple[int, ...] | None = None
     query_lengths: tuple[int, ...] | None = None
     key_value_lengths: tuple[int, ...] | None = None
+    start: int = 0
+    starts: tuple[int, ...] | None = None
+    prefix: int = 0
+    prefix_lengths: tuple[int, ...] | None = None
     segments: str | None = None  # "sorted", "shuffled" or "disjoint"
     dense: str | None = None  # which of b, n, t, s are full, such as "bts"; the others are 1
     bias: str | None = None  # as `dense`
@@ -87,6 +91,10 @@ def build(case: Case) -> Problem:
         offsets=ints(case.offsets),
         query_lengths=ints(case.query_lengths),
         key_value_lengths=ints(case.key_value_lengths),
+        start=case.start,
+        starts=ints(case.starts),
+        prefix=case.prefix,
+        prefix_lengths=ints(case.prefix_lengths),
         query_segment_ids=_segments(case.segments, rng, b, t, 0),
         key_value_segment_ids=_segments(case.segments, rng, b, s, 1),
         dense=None if case.dense is None else jnp.asarray(rng.random(full(case.dense)) < 0.5),
@@ -254,6 +262,13 @@ CASES: tuple[Case, ...] = (
     Case("head dim 256", head_dim=256, heads=1, kv_heads=1, right=0),
     Case("wide keys", head_dim=96, value_dim=64),
     Case("wide values", head_dim=64, value_dim=112, right=0),
+    Case("first key", start=50, queries=70, keys=131),
+    Case("first keys, causal window", batch=3, starts=(0, 47, 128), left=60, right=0),
+    Case("prefix", prefix=60, right=0, queries=117, keys=131),
+    Case("prefixes", batch=3, prefix_lengths=(0, 45, 128), right=3, heads=4),
+    Case("prefix, window, first keys, lengths", batch=2, prefix_lengths=(90, 40), starts=(20, 44),
+         key_value_lengths=(80, 131), left=70, right=0, offsets=(5, -30), segments="sorted",
+         queries=117, keys=131),
 )  # fmt: skip
 
 
@@ -263,6 +278,7 @@ QUICK = {
     "negative offset leaves empty rows", "a length of zero", "shuffled segments",
     "dense mask of keys", "bias of queries",
     "soft cap and bias", "sinks and empty rows", "everything", "wide values",
+    "first key", "prefix, window, first keys, lengths",
 }  # fmt: skip
 
 

@@ -91,6 +91,17 @@ MUTANTS = [
     Mutant("mask", "whole &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)", "whole &= (q_low == k_low)", "sorted segments"),
     Mutant("mask", "tiles(False).any(axis=(3, 5)), tiles(True).all", "tiles(False).any(axis=(3, 5)), tiles(True).any", "dense mask"),
     Mutant("mask", "_where(last_row < query_length, _maximum(whole_start", "_where(True, _maximum(whole_start", "lengths"),
+    # First keys and prefixes.
+    Mutant("mask", "seen &= keys >= start", "seen &= keys > start", "first key"),
+    Mutant("mask", "near | (keys < prefix)", "near", "prefix"),
+    Mutant("mask", "near | (keys < prefix)", "near | (keys <= prefix)", "prefix"),
+    Mutant("mask", "else near | (keys < prefix)", "else keys < prefix", "prefix"),
+    Mutant("mask", "ends = tuple(_maximum(x, prefix) for x in ends)", "ends = tuple(ends)", "prefix"),
+    Mutant("mask", "ends = tuple(_maximum(x, prefix) for x in ends)", "ends = (ends[0], _maximum(ends[0], prefix))", "prefixes"),
+    Mutant("mask", "start = whole_start = 0 if first_key is None else first_key", "start, whole_start = (0 if first_key is None else first_key), 0", "first key"),
+    Mutant("mask", "start = _where(first_valid_key < prefix, 0, start)", "start = start", "prefix"),
+    Mutant("mask", "whole_start = _where(last_key < prefix, 0, whole_start)", "whole_start = _where(first_key < prefix, 0, whole_start)", "prefix"),
+    Mutant("mask", "every = every & (first_key >= start_of_keys)", "every = every & (last_key >= start_of_keys)", "first key"),
 ]  # fmt: skip
 
 

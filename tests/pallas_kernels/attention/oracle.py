@@ -39,7 +39,9 @@ def visible(mask: Any, b: int, t: int, s: int) -> np.ndarray:
         if mask.left is not None:
             seen &= keys >= position - mask.left
         if mask.right is not None:
-            seen &= keys <= position + mask.right
+            near = keys <= position + mask.right
+            seen &= near | (keys < mask.prefix + column(mask.prefix_lengths, 0)[i])
+        seen &= keys >= mask.start + column(mask.starts, 0)[i]
         seen &= rows < column(mask.query_lengths, t)[i]
         seen &= keys < column(mask.key_value_lengths, s)[i]
         if mask.query_segment_ids is not None:

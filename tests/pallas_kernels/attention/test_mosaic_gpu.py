@@ -73,6 +73,7 @@ def run_child(*arguments: str, timeout: float = 900) -> dict[str, str | None]:
         ("bfloat16", ("dropout", "dense mask, one for all", "negative scale")),
         ("float16", ("head dim 256", "wide values")),
         ("bfloat16", ("everything",)),
+        ("bfloat16", ("first key", "prefixes", "prefix, window, first keys, lengths")),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0],
 )
