@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import jax
 
 from pallas_kernels.attention import arguments, routes
+from pallas_kernels.attention.position_bias import RULES, Rule
 from pallas_kernels.attention.routes import Explanation, Implementation
 
 
@@ -17,7 +18,7 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Rule | None = None,
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
@@ -45,7 +46,7 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Rule | None = None,
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
@@ -73,7 +74,7 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Rule | None = None,
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
@@ -100,7 +101,7 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Rule | None = None,
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
@@ -140,7 +141,8 @@ def attention(
       query: (B, T, N, d), or (T, N, d), or with several batch axes. Any floating dtype.
       key: (B, S, K, d) of the same dtype; K divides N, query head n uses key head n // (N / K).
       value: (B, S, K, dv) of the same dtype; dv may differ from d.
-      bias: Added to the scaled scores; broadcasts to (B, N, T, S). Differentiable.
+      bias: Added to the scaled scores; broadcasts to (B, N, T, S). Differentiable. Or a rule of
+        linear memory, `Alibi` or `RelativePositionBias`, with a gradient of its parameters.
       mask: bool, broadcasts to (B, N, T, S); True where a query may see a key. All masks given here
         hold together.
       scale: Factor of the scores; d ** -0.5 by default.
@@ -268,7 +270,9 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     given.apply_defaults()
     call: dict[str, Any] = dict(given.arguments)
     implementation, residual = call.pop("implementation"), call.pop("return_residual")
-    arrays = {k: v for k, v in call.items() if isinstance(v, (jax.Array, jax.ShapeDtypeStruct))}
+    arrays = {
+        k: v for k, v in call.items() if isinstance(v, (jax.Array, jax.ShapeDtypeStruct, *RULES))
+    }
     found: list[Explanation] = []
 
     def trace(arrays: dict[str, Any]) -> None:

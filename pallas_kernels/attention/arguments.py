@@ -16,7 +16,9 @@ import numpy as np
 from jax.core import Tracer
 
 from pallas_kernels.attention import dropout
+from pallas_kernels.attention.entries import number_or_entries, per_entry, zero_before
 from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.position_bias import RULES, diagonals_of
 from pallas_kernels.attention.problem import Operands, Settings, wide
 
 
@@ -90,15 +92,18 @@ def canonical(
                 "(for a mask of zeros and ones: mask != 0)"
             )
         mask = _four(mask, "mask", sizes)
+    rule, bias = (bias, None) if isinstance(bias, RULES) else (None, bias)
+    if rule is not None:
+        rule.check(n)
     if bias is not None:
         bias = jnp.asarray(bias)
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise TypeError(f"bias has dtype {bias.dtype}; expected a floating dtype")
         bias = _four(bias, "bias", sizes)
     left, right = _window(local_window_size, is_causal)
-    offset, offsets = _number_or_entries("query_offset", query_offset, leading)
-    start, starts = _number_or_entries("key_value_start", key_value_start, leading)
-    prefix, prefix_lengths = _number_or_entries("prefix_lengths", prefix_lengths, leading)
+    offset, offsets = number_or_entries("query_offset", query_offset, leading)
+    start, starts = number_or_entries("key_value_start", key_value_start, leading)
+    prefix, prefix_lengths = number_or_entries("prefix_lengths", prefix_lengths, leading)
     if right is None and (prefix or prefix_lengths is not None):
         raise ValueError(
             "prefix_lengths was given where nothing is hidden on the right; expected "
@@ -110,10 +115,7 @@ def canonical(
     # What is beyond a length may be anything, NaN included, and 0 * NaN is NaN in a product.
     query = _zero_beyond(query, q_lengths)
     key, value = _zero_beyond(key, kv_lengths), _zero_beyond(value, kv_lengths)
-    if start or starts is not None:
-        first = start if starts is None else starts[:, None]
-        before = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32) < first, (batch, s))
-        key, value = (jnp.where(before[:, :, None, None], 0, x) for x in (key, value))
+    key, value = (zero_before(x, start, starts) for x in (key, value))
 
     if sinks is not None:
         sinks = jnp.asarray(sinks)
@@ -129,6 +131,9 @@ def canonical(
         config=_hashable("config", config),
         interpret=False if interpret is None else interpret,
     )
+    diagonals = None
+    if rule is not None:
+        diagonals = diagonals_of(rule, t, s, offset, offsets, wide(query.dtype))
     operands = Operands(
         query=query,
         key=key,
@@ -151,6 +156,7 @@ def canonical(
             prefix_lengths=prefix_lengths,
         ),
         seeds=seeds,
+        diagonals=diagonals,
     )
     return Canonical(settings, operands, leading)
 
@@ -249,34 +255,8 @@ def _window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
     return left, 0 if is_causal else right
 
 
-def _number_or_entries(
-    name: str, value: Any, leading: tuple[int, ...]
-) -> tuple[int, jax.Array | None]:
-    """Returns a number known while tracing, or else 0 and one number for each batch entry."""
-    if value is None:
-        return 0, None
-    if isinstance(value, numbers.Integral):
-        return int(value), None
-    value = jnp.asarray(value)
-    return 0, _per_entry(
-        name, jnp.broadcast_to(value, leading) if value.ndim == 0 else value, leading
-    )
-
-
 def _lengths(name: str, lengths: Any, leading: tuple[int, ...]) -> jax.Array | None:
-    return None if lengths is None else _per_entry(name, lengths, leading)
-
-
-def _per_entry(name: str, values: Any, leading: tuple[int, ...]) -> jax.Array:
-    """Returns one int32 for each batch entry."""
-    values = jnp.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {values.dtype}; expected integers")
-    if values.shape != leading and values.shape != (math.prod(leading),):
-        raise ValueError(
-            f"{name} has shape {values.shape}; expected {leading}, one number for each batch entry"
-        )
-    return values.reshape(-1).astype(jnp.int32)
+    return None if lengths is None else per_entry(name, lengths, leading)
 
 
 def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]:

@@ -66,6 +66,7 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
     for given, name in (
         (settings.soft_cap is not None, "soft cap"),
         (operands.sinks is not None, "sinks"),
+        (operands.diagonals is not None, "bias by rule"),
         (operands.seeds is not None, "dropout"),
         (mask.offset != 0 or mask.offsets is not None, "query offset"),
         (mask.has_start, "first key"),

@@ -137,6 +137,8 @@ def refusal(settings: Settings, operands: Operands, place: Device) -> str | None
         return f"needs bfloat16, float16 or float32, not {dtype}"
     if max(size.head_dim, size.value_dim) > 256:
         return f"head dims {size.head_dim} and {size.value_dim}: at most 256"
+    if operands.diagonals is not None:
+        return "has no bias by rule"
     if 0 in size:
         return f"an axis has length zero: {size}"
     if dense is not None and dense.size > 2**31:

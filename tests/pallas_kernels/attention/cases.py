@@ -48,6 +48,7 @@ class Case:
     dense: str | None = None  # which of b, n, t, s are full, such as "bts"; the others are 1
     bias: str | None = None  # as `dense`
     sinks: bool = False
+    diagonals: str | None = None  # "n" or "bn": what each distance adds
     dropout_rate: float = 0.0
     seed: int = 0
 
@@ -108,6 +109,9 @@ def build(case: Case) -> Problem:
         sinks=normal(n, dtype=jnp.float32) if case.sinks else None,
         mask=mask,
         seeds=seeds,
+        diagonals=None
+        if case.diagonals is None
+        else normal(b if "b" in case.diagonals else 1, n, t + s - 1, dtype=jnp.float32),
     )
     settings = Settings(
         scale=d**-0.5 if case.scale is None else case.scale,
@@ -139,8 +143,8 @@ def run(attend: Any, problem: Problem) -> Result:
     operands, cotangents = problem.operands, problem.cotangents
 
     def fn(*primals: Any) -> Any:
-        query, key, value, bias, sinks = primals
-        return attend(operands._replace(query=query, key=key, value=value, bias=bias, sinks=sinks))
+        names = ("query", "key", "value", "bias", "sinks", "diagonals")
+        return attend(operands._replace(**dict(zip(names, primals))))
 
     def all_of_it(primals: Any, cotangents: Any) -> Any:
         (output, lse), vjp = jax.vjp(fn, *primals)
@@ -150,7 +154,8 @@ def run(attend: Any, problem: Problem) -> Result:
         return output, lse, *vjp((d_output.astype(output.dtype), d_lse))
 
     primals = (
-        operands.query, operands.key, operands.value, operands.bias, operands.sinks
+        operands.query, operands.key, operands.value, operands.bias, operands.sinks,
+        operands.diagonals,
     )  # fmt: skip
     results = quick_jit(all_of_it)(primals, cotangents)
     return Result(*jax.tree.map(lambda x: np.asarray(x, np.float64), results))
@@ -269,6 +274,14 @@ CASES: tuple[Case, ...] = (
     Case("prefix, window, first keys, lengths", batch=2, prefix_lengths=(90, 40), starts=(20, 44),
          key_value_lengths=(80, 131), left=70, right=0, offsets=(5, -30), segments="sorted",
          queries=117, keys=131),
+)  # fmt: skip
+# Not every route has a bias by rule.
+BY_DISTANCE = (
+    Case("distances", diagonals="n", queries=117, keys=131, heads=4, kv_heads=2),
+    Case("distances, entries, cap", batch=2, diagonals="bn", right=0, soft_cap=3.0,
+         dropout_rate=0.2, queries=131, keys=90, sinks=True),
+    Case("distances, window, segments", batch=2, diagonals="n", left=50, right=9,
+         segments="sorted"),
 )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ MUTANTS = [
 
 def verdict(mutant: Mutant) -> str:
     """Returns "survives" if the case accepts the mutant, else "caught"."""
-    case = next(case for case in cases.CASES if case.name == mutant.case)
+    case = next(case for case in (*cases.CASES, *cases.BY_DISTANCE) if case.name == mutant.case)
     with tempfile.TemporaryDirectory() as folder:
         name = copy_of_the_package(mutant, pathlib.Path(folder))
         try:
