@@ -64,10 +64,14 @@ def canonical(
     config: Any,
     interpret: Any,
     broadcast_dropout: bool = False,
+    axis_size: int = 1,
+    key_positions: jax.Array | None = None,
 ) -> Canonical:
     """Returns the call in canonical form; see `attention` for the arguments.
 
-    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can.
+    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can. Where query
+    and key are slices of a sequence over `axis_size` devices, lengths, bias by rule and the columns
+    of the mask are over all of it, and these keys are at `key_positions`.
 
     Raises:
       ValueError: A shape or a value is wrong.
@@ -91,7 +95,7 @@ def canonical(
                 f"mask has dtype {mask.dtype}; expected bool, True where attention is allowed "
                 "(for a mask of zeros and ones: mask != 0)"
             )
-        mask = _four(mask, "mask", sizes)
+        mask = _four(mask, "mask", sizes._replace(keys=s * axis_size))
     rule, bias = (bias, None) if isinstance(bias, RULES) else (None, bias)
     if rule is not None:
         rule.check(n)
@@ -114,7 +118,7 @@ def canonical(
     kv_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, leading)
     # What is beyond a length may be anything, NaN included, and 0 * NaN is NaN in a product.
     query = _zero_beyond(query, q_lengths)
-    key, value = _zero_beyond(key, kv_lengths), _zero_beyond(value, kv_lengths)
+    key, value = (_zero_beyond(x, kv_lengths, key_positions) for x in (key, value))
     key, value = (zero_before(x, start, starts) for x in (key, value))
 
     if sinks is not None:
@@ -133,7 +137,8 @@ def canonical(
     )
     diagonals = None
     if rule is not None:
-        diagonals = diagonals_of(rule, t, s, offset, offsets, wide(query.dtype))
+        whole = (t * axis_size, s * axis_size)
+        diagonals = diagonals_of(rule, *whole, offset, offsets, wide(query.dtype))
     operands = Operands(
         query=query,
         key=key,
@@ -289,10 +294,13 @@ def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]
     return checked[0], checked[1]
 
 
-def _zero_beyond(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+def _zero_beyond(
+    x: jax.Array, lengths: jax.Array | None, positions: jax.Array | None = None
+) -> jax.Array:
     if lengths is None:
         return x
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32) if positions is None else positions
+    valid = positions < lengths[:, None]
     return jnp.where(valid[:, :, None, None], x, 0)
 
 

@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("chunked", "o / (total * (1 - settings.dropout_rate))", "o / (total)", "dropout"),
     Mutant("chunked", "dp = jnp.where(kept, dp * keep_scale, 0)", "dp = jnp.where(kept, dp, 0)", "dropout"),
     Mutant("chunked", "dropped = jnp.where(kept, p * keep_scale, 0)", "dropped = p * keep_scale", "dropout"),
-    Mutant("dropout", "(keys * _int32(0x85EBCA77)) ^ row_key", "keys ^ row_key", "dropout"),
+    Mutant("dropout", "(keys * KEY) ^ row_key", "keys ^ row_key", "dropout"),
     Mutant("dropout", "math.ceil(rate * 2**24)", "math.ceil((1 - rate) * 2**24)", "dropout"),
     # Gradients.
     Mutant("chunked", "d_scores = p * (dp - take(delta)[..., None]) * slope", "d_scores = p * (dp - take(delta)[..., None])", "soft cap"),
