@@ -16,7 +16,8 @@ in two kernels without atomics, so that results repeat bit by bit: one writes dK
 for each block of keys that loops over the query heads of its group and over query blocks; the other
 writes dQ. Sums of ds along an axis, for a bias that is broadcast over it, fall out of these two. A
 bias that keeps T and S and is broadcast over batch or heads has a kernel of its own that sums over
-them tile by tile. Every kernel addresses whole arrays; tile indices come from `mask`.
+them tile by tile. Sums along diagonals, for a bias by rule, are left to plain JAX.
+Every kernel addresses whole arrays; tile indices come from `mask`.
 
 Exponentials are to base 2. Without bias and cap, z stays the bare product and its scale is part of
 the exponent, one multiply-add an entry.
@@ -44,7 +45,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels._compat import device, out_struct, silence_triton
-from pallas_kernels.attention import dropout, tuning
+from pallas_kernels.attention import chunked, dropout, tuning
 from pallas_kernels.attention.mask import (
     PARTIAL,
     SKIP,
@@ -137,8 +138,6 @@ def refusal(settings: Settings, operands: Operands, place: Device) -> str | None
         return f"needs bfloat16, float16 or float32, not {dtype}"
     if max(size.head_dim, size.value_dim) > 256:
         return f"head dims {size.head_dim} and {size.value_dim}: at most 256"
-    if operands.diagonals is not None:
-        return "has no bias by rule"
     if 0 in size:
         return f"an axis has length zero: {size}"
     if dense is not None and dense.size > 2**31:
@@ -183,6 +182,7 @@ class _Inputs(NamedTuple):
     bias: Any = None  # (B or 1, N or 1, T or 1, S or 1)
     sinks: Any = None  # float32 (N,)
     seeds: Any = None  # int32 (B, N)
+    diagonals: Any = None  # float32 (B or 1, N, T + S - 1)
     limits: Any = None  # int32 (B, 3 or 5), unless all is known at trace time
     query_ids: Any = None  # int32 (B, T)
     key_ids: Any = None  # int32 (B, S)
@@ -307,6 +307,14 @@ class _Plan:
         values = _load(ref, *_at(ref, tile.b, tile.n), rows, keys)
         return values.T if self.keys_first else values
 
+    def load_diagonals(self, tile: _Tile) -> jax.Array:
+        """Reads a tile of a bias that depends on the distance alone."""
+        ref = self.inputs.diagonals
+        distances = self.of_keys(tile.keys.places) - self.of_rows(tile.rows.places)
+        places = jnp.clip(distances + (self.size.queries - 1), 0, ref.shape[2] - 1)
+        b, n = (jnp.full(places.shape, x, jnp.int32) for x in _at(ref, tile.b, tile.n))
+        return pltriton.load(ref.at[b, n, places])
+
     def load_keys(self, b: Any, n: Any, keys: _Axis) -> tuple[jax.Array, jax.Array]:
         """Reads keys and values for query head `n`."""
         head = _divide(n, self.size.group)
@@ -330,6 +338,8 @@ class _Plan:
         z *= self.settings.scale
         if self.inputs.bias is not None:
             z += self.load_tile(self.inputs.bias, tile).astype(jnp.float32)
+        if self.inputs.diagonals is not None:
+            z += self.load_diagonals(tile)
         cap = self.settings.soft_cap
         if cap is None:
             return z, None
@@ -714,7 +724,13 @@ def backward(
         plan = _plan("dbias", settings, operands, **residuals)
         grid = (plan.query_blocks * plan.key_blocks, bias.shape[1], bias.shape[0])
         d_bias = _call(_dbias_kernel, plan, grid, {"bias": _like(bias)})["bias"]
-    return Gradients(dq["query"], dkv["key"], dkv["value"], d_bias)
+    d_diagonals = None
+    if bias_gradient and operands.diagonals is not None:
+        # Diagonals cross the tiles of many programs: without atomics, a sum for plain JAX.
+        plain = settings._replace(config=None, interpret=False)
+        found = chunked.backward(plain, operands, lse, cotangent, delta, True)
+        d_diagonals = found.diagonals
+    return Gradients(dq["query"], dkv["key"], dkv["value"], d_bias, d_diagonals)
 
 
 def _like(x: jax.Array) -> tuple[tuple[int, ...], Any]:
@@ -747,11 +763,15 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
         blocks=blocks._replace(block_q=block_q, block_kv=block_kv),
         window=Mask(mask.left, mask.right),
         static_limits=mask.static_limits(size.queries, size.keys) if is_static else None,
-        natural=operands.bias is not None or settings.soft_cap is not None or settings.scale <= 0,
+        natural=operands.bias is not None
+        or operands.diagonals is not None
+        or settings.soft_cap is not None
+        or settings.scale <= 0,
         keys_first=kernel == "dkv",
         inputs=_Inputs(
             *operands[:5],
             seeds=operands.seeds,
+            diagonals=operands.diagonals,
             limits=limits,
             query_ids=mask.query_segment_ids,
             key_ids=mask.key_value_segment_ids,

@@ -91,6 +91,15 @@ MUTANTS = [
     Mutant("mask", "whole &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)", "whole &= (q_low == k_low)", "sorted segments"),
     Mutant("mask", "tiles(False).any(axis=(3, 5)), tiles(True).all", "tiles(False).any(axis=(3, 5)), tiles(True).any", "dense mask"),
     Mutant("mask", "_where(last_row < query_length, _maximum(whole_start", "_where(True, _maximum(whole_start", "lengths"),
+    # Biases by rule.
+    Mutant("chunked", "z += toeplitz.tile(of_tile[..., 0, :], blocks.q, blocks.kv).astype(z.dtype)", "z += settings.scale * toeplitz.tile(of_tile[..., 0, :], blocks.q, blocks.kv)", "distances"),
+    Mutant("chunked", "toeplitz.sums(d_scores)[..., None, :]", "toeplitz.sums(d_scores[..., ::-1, :])[..., None, :]", "distances"),
+    Mutant("chunks", "start = j * blocks.kv - i * blocks.q + rows - blocks.q", "start = j * blocks.kv - i * blocks.q + query_length - blocks.q", "distances"),
+    Mutant("chunks", "start = j * blocks.kv - i * blocks.q + rows - blocks.q", "start = i * blocks.q - j * blocks.kv + rows - blocks.q", "distances"),
+    Mutant("chunks", "widths = (-size.queries % blocks.q, -size.keys % blocks.kv + 1)", "widths = (0, -size.queries % blocks.q + -size.keys % blocks.kv + 1)", "distances"),
+    Mutant("chunks", "total[..., first : first + shape[2]]", "total[..., : shape[2]]", "distances"),
+    Mutant("toeplitz", "flat[..., rows - 1 : rows - 1 + rows * (width - 1)]", "flat[..., rows : rows + rows * (width - 1)]", "distances, window, segments"),
+    Mutant("toeplitz", "[*nothing, (rows - 1, 1)]", "[*nothing, (rows, 0)]", "distances, window, segments"),
     # First keys and prefixes.
     Mutant("mask", "seen &= keys >= start", "seen &= keys > start", "first key"),
     Mutant("mask", "near | (keys < prefix)", "near", "prefix"),

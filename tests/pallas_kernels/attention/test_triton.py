@@ -43,6 +43,11 @@ def test_values_and_gradients(case):
     check(case)
 
 
+@pytest.mark.parametrize("case", cases.BY_DISTANCE[:2], ids=str)
+def test_biases_by_rule(case):
+    check(case)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -267,7 +272,8 @@ EVERY = ("causal_64", "causal_128", "causal_256", "bias_64", "segments_64", "flo
 @pytest.mark.parametrize(
     ("chip", "program"),
     [needs.on(chip, program) for chip in ARCHITECTURES for program in EVERY]
-    + [needs.on("l4", program) for program in ("full_bias_64", "everything_64", "ragged_80")],
+    + [needs.on("l4", program) for program in ("full_bias_64", "everything_64", "ragged_80")]
+    + [needs.on(chip, x) for chip in ("a100", "h200") for x in ("by_rule_64", "prefixes_64")],
 )
 def test_compiles(chip, program, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path}")
