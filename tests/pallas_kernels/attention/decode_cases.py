@@ -232,7 +232,8 @@ def check(case: Case, **options: Any) -> None:
 
 def _program(
     implementation: str, *, page_size: int | None = None, cache: Any = None, d: int = 128,
-    dtype: Any = jnp.bfloat16, tokens: int = 1, batch: int = 8, capacity: int = 8192, **options: Any
+    dtype: Any = jnp.bfloat16, tokens: int = 1, batch: int = 8, capacity: int = 8192,
+    padded: bool = False, **options: Any
 ) -> tuple[Any, tuple[Any, ...], tuple[()]]:  # fmt: skip
     """Returns a program for `compile_in_child`: 32 query heads and 8 key/value heads."""
     cache_dtype = jnp.dtype(dtype if cache is None else cache)
@@ -247,7 +248,11 @@ def _program(
     if page_size is not None:
         arrays["page_table"] = struct((batch, capacity // page_size), jnp.int32)
     if cache is not None:
-        arrays |= {name: struct((*shape, 8), jnp.float32) for name in ("key_scale", "value_scale")}
+        scales = (8,) if padded else (*shape, 8)
+        arrays |= {name: struct(scales, jnp.float32) for name in ("key_scale", "value_scale")}
+    if padded:
+        names = ("key_value_start", "prefix_lengths")
+        arrays |= {name: struct((batch,), jnp.int32) for name in names}
 
     def fn(arrays: dict[str, Any]) -> Any:
         return decode_attention(
@@ -266,6 +271,7 @@ triton_int8 = functools.partial(_program, "triton", page_size=64, cache=jnp.int8
 triton_float8 = functools.partial(_program, "triton", cache=jnp.float8_e4m3fn)
 triton_e5m2 = functools.partial(_program, "triton", cache=jnp.float8_e5m2, dtype=jnp.float16)
 triton_wide = functools.partial(_program, "triton", d=256, local_window_size=1024)
+triton_padded = functools.partial(_program, "triton", cache=jnp.int8, padded=True, tokens=4)
 triton_odd = functools.partial(_program, "triton", d=80)
 tpu_contiguous = functools.partial(_program, "mosaic_tpu")
 tpu_pages = functools.partial(_program, "mosaic_tpu", page_size=16, tokens=4)
@@ -274,5 +280,6 @@ tpu_int8 = functools.partial(_program, "mosaic_tpu", page_size=64, cache=jnp.int
 tpu_float8 = functools.partial(_program, "mosaic_tpu", cache=jnp.float8_e4m3fn)
 tpu_e5m2 = functools.partial(_program, "mosaic_tpu", cache=jnp.float8_e5m2)
 tpu_wide = functools.partial(_program, "mosaic_tpu", d=256, local_window_size=1024)
+tpu_padded = functools.partial(_program, "mosaic_tpu", cache=jnp.int8, padded=True, tokens=4)
 chunked = functools.partial(_program, "chunked")
 chunked_pages = functools.partial(_program, "chunked", page_size=16, cache=jnp.int8)

@@ -215,9 +215,9 @@ def test_default_number_of_splits(batch, kv_heads, capacity, splits):
 
 PROGRAMS_BY_CHIP = {
     "a100": ("contiguous", "odd", "e5m2", "float32"),
-    "h200": ("int8", "pages", "float8", "wide"),
+    "h200": ("int8", "pages", "float8", "wide", "padded"),
     "v5e": ("contiguous", "e5m2", "wide"),
-    "v6e": ("pages", "float32", "int8", "float8"),
+    "v6e": ("pages", "float32", "int8", "float8", "padded"),
 }
 
 

@@ -221,6 +221,7 @@ _COMPILED = [
     ("h200", "bias_segments_128"),
     ("h200", "float32_bias_128"),
     ("h200", "ragged_dropout_128"),
+    ("h200", "prefixes_128"),
     ("h200", "plain_256"),
     ("h200", "bias_segments_256"),
     ("h100", "causal_256"),
