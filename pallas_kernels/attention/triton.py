@@ -182,7 +182,7 @@ class _Inputs(NamedTuple):
     bias: Any = None  # (B or 1, N or 1, T or 1, S or 1)
     sinks: Any = None  # float32 (N,)
     seeds: Any = None  # int32 (B, N)
-    diagonals: Any = None  # float32 (B or 1, N, T + S - 1)
+    diagonals: Any = None  # float32 (B or 1, N, block_q + T + S - 1 + block_kv)
     limits: Any = None  # int32 (B, 3 or 5), unless all is known at trace time
     query_ids: Any = None  # int32 (B, T)
     key_ids: Any = None  # int32 (B, S)
@@ -310,10 +310,9 @@ class _Plan:
     def load_diagonals(self, tile: _Tile) -> jax.Array:
         """Reads a tile of a bias that depends on the distance alone."""
         ref = self.inputs.diagonals
-        distances = self.of_keys(tile.keys.places) - self.of_rows(tile.rows.places)
-        places = jnp.clip(distances + (self.size.queries - 1), 0, ref.shape[2] - 1)
-        b, n = (jnp.full(places.shape, x, jnp.int32) for x in _at(ref, tile.b, tile.n))
-        return pltriton.load(ref.at[b, n, places])
+        keys, rows = self.of_keys(tile.keys.places), self.of_rows(tile.rows.places)
+        first = self.size.queries - 1 + self.blocks.block_q
+        return pltriton.load(ref.at[*_at(ref, tile.b, tile.n), keys + first - rows])
 
     def load_keys(self, b: Any, n: Any, keys: _Axis) -> tuple[jax.Array, jax.Array]:
         """Reads keys and values for query head `n`."""
@@ -748,7 +747,13 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
     blocks = tuning.blocks_of("triton", Config, kernel, settings.config, lookup)
     block_q = min(blocks.block_q, _padded(size.queries))
     block_kv = min(blocks.block_kv, _padded(size.keys))
-    limits = spans = kinds = None
+    adds = (operands.bias, operands.diagonals, settings.soft_cap)
+    limits = spans = kinds = diagonals = None
+    if operands.diagonals is not None:
+        if settings.config is None and kernel == "dkv":
+            block_q = max(SMALLEST, block_q // 2)  # its gathers take the registers of the rest
+        # So that rows and keys that do not exist have a place too.
+        diagonals = jnp.pad(operands.diagonals, ((0, 0), (0, 0), (block_q, block_kv)))
     # A first key that is known would make spans whose start is a number other than 0.
     is_static = mask.is_static and not mask.has_start
     if not is_static:
@@ -763,15 +768,12 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
         blocks=blocks._replace(block_q=block_q, block_kv=block_kv),
         window=Mask(mask.left, mask.right),
         static_limits=mask.static_limits(size.queries, size.keys) if is_static else None,
-        natural=operands.bias is not None
-        or operands.diagonals is not None
-        or settings.soft_cap is not None
-        or settings.scale <= 0,
+        natural=any(x is not None for x in adds) or settings.scale <= 0,
         keys_first=kernel == "dkv",
         inputs=_Inputs(
             *operands[:5],
             seeds=operands.seeds,
-            diagonals=operands.diagonals,
+            diagonals=diagonals,
             limits=limits,
             query_ids=mask.query_segment_ids,
             key_ids=mask.key_value_segment_ids,
