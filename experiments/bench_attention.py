@@ -244,7 +244,8 @@ def main(argv: list[str] | None = None) -> int:
             console.print("\n".join(map(str, shapes)))
             return
         if options.tune is not None:
-            trials = tune(options.tune, shapes, options.rounds, console)
+            plain = [shape for shape in shapes if shape.feature is None]
+            trials = tune(options.tune, plain, options.rounds, console)
             if options.write:
                 write(trials, options.table, console)
             return

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import jax
 
 from pallas_kernels.attention import arguments, routes
+from pallas_kernels.attention.position_bias import RULES, Rule
 from pallas_kernels.attention.routes import Explanation, Implementation
 
 
@@ -17,13 +18,15 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Rule | None = None,
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
     query_seq_lengths: jax.Array | Sequence[int] | None = None,
     key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -43,13 +46,15 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Rule | None = None,
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
     query_seq_lengths: jax.Array | Sequence[int] | None = None,
     key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -69,13 +74,15 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Rule | None = None,
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
     query_seq_lengths: jax.Array | Sequence[int] | None = None,
     key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -94,13 +101,15 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Rule | None = None,
     mask: jax.Array | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
     query_seq_lengths: jax.Array | Sequence[int] | None = None,
     key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -132,7 +141,8 @@ def attention(
       query: (B, T, N, d), or (T, N, d), or with several batch axes. Any floating dtype.
       key: (B, S, K, d) of the same dtype; K divides N, query head n uses key head n // (N / K).
       value: (B, S, K, dv) of the same dtype; dv may differ from d.
-      bias: Added to the scaled scores; broadcasts to (B, N, T, S). Differentiable.
+      bias: Added to the scaled scores; broadcasts to (B, N, T, S). Differentiable. Or a rule of
+        linear memory, `Alibi` or `RelativePositionBias`, with a gradient of its parameters.
       mask: bool, broadcasts to (B, N, T, S); True where a query may see a key. All masks given here
         hold together.
       scale: Factor of the scores; d ** -0.5 by default.
@@ -142,8 +152,15 @@ def attention(
       query_seq_lengths: Integers (B,). Queries from there on have output 0.
       key_value_seq_lengths: Integers (B,). Keys and values from there on are never looked at, and
         may be NaN. What another mask hides must be finite.
+      key_value_start: An integer or integers (B,). Keys and values before it are never looked at,
+        as with padding on the left; they may be NaN. Positions count from key 0 all the same.
+      prefix_lengths: An integer or integers (B,). That many first keys are not hidden on the right:
+        every query sees them, its window to the left permitting, also from before (prefix LM).
       local_window_size: ``w`` or ``(left, right)``: how many keys before and after its own position
-        a query sees; None in the pair is no limit. With `is_causal`, right is 0.
+        a query sees; None in the pair is no limit. With `is_causal`, right is 0. All together,
+        query t at position ``p = t + query_offset`` sees key s if ``start <= s < length`` and
+        ``s >= p - left`` and (``s <= p + right`` or ``s < prefix``), and t is before its length,
+        its segment is the key's, and `mask` allows it.
       logits_soft_cap: Bounds the scores by ``cap * tanh(z / cap)``, after the bias.
       sinks: (N,). A learned key with value 0 for each head, whose score is this number.
       query_segment_ids: Integers (B, T). A query sees the keys of its own segment. Given alone,
@@ -196,7 +213,8 @@ def attention(
     call = arguments.canonical(
         query, key, value, bias, mask,
         scale=scale, is_causal=is_causal, query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size,
+        key_value_seq_lengths=key_value_seq_lengths, key_value_start=key_value_start,
+        prefix_lengths=prefix_lengths, local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap, sinks=sinks, query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids, query_offset=query_offset,
         dropout_rate=dropout_rate, dropout_rng=dropout_rng, precision=precision, config=config,
@@ -252,7 +270,9 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     given.apply_defaults()
     call: dict[str, Any] = dict(given.arguments)
     implementation, residual = call.pop("implementation"), call.pop("return_residual")
-    arrays = {k: v for k, v in call.items() if isinstance(v, (jax.Array, jax.ShapeDtypeStruct))}
+    arrays = {
+        k: v for k, v in call.items() if isinstance(v, (jax.Array, jax.ShapeDtypeStruct, *RULES))
+    }
     found: list[Explanation] = []
 
     def trace(arrays: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 from jax.core import Tracer
 
 from pallas_kernels.attention import dropout
+from pallas_kernels.attention.entries import number_or_entries, per_entry, zero_before
 from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.position_bias import RULES, diagonals_of
 from pallas_kernels.attention.problem import Operands, Settings, wide
 
 
@@ -48,6 +50,8 @@ def canonical(
     is_causal: bool,
     query_seq_lengths: Any,
     key_value_seq_lengths: Any,
+    key_value_start: Any = None,
+    prefix_lengths: Any = None,
     local_window_size: Any,
     logits_soft_cap: float | None,
     sinks: Any,
@@ -60,10 +64,14 @@ def canonical(
     config: Any,
     interpret: Any,
     broadcast_dropout: bool = False,
+    axis_size: int = 1,
+    key_positions: jax.Array | None = None,
 ) -> Canonical:
     """Returns the call in canonical form; see `attention` for the arguments.
 
-    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can.
+    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can. Where query
+    and key are slices of a sequence over `axis_size` devices, lengths, bias by rule and the columns
+    of the mask are over all of it, and these keys are at `key_positions`.
 
     Raises:
       ValueError: A shape or a value is wrong.
@@ -87,20 +95,31 @@ def canonical(
                 f"mask has dtype {mask.dtype}; expected bool, True where attention is allowed "
                 "(for a mask of zeros and ones: mask != 0)"
             )
-        mask = _four(mask, "mask", sizes)
+        mask = _four(mask, "mask", sizes._replace(keys=s * axis_size))
+    rule, bias = (bias, None) if isinstance(bias, RULES) else (None, bias)
+    if rule is not None:
+        rule.check(n)
     if bias is not None:
         bias = jnp.asarray(bias)
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise TypeError(f"bias has dtype {bias.dtype}; expected a floating dtype")
         bias = _four(bias, "bias", sizes)
     left, right = _window(local_window_size, is_causal)
-    offset, offsets = _offset(query_offset, leading)
+    offset, offsets = number_or_entries("query_offset", query_offset, leading)
+    start, starts = number_or_entries("key_value_start", key_value_start, leading)
+    prefix, prefix_lengths = number_or_entries("prefix_lengths", prefix_lengths, leading)
+    if right is None and (prefix or prefix_lengths is not None):
+        raise ValueError(
+            "prefix_lengths was given where nothing is hidden on the right; expected "
+            "is_causal=True or a local_window_size with a right side"
+        )
     ids = _segment_ids(query_segment_ids, key_value_segment_ids, sizes)
     q_lengths = _lengths("query_seq_lengths", query_seq_lengths, leading)
     kv_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, leading)
     # What is beyond a length may be anything, NaN included, and 0 * NaN is NaN in a product.
     query = _zero_beyond(query, q_lengths)
-    key, value = _zero_beyond(key, kv_lengths), _zero_beyond(value, kv_lengths)
+    key, value = (_zero_beyond(x, kv_lengths, key_positions) for x in (key, value))
+    key, value = (zero_before(x, start, starts) for x in (key, value))
 
     if sinks is not None:
         sinks = jnp.asarray(sinks)
@@ -116,6 +135,10 @@ def canonical(
         config=_hashable("config", config),
         interpret=False if interpret is None else interpret,
     )
+    diagonals = None
+    if rule is not None:
+        whole = (t * axis_size, s * axis_size)
+        diagonals = diagonals_of(rule, *whole, offset, offsets, wide(query.dtype))
     operands = Operands(
         query=query,
         key=key,
@@ -132,8 +155,13 @@ def canonical(
             query_segment_ids=ids[0],
             key_value_segment_ids=ids[1],
             dense=mask,
+            start=start,
+            starts=starts,
+            prefix=prefix,
+            prefix_lengths=prefix_lengths,
         ),
         seeds=seeds,
+        diagonals=diagonals,
     )
     return Canonical(settings, operands, leading)
 
@@ -232,28 +260,8 @@ def _window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
     return left, 0 if is_causal else right
 
 
-def _offset(offset: Any, leading: tuple[int, ...]) -> tuple[int, jax.Array | None]:
-    if offset is None:
-        return 0, None
-    if isinstance(offset, numbers.Integral):
-        return int(offset), None
-    return 0, _per_entry("query_offset", offset, leading)
-
-
 def _lengths(name: str, lengths: Any, leading: tuple[int, ...]) -> jax.Array | None:
-    return None if lengths is None else _per_entry(name, lengths, leading)
-
-
-def _per_entry(name: str, values: Any, leading: tuple[int, ...]) -> jax.Array:
-    """Returns one int32 for each batch entry."""
-    values = jnp.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {values.dtype}; expected integers")
-    if values.shape != leading and values.shape != (math.prod(leading),):
-        raise ValueError(
-            f"{name} has shape {values.shape}; expected {leading}, one number for each batch entry"
-        )
-    return values.reshape(-1).astype(jnp.int32)
+    return None if lengths is None else per_entry(name, lengths, leading)
 
 
 def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]:
@@ -286,10 +294,13 @@ def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]
     return checked[0], checked[1]
 
 
-def _zero_beyond(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+def _zero_beyond(
+    x: jax.Array, lengths: jax.Array | None, positions: jax.Array | None = None
+) -> jax.Array:
     if lengths is None:
         return x
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32) if positions is None else positions
+    valid = positions < lengths[:, None]
     return jnp.where(valid[:, :, None, None], x, 0)
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from pallas_kernels import _compat
 from pallas_kernels.attention import tuning
 from pallas_kernels.attention.mask import tile_kinds
-from pallas_kernels.attention.problem import Operands, Settings, Sizes
+from pallas_kernels.attention.problem import Operands, Settings, Sizes, wide
 
 
 class ChunkedConfig(NamedTuple):
@@ -51,6 +51,7 @@ class Arranged(NamedTuple):
     q_ids: jax.Array | None  # (B, T')
     kv_ids: jax.Array | None  # (B, S')
     seeds: jax.Array | None  # (B, K, G)
+    diagonals: jax.Array | None  # (B or 1, K, G, 1, T' + S')
     kinds: jax.Array | None  # (B or 1, K or 1, G or 1, nq, nk), where the interval does not decide
 
 
@@ -153,6 +154,11 @@ def arrange(operands: Operands, blocks: Blocks) -> Arranged:
     seeds = operands.seeds
     if seeds is not None:
         seeds = seeds.reshape(size.batch, size.kv_heads, size.group)
+    diagonals = operands.diagonals
+    if diagonals is not None:
+        split = (diagonals.shape[0], size.kv_heads, size.group, 1, diagonals.shape[2])
+        widths = (-size.queries % blocks.q, -size.keys % blocks.kv + 1)
+        diagonals = jnp.pad(diagonals.reshape(split), [(0, 0)] * 4 + [widths])
     return Arranged(
         key=heads_first(operands.key, size.kv_heads, blocks.kv)[:, :, 0],
         value=heads_first(operands.value, size.kv_heads, blocks.kv)[:, :, 0],
@@ -162,8 +168,30 @@ def arrange(operands: Operands, blocks: Blocks) -> Arranged:
         q_ids=q_ids,
         kv_ids=kv_ids,
         seeds=seeds,
+        diagonals=diagonals,
         kinds=kinds,
     )
+
+
+def band(
+    x: jax.Array, blocks: Blocks, position: tuple[Any, Any, Any, Any], query_length: int
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Returns corner and size of the part of `Arranged.diagonals` that tile (b, k, i, j) reads."""
+    b, k, i, j = position
+    rows = query_length + -query_length % blocks.q
+    start = j * blocks.kv - i * blocks.q + rows - blocks.q
+    return (b, k, 0, 0, start), (blocks.batch, blocks.heads, *x.shape[2:4], blocks.q + blocks.kv)
+
+
+def bias_gradient_of(total: jax.Array, operands: Operands, blocks: Blocks) -> dict[str, jax.Array]:
+    """Returns the gradient of the bias or of the diagonals, by its name in `Gradients`."""
+    if operands.bias is not None:
+        shape = operands.bias.shape
+        total = total[..., : shape[2], : shape[3]].reshape(shape)
+        return {"bias": total.astype(operands.bias.dtype)}
+    assert operands.diagonals is not None
+    first, shape = -operands.sizes.queries % blocks.q, operands.diagonals.shape
+    return {"diagonals": total[..., first : first + shape[2]].reshape(shape)}
 
 
 def position(group: jax.Array, kv_heads: int, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
@@ -192,3 +220,21 @@ def _corner(x: jax.Array, start: tuple[Any, ...]) -> tuple[jax.Array, ...]:
     """Returns where a part of `x` begins, in one dtype also where Python numbers are 64 bits."""
     given = (*start, *(0,) * (x.ndim - len(start)))
     return tuple(jnp.asarray(0 if n == 1 else s, jnp.int32) for s, n in zip(given, x.shape))
+
+
+def keys_and_values(
+    x: Arranged, b: Any, k: Any, j: jax.Array, blocks: Blocks
+) -> tuple[jax.Array, jax.Array]:
+    """Returns a block of keys and of values, in float32 on a CPU, which multiplies nothing less."""
+    start, size = (b, k, j * blocks.kv), (blocks.batch, blocks.heads, blocks.kv)
+    keys, values = part(x.key, start, size), part(x.value, start, size)
+    if _compat.device().platform == "cpu":
+        dtype = wide(keys.dtype)
+        return keys.astype(dtype), values.astype(dtype)
+    return keys, values
+
+
+def einsum(settings: Settings, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiplies as the settings ask, into float32 or wider."""
+    dtype = wide(a.dtype)
+    return jnp.einsum(subscripts, a, b, precision=settings.precision, preferred_element_type=dtype)

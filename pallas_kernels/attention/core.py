@@ -26,7 +26,10 @@ _AXES = {
     "query_segment_ids": "bt",
     "key_value_segment_ids": "bs",
     "dense": "bnts",
+    "starts": "b",
+    "prefix_lengths": "b",
     "seeds": "bn",
+    "diagonals": "bnr",
 }
 
 
@@ -71,24 +74,26 @@ def batched(route: Route) -> Route:
         if settings.interpret not in (False, True):
             return route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
         arrays, structure = jax.tree.flatten(operands)
-        axes = _axes(operands)
-        number = 4 if bias_gradient else 3
+        axes, names = _axes(operands), _names(operands)
+        wanted = ["query", "key", "value"]
+        wanted += [x for x in ("bias", "diagonals") if bias_gradient and x in names]
+        places = [names.index(x) for x in wanted]
 
         def fn(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             operands = jax.tree.unflatten(structure, arrays[:-3])
             lse, cotangent, delta = arrays[-3:]
             results: Any = route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
-            return results[:number]
+            return tuple(getattr(results, x) for x in wanted)
 
         gradients = mapped.call(
             fn,
             (*arrays, lse, cotangent, delta),
             (*axes, "bnt", "btne", "bnt"),
-            axes[:number],
-            [x.dtype for x in arrays[:number]],
-            summed=[(i, i) for i in range(1, number)],
+            [axes[i] for i in places],
+            [arrays[i].dtype for i in places],
+            summed=[(place, i) for i, place in enumerate(places) if i > 0],
         )
-        return Gradients(*gradients)
+        return Gradients(**dict(zip(wanted, gradients)))
 
     return route._replace(forward=forward, backward=backward)
 
@@ -103,7 +108,8 @@ def differentiable(
 
 def _forward(route: Route, settings: Settings, operands: Operands) -> Any:
     # With `symbolic_zeros` every leaf comes with the news of whether its gradient is asked for.
-    bias_gradient = operands.bias is not None and operands.bias.perturbed  # pyright: ignore
+    biases: Any = (operands.bias, operands.diagonals)
+    bias_gradient = any(x is not None and x.perturbed for x in biases)
     operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, "perturbed"))
     operands = _once(operands)
     output, lse = route.forward(settings, operands)
@@ -132,11 +138,7 @@ def _backward(route: Route, settings: Settings, residuals: Any, cotangents: Any)
         share = jnp.exp(operands.sinks[:, None] - lse)
         sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(operands.sinks.dtype)
     nothing: Any = None
-    return (
-        Operands(
-            gradients.query, gradients.key, gradients.value, gradients.bias, sinks, nothing, nothing
-        ),
-    )
+    return (Operands(sinks=sinks, mask=nothing, **gradients._asdict()),)
 
 
 differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -146,9 +148,13 @@ differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 compiled = jax.jit(differentiable, static_argnums=(0, 1))
 
 
+def _names(operands: Operands) -> list[str]:
+    leaves: Any = jax.tree_util.tree_leaves_with_path(operands)
+    return [path[-1].name for path, _ in leaves]
+
+
 def _axes(operands: Operands) -> tuple[str, ...]:
-    leaves = jax.tree_util.tree_leaves_with_path(operands)
-    return tuple(_AXES[path[-1].name] for path, _ in leaves)
+    return tuple(_AXES[name] for name in _names(operands))
 
 
 def _identity(tree: Any) -> Any:

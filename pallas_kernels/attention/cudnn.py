@@ -66,8 +66,11 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
     for given, name in (
         (settings.soft_cap is not None, "soft cap"),
         (operands.sinks is not None, "sinks"),
+        (operands.diagonals is not None, "bias by rule"),
         (operands.seeds is not None, "dropout"),
         (mask.offset != 0 or mask.offsets is not None, "query offset"),
+        (mask.has_start, "first key"),
+        (mask.has_prefix, "prefix"),
         (size.head_dim != size.value_dim, "values of another head size than the keys"),
         (mask.right not in (None, 0), "keys after the query in a window"),
         (mask.left is not None and mask.right != 0, "a window that is not causal"),

@@ -36,6 +36,7 @@ from pallas_kernels.attention.decode_problem import (
 )
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.merge import merge_parts
+from pallas_kernels.attention.position_bias import Rule, diagonals_of
 from pallas_kernels.attention.problem import Operands as AttentionOperands
 from pallas_kernels.attention.problem import Settings as AttentionSettings
 
@@ -54,9 +55,13 @@ def decode_attention(
     lengths: jax.Array | Sequence[int],
     *,
     page_table: jax.Array | None = None,
-    key_scale: jax.Array | None = None,
-    value_scale: jax.Array | None = None,
+    key_scale: float | jax.Array | None = None,
+    value_scale: float | jax.Array | None = None,
     scale: float | None = None,
+    is_causal: bool = True,
+    key_value_start: int | jax.Array | Sequence[int] | None = None,
+    prefix_lengths: int | jax.Array | Sequence[int] | None = None,
+    bias: Rule | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -67,15 +72,17 @@ def decode_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends from the last T tokens of each sequence to its key/value cache.
 
-    Query i of T stands at position ``lengths - T + i`` of its sequence (the cache holds the new
-    tokens already) and sees every key up to its own position, ``local_window_size`` permitting::
+    Query i of T stands at position ``p = lengths - T + i`` of its sequence (the cache holds the new
+    tokens already) and sees every key s with ``start <= s < length`` and ``s >= p - left`` and
+    (``s <= p + right`` or ``s < prefix``), where ``right = 0`` if `is_causal`::
 
-        z = scale * (query k^T) * key_scale;   z = cap * tanh(z / cap)
-        lse = log(sum exp(z) + exp(sink));     output = sum exp(z - lse) * value_scale * v
+        z = scale * (query k^T) * key_scale + bias;   z = cap * tanh(z / cap)
+        lse = log(sum exp(z) + exp(sink));            output = sum exp(z - lse) * value_scale * v
 
-    A query whose position is negative, or whose sequence is empty, has output 0 and lse -inf (with
-    a sink, the sink). Cache entries that no query of their sequence sees may hold anything, NaN
-    included. Sums are float32, and products of float32 inputs are not rounded further.
+    A query that sees no key, as one whose position is negative or whose sequence is empty, has
+    output 0 and lse -inf (with a sink, the sink). Cache entries that no query of their sequence
+    sees may hold anything, NaN included. Sums are float32, and products of float32 inputs are not
+    rounded further.
 
     Forward only: differentiating raises `NotImplementedError`, in every implementation.
 
@@ -90,12 +97,20 @@ def decode_attention(
       page_table: Integers (B, pages_per_sequence): token s of a sequence is in row ``s %
         page_size`` of page ``page_table[b, s // page_size]``. Entries of pages that nobody sees,
         past the length or before the window, may be anything.
-      key_scale: For int8 (required) and float8 (default 1) caches, floats in the shape of
-        `key_cache` without its last axis: one for each token and head.
+      key_scale: For int8 (required) and float8 (default 1) caches, floats: in the shape of
+        `key_cache` without its last axis, one for each token and head; (K,), one for each head; or
+        one number for all.
       value_scale: As `key_scale`.
       scale: Of the scores, by default ``d ** -0.5``.
+      is_causal: Whether a query sees no key after its own position; False for tokens that see the
+        whole cache, such as an encoder's, which holds none of them.
+      key_value_start: An integer or integers (B,): the first key of each sequence, for batches with
+        padding on the left, which may hold anything.
+      prefix_lengths: An integer or integers (B,): keys that every query sees, also from before.
+      bias: A rule that gives a bias for each distance between key and position, `Alibi` or
+        `RelativePositionBias`, or None.
       local_window_size: As for `jax.nn.dot_product_attention`, a number or a pair (left, right):
-        a query sees `left` keys before its own. There is nothing to its right.
+        a query sees `left` keys before its own, and with ``is_causal=False`` `right` keys after it.
       logits_soft_cap: Positive, or None.
       sinks: Floats (N,), or None.
       num_splits: Parts that the keys of each sequence are split into, to keep all cores busy. By
@@ -112,6 +127,7 @@ def decode_attention(
 
     Raises:
       ValueError: Shapes, dtypes or options do not belong together.
+      TypeError: `bias` is no rule, or what counts keys is no integer.
       NotImplementedError: The implementation asked for cannot serve the call, or a derivative is
         taken.
 
@@ -127,7 +143,8 @@ def decode_attention(
     query = query[:, None] if one_token else query
     settings, operands = canonical(
         query, key_cache, value_cache, lengths, page_table, key_scale, value_scale, scale,
-        local_window_size, logits_soft_cap, num_splits, interpret,
+        local_window_size, logits_soft_cap, num_splits, interpret, is_causal, key_value_start,
+        prefix_lengths, bias,
     )  # fmt: skip
     n = query.shape[2]
     if sinks is not None:
@@ -167,6 +184,8 @@ def _decode(
     outputs, lses = _implementation(name).decode(settings, operands)
     (b, k, rows, _), t, dv = operands.query.shape, settings.queries, outputs.shape[-1]
     output, lse = merge_parts(outputs, lses)
+    if operands.value_head_scale is not None:
+        output *= operands.value_head_scale[:, None, None]
     group = rows // t
     output = output.reshape(b, k, t, group, dv).transpose(0, 2, 1, 3, 4)
     output = output.reshape(b, t, k * group, dv)
@@ -197,7 +216,7 @@ def _chunked(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arr
     else:
         page = operands.key.shape[1]
         block = page * min(-(-wanted // page), operands.page_table.shape[1])
-    start, stop = keys_needed(settings, operands.lengths)
+    start, stop = keys_needed(settings, operands.lengths, operands.starts)
     start, stop = jnp.min(start, initial=operands.capacity), jnp.max(stop, initial=0)
 
     def part(split: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -219,8 +238,11 @@ def _loop_over_blocks(
 ) -> tuple[jax.Array, jax.Array]:
     (b, k, rows, _), dv = operands.query.shape, operands.value.shape[3]
     query = operands.query.astype(jnp.float32) * settings.scale
-    lengths = operands.lengths[:, None]
-    needed_from, needed_to = keys_needed(settings, lengths)
+    if operands.head_scale is not None:
+        query *= operands.head_scale[:, None, None]
+    columns = (operands.lengths, operands.starts, operands.prefixes)
+    lengths, starts, prefixes = (None if x is None else x[:, None] for x in columns)
+    needed_from, needed_to = keys_needed(settings, lengths, starts)
     tokens = jnp.arange(rows, dtype=jnp.int32) // (rows // settings.queries)
     caches = (operands.key, operands.value, operands.key_scale, operands.value_scale)
     # No infinity, which the search for infinities (jax.debug_infs) would take for a mistake.
@@ -244,11 +266,15 @@ def _loop_over_blocks(
         key, value, key_scale, value_scale = blocks
         positions = origin + jnp.arange(block, dtype=jnp.int32)
         needed = (positions >= needed_from) & (positions < needed_to) & (positions >= first)
-        seen = sees(settings, lengths[..., None], tokens, positions[:, None]) & needed[..., None]
+        after = None if prefixes is None else prefixes[..., None]
+        seen = sees(settings, lengths[..., None], tokens, positions[:, None], after)
+        seen &= needed[..., None]
         # Keys are the outer axis throughout, as in the cache, so that no block is transposed.
         z = jnp.einsum("bkrd,bskd->bskr", query, key, precision="highest")
         if key_scale is not None:
             z = z * key_scale[..., None]
+        if operands.rule is not None:
+            z += _bias(settings, operands.rule, positions, lengths, k)
         if settings.soft_cap is not None:
             z = settings.soft_cap * jnp.tanh(z / settings.soft_cap)
         z = jnp.where(seen[:, :, None], z, nothing)
@@ -276,6 +302,16 @@ def _loop_over_blocks(
     return acc / total[..., None], jnp.where(empty, -jnp.inf, peak + jnp.log(total))
 
 
+def _bias(
+    settings: Settings, rule: Rule, positions: jax.Array, lengths: jax.Array, kv_heads: int
+) -> jax.Array:
+    """Returns the bias (B, block, K, R) of the keys at `positions`, for lengths (B, 1)."""
+    tokens = lengths - settings.queries + jnp.arange(settings.queries, dtype=jnp.int32)
+    bias = rule.at(positions[:, None] - tokens[:, None])  # (N, B, block, T)
+    bias = bias.reshape(kv_heads, -1, *bias.shape[1:]).transpose(2, 3, 0, 4, 1)
+    return bias.reshape(*bias.shape[:3], -1).astype(jnp.float32)
+
+
 def _block(
     cache: jax.Array, page_table: jax.Array | None, start: jax.Array, block: int
 ) -> jax.Array:
@@ -292,7 +328,8 @@ def _reference(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.A
     """Gathers and widens the whole cache and hands it to the reference of `attention`."""
     (b, k, rows, d), t = operands.query.shape, settings.queries
     capacity = operands.capacity
-    start, stop = keys_needed(settings, operands.lengths[:, None])
+    starts = None if operands.starts is None else operands.starts[:, None]
+    start, stop = keys_needed(settings, operands.lengths[:, None], starts)
     positions = jnp.arange(capacity, dtype=jnp.int32)
     needed = (positions >= start) & (positions < stop)
 
@@ -303,18 +340,27 @@ def _reference(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.A
         return jnp.where(needed[..., None, None], cache, 0)
 
     group = rows // t
-    query = operands.query.astype(jnp.float32).reshape(b, k, t, group, d)
+    query = operands.query.astype(jnp.float32)
+    if operands.head_scale is not None:
+        query *= operands.head_scale[:, None, None]
+    query = query.reshape(b, k, t, group, d)
+    diagonals = None
+    if operands.rule is not None:
+        diagonals = diagonals_of(operands.rule, t, capacity, -t, operands.lengths, jnp.float32)
     attention = AttentionOperands(
         query=query.transpose(0, 2, 1, 3, 4).reshape(b, t, k * group, d),
         key=whole(operands.key, operands.key_scale),
         value=whole(operands.value, operands.value_scale),
         mask=Mask(
             left=settings.left,
-            right=0,
+            right=settings.right,
             offset=-t,
             offsets=operands.lengths,
             key_value_lengths=operands.lengths,
+            starts=operands.starts,
+            prefix_lengths=operands.prefixes,
         ),
+        diagonals=diagonals,
     )
     output, lse = reference.attend(
         AttentionSettings(settings.scale, settings.soft_cap, precision="highest"), attention

@@ -86,7 +86,11 @@ def _batched(spec: _Call) -> Callable[..., Arrays]:
             if "b" not in spec.in_axes[i]:
                 return x
             if not in_batched[i]:
-                if x.shape[0] == 1 and spec.in_axes[i] == "bnts" and i not in differentiated:
+                if (
+                    x.shape[0] == 1
+                    and spec.in_axes[i] in ("bnts", "bnr")
+                    and i not in differentiated
+                ):
                     return x
                 x = jnp.broadcast_to(x, (axis_size, *x.shape))
             x = jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:]))
@@ -186,7 +190,10 @@ def _explicit(spec: _Call, args: Sequence[jax.Array]) -> Arrays:
         mesh=mesh,
         check_vma=False,
     )
-    return local(*(jax.sharding.reshard(x, s) for x, s in zip(args, shardings)))
+    results = list(local(*(jax.sharding.reshard(x, s) for x, s in zip(args, shardings))))
+    for i, o in spec.summed:  # a gradient lies where its primal does
+        results[o] = jax.sharding.reshard(results[o], jax.typeof(args[i]).sharding)
+    return tuple(results)
 
 
 def _with_sums(

@@ -35,6 +35,9 @@ def attend(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
     scores = scores.reshape(size.batch, size.heads, size.queries, size.keys)
     if operands.bias is not None:
         scores += operands.bias.astype(dtype)
+    if operands.diagonals is not None:
+        rows, keys = jnp.arange(size.queries)[:, None], jnp.arange(size.keys)
+        scores += operands.diagonals[:, :, keys - rows + size.queries - 1].astype(dtype)
     if settings.soft_cap is not None:
         scores = settings.soft_cap * jnp.tanh(scores / settings.soft_cap)
     seen = visible(operands.mask, size.batch, size.queries, size.keys)

@@ -305,6 +305,7 @@ class Call:
             mask.left is not None
             or mask.right is not None
             or not mask.is_static
+            or mask.has_start
             or mask.has_segments
             or any(self.size.keys % block for block in tile)
         )
@@ -313,7 +314,7 @@ class Call:
         """Returns the limits of a batch entry, inside a kernel."""
         if self.mask.is_static:
             return self.mask.static_limits(self.size.queries, self.size.keys)
-        return Limits(*(inputs["limits"][batch, i] for i in range(3)))
+        return Limits(*(inputs["limits"][batch, i] for i in range(self.mask.columns)))
 
 
 def prepare(settings: Settings, operands: Operands) -> tuple[Call, dict[str, jax.Array]]:

@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("chunked", "o / (total * (1 - settings.dropout_rate))", "o / (total)", "dropout"),
     Mutant("chunked", "dp = jnp.where(kept, dp * keep_scale, 0)", "dp = jnp.where(kept, dp, 0)", "dropout"),
     Mutant("chunked", "dropped = jnp.where(kept, p * keep_scale, 0)", "dropped = p * keep_scale", "dropout"),
-    Mutant("dropout", "(keys * _int32(0x85EBCA77)) ^ row_key", "keys ^ row_key", "dropout"),
+    Mutant("dropout", "(keys * KEY) ^ row_key", "keys ^ row_key", "dropout"),
     Mutant("dropout", "math.ceil(rate * 2**24)", "math.ceil((1 - rate) * 2**24)", "dropout"),
     # Gradients.
     Mutant("chunked", "d_scores = p * (dp - take(delta)[..., None]) * slope", "d_scores = p * (dp - take(delta)[..., None])", "soft cap"),
@@ -91,12 +91,32 @@ MUTANTS = [
     Mutant("mask", "whole &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)", "whole &= (q_low == k_low)", "sorted segments"),
     Mutant("mask", "tiles(False).any(axis=(3, 5)), tiles(True).all", "tiles(False).any(axis=(3, 5)), tiles(True).any", "dense mask"),
     Mutant("mask", "_where(last_row < query_length, _maximum(whole_start", "_where(True, _maximum(whole_start", "lengths"),
+    # Biases by rule.
+    Mutant("chunked", "z += toeplitz.tile(of_tile[..., 0, :], blocks.q, blocks.kv).astype(z.dtype)", "z += settings.scale * toeplitz.tile(of_tile[..., 0, :], blocks.q, blocks.kv)", "distances"),
+    Mutant("chunked", "toeplitz.sums(d_scores)[..., None, :]", "toeplitz.sums(d_scores[..., ::-1, :])[..., None, :]", "distances"),
+    Mutant("chunks", "start = j * blocks.kv - i * blocks.q + rows - blocks.q", "start = j * blocks.kv - i * blocks.q + query_length - blocks.q", "distances"),
+    Mutant("chunks", "start = j * blocks.kv - i * blocks.q + rows - blocks.q", "start = i * blocks.q - j * blocks.kv + rows - blocks.q", "distances"),
+    Mutant("chunks", "widths = (-size.queries % blocks.q, -size.keys % blocks.kv + 1)", "widths = (0, -size.queries % blocks.q + -size.keys % blocks.kv + 1)", "distances"),
+    Mutant("chunks", "total[..., first : first + shape[2]]", "total[..., : shape[2]]", "distances"),
+    Mutant("toeplitz", "flat[..., rows - 1 : rows - 1 + rows * (width - 1)]", "flat[..., rows : rows + rows * (width - 1)]", "distances, window, segments"),
+    Mutant("toeplitz", "[*nothing, (rows - 1, 1)]", "[*nothing, (rows, 0)]", "distances, window, segments"),
+    # First keys and prefixes.
+    Mutant("mask", "seen &= keys >= start", "seen &= keys > start", "first key"),
+    Mutant("mask", "near | (keys < prefix)", "near", "prefix"),
+    Mutant("mask", "near | (keys < prefix)", "near | (keys <= prefix)", "prefix"),
+    Mutant("mask", "else near | (keys < prefix)", "else keys < prefix", "prefix"),
+    Mutant("mask", "ends = tuple(_maximum(x, prefix) for x in ends)", "ends = tuple(ends)", "prefix"),
+    Mutant("mask", "ends = tuple(_maximum(x, prefix) for x in ends)", "ends = (ends[0], _maximum(ends[0], prefix))", "prefixes"),
+    Mutant("mask", "start = whole_start = 0 if first_key is None else first_key", "start, whole_start = (0 if first_key is None else first_key), 0", "first key"),
+    Mutant("mask", "start = _where(first_valid_key < prefix, 0, start)", "start = start", "prefix"),
+    Mutant("mask", "whole_start = _where(last_key < prefix, 0, whole_start)", "whole_start = _where(first_key < prefix, 0, whole_start)", "prefix"),
+    Mutant("mask", "every = every & (first_key >= start_of_keys)", "every = every & (last_key >= start_of_keys)", "first key"),
 ]  # fmt: skip
 
 
 def verdict(mutant: Mutant) -> str:
     """Returns "survives" if the case accepts the mutant, else "caught"."""
-    case = next(case for case in cases.CASES if case.name == mutant.case)
+    case = next(case for case in (*cases.CASES, *cases.BY_DISTANCE) if case.name == mutant.case)
     with tempfile.TemporaryDirectory() as folder:
         name = copy_of_the_package(mutant, pathlib.Path(folder))
         try:
