@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.attention import mapped
+from pallas_kernels.attention import derivatives, mapped
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
 
 # Letters of the axes of each array, as `mapped.call` reads them.
@@ -93,53 +92,26 @@ def batched(route: Route) -> Route:
     return route._replace(forward=forward, backward=backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def differentiable(
     route: Route, settings: Settings, operands: Operands
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the forward pass of `route`, with its backward pass as the derivative."""
+    """Runs the forward pass of `route`, with the derivatives that `derivatives` describes."""
     return route.forward(settings, operands)
 
 
-def _forward(route: Route, settings: Settings, operands: Operands) -> Any:
-    # With `symbolic_zeros` every leaf comes with the news of whether its gradient is asked for.
-    bias_gradient = operands.bias is not None and operands.bias.perturbed  # pyright: ignore
-    operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, "perturbed"))
-    operands = _once(operands)
-    output, lse = route.forward(settings, operands)
+# With `symbolic_zeros` the rule knows which derivatives are asked for.
+@functools.partial(differentiable.defjvp, symbolic_zeros=True)
+def _differentiable_jvp(route: Route, settings: Settings, primals: Any, tangents: Any) -> Any:
+    (operands,), (moves,) = primals, tangents
+    output, lse = differentiable(route, settings, operands)
     output = checkpoint_name(output, "attention_output")
     lse = checkpoint_name(lse, "attention_lse")
-    # A structure without arrays tells the backward pass, which is traced apart, what is asked. (An
-    # empty array would do, but crashes XLA's CPU compiler in jax 0.11.2 under `shard_map`.)
-    return (output, lse), (operands, output, lse, ((),) * bias_gradient)
-
-
-def _backward(route: Route, settings: Settings, residuals: Any, cotangents: Any) -> tuple[Operands]:
-    operands, output, lse, asked = _once(residuals)
-    d_output, d_lse = (x if isinstance(x, SymbolicZero) else _once(x) for x in cotangents)
-    bias_gradient = len(asked) == 1
-    delta = jnp.zeros(lse.shape, lse.dtype)
-    if isinstance(d_output, SymbolicZero):
-        d_output = jnp.zeros(output.shape, output.dtype)
-    else:
-        delta += jnp.einsum("btne,btne->bnt", d_output.astype(lse.dtype), output.astype(lse.dtype))
-    if not isinstance(d_lse, SymbolicZero):
-        delta -= jnp.where(lse == -jnp.inf, 0, d_lse)
-    gradients = route.backward(settings, operands, lse, d_output, delta, bias_gradient)
-    sinks = None
-    if operands.sinks is not None:
-        # A sink is a key with value 0: its probability is exp(sink - lse), and its dp is 0.
-        share = jnp.exp(operands.sinks[:, None] - lse)
-        sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(operands.sinks.dtype)
-    nothing: Any = None
-    return (
-        Operands(
-            gradients.query, gradients.key, gradients.value, gradients.bias, sinks, nothing, nothing
-        ),
+    moved = derivatives.moving(moves)
+    return (output, lse), tuple(
+        derivatives.push(route, settings, operands, output, lse, moved)
     )
 
-
-differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
 # Outside of `jit` too a call is traced once for its shapes, and `shard_map` accepts it there: by
 # itself it cannot run custom derivatives that know symbolic zeros.
@@ -150,18 +122,3 @@ def _axes(operands: Operands) -> tuple[str, ...]:
     leaves = jax.tree_util.tree_leaves_with_path(operands)
     return tuple(_AXES[path[-1].name] for path, _ in leaves)
 
-
-def _identity(tree: Any) -> Any:
-    return tree
-
-
-def _refuse(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise NotImplementedError(
-        "this implementation of attention can be differentiated once; for derivatives of its "
-        "gradient use implementation='reference'"
-    )
-
-
-_once: Any = jax.custom_jvp(_identity)
-_once.defjvp(_refuse)
