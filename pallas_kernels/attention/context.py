@@ -230,7 +230,8 @@ def _spread(method: str, route: Route, axis: Axis, layout: str) -> Route:
 
         return with_axis(axis.name, axis.size, fn, operands, *arrays)
 
-    return spread._replace(backward=backward)
+    plain = None if route.plain is None else ring(route.plain, axis, layout)
+    return spread._replace(backward=backward, plain=plain, axis_name=axis.name)
 
 
 def _all_to_all(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels._compat import vary, varying_axes
 from pallas_kernels.attention import derivatives, mapped
+from pallas_kernels.attention.mapped import Arrays
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
+from pallas_kernels.attention.tangent import PLAIN
 
 # Letters of the axes of each array, as `mapped.call` reads them.
 _AXES = {
@@ -30,11 +34,15 @@ _AXES = {
 
 
 def attend(route: Route, settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Runs `route`, differentiable once in query, key, value, bias and sinks, lse included.
+    """Runs `route`, differentiable in query, key, value, bias and sinks, lse included.
 
     Output and lse carry the names ``"attention_output"`` and ``"attention_lse"`` for checkpoint
     policies: one that saves both never runs the forward kernel twice.
     """
+    # Arguments that are equal on all devices of a `shard_map` have gradients that are summed over
+    # them, which is what the transpose of this cast does.
+    axes = varying_axes(*jax.tree.leaves(operands))
+    operands = jax.tree.map(lambda x: vary(x, axes), operands)
     call = differentiable if settings.interpret not in (False, True) else compiled
     return call(batched(route), settings, operands)
 
@@ -55,8 +63,7 @@ def batched(route: Route) -> Route:
         def fn(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
             return route.forward(settings, jax.tree.unflatten(structure, arrays))
 
-        dtypes = operands.query.dtype, wide(operands.query.dtype)
-        output, lse = mapped.call(fn, arrays, _axes(operands), ("btne", "bnt"), dtypes)
+        output, lse = _call(fn, arrays, _axes(operands), ("btne", "bnt"), _dtypes(operands))
         return output, lse
 
     def backward(
@@ -79,7 +86,7 @@ def batched(route: Route) -> Route:
             results: Any = route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
             return results[:number]
 
-        gradients = mapped.call(
+        gradients = _call(
             fn,
             (*arrays, lse, cotangent, delta),
             (*axes, "bnt", "btne", "bnt"),
@@ -89,7 +96,69 @@ def batched(route: Route) -> Route:
         )
         return Gradients(*gradients)
 
-    return route._replace(forward=forward, backward=backward)
+    def tangent(settings: Settings, operands: Operands, lse: jax.Array, moved: Any) -> Any:
+        assert route.tangent is not None
+        arrays, structure = jax.tree.flatten((operands, lse, moved))
+
+        def fn(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            assert route.tangent is not None
+            return route.tangent(settings, *jax.tree.unflatten(structure, arrays))
+
+        axes = (*_axes(operands), "bnt", *_axes(moved))
+        dtype = _dtypes(operands)[1]
+        return _call(fn, arrays, axes, ("btne", "bnt"), (dtype, dtype))
+
+    return route._replace(
+        forward=forward,
+        backward=backward,
+        tangent=None if route.tangent is None else tangent,
+        plain=None if route is PLAIN else batched(PLAIN),
+    )
+
+
+def _call(
+    fn: Callable[..., Arrays],
+    args: Sequence[jax.Array],
+    in_axes: Sequence[str],
+    out_axes: Sequence[str],
+    out_dtypes: Sequence[Any],
+    summed: Sequence[tuple[int, int]] = (),
+) -> Arrays:
+    """As `mapped.call`, differentiable in forward mode as often as `fn` is.
+
+    JAX does not differentiate a partitioned call. Its derivative is the call of the derivative.
+    """
+
+    @jax.custom_jvp
+    def run(*args: jax.Array) -> Arrays:
+        return mapped.call(fn, args, in_axes, out_axes, out_dtypes, summed)
+
+    @functools.partial(run.defjvp, symbolic_zeros=True)
+    def rule(primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+        moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+
+        def both(*arrays: jax.Array) -> Arrays:
+            here = arrays[: len(primals)]
+
+            def of(*parts: jax.Array) -> Arrays:
+                given = dict(zip(moved, parts))
+                return fn(*(given.get(i, x) for i, x in enumerate(here)))
+
+            values, moves = jax.jvp(of, tuple(here[i] for i in moved), arrays[len(primals) :])
+            return (*values, *moves)
+
+        number = len(out_axes)
+        results = _call(
+            both,
+            (*primals, *(tangents[i] for i in moved)),
+            (*in_axes, *(in_axes[i] for i in moved)),
+            (*out_axes, *out_axes),
+            (*out_dtypes, *out_dtypes),
+            (*summed, *((i, o + number) for i, o in summed)),
+        )
+        return results[:number], results[number:]
+
+    return run(*args)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -118,7 +187,14 @@ def _differentiable_jvp(route: Route, settings: Settings, primals: Any, tangents
 compiled = jax.jit(differentiable, static_argnums=(0, 1))
 
 
-def _axes(operands: Operands) -> tuple[str, ...]:
-    leaves = jax.tree_util.tree_leaves_with_path(operands)
-    return tuple(_AXES[path[-1].name] for path, _ in leaves)
+def _axes(tree: Any) -> tuple[str, ...]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return tuple(_AXES[_name(path[-1])] for path, _ in leaves)
 
+
+def _name(key: Any) -> str:
+    return key.key if isinstance(key, jax.tree_util.DictKey) else key.name
+
+
+def _dtypes(operands: Operands) -> tuple[Any, Any]:
+    return operands.query.dtype, wide(operands.query.dtype)
