@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
@@ -138,13 +139,15 @@ def _call(
         moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
 
         def both(*arrays: jax.Array) -> Arrays:
-            here = arrays[: len(primals)]
+            here, there = list(arrays[: len(primals)]), list(arrays[len(primals) :])
+            for at, i in enumerate(moved):  # under `vmap` one of the two may broadcast
+                here[i], there[at] = jnp.broadcast_arrays(here[i], there[at])
 
             def of(*parts: jax.Array) -> Arrays:
                 given = dict(zip(moved, parts))
                 return fn(*(given.get(i, x) for i, x in enumerate(here)))
 
-            values, moves = jax.jvp(of, tuple(here[i] for i in moved), arrays[len(primals) :])
+            values, moves = jax.jvp(of, tuple(here[i] for i in moved), tuple(there))
             return (*values, *moves)
 
         number = len(out_axes)
@@ -177,9 +180,7 @@ def _differentiable_jvp(route: Route, settings: Settings, primals: Any, tangents
     output = checkpoint_name(output, "attention_output")
     lse = checkpoint_name(lse, "attention_lse")
     moved = derivatives.moving(moves)
-    return (output, lse), tuple(
-        derivatives.push(route, settings, operands, output, lse, moved)
-    )
+    return (output, lse), tuple(derivatives.push(route, settings, operands, output, lse, moved))
 
 
 # Outside of `jit` too a call is traced once for its shapes, and `shard_map` accepts it there: by
