@@ -10,7 +10,7 @@ Backward, for each block of keys, over the blocks of queries that see it:
 
     p = exp(z - lse);   ds = p (dO v^T - delta);   dv += p^T dO;   dk += ds^T q;   dq += ds k
 
-The route ``"chunked"``: what a CPU runs, and what every device falls back to. Differentiable once.
+The route ``"chunked"``: what a CPU runs, and what every device falls back to.
 """
 
 from __future__ import annotations

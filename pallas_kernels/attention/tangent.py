@@ -1,7 +1,7 @@
 """Attention's tangent in plain JAX, block by block: memory linear in the length, every feature.
 
-With p = exp(z - lse) known, a movement (dq, dk, dv, dbias) of the inputs moves each row by sums over
-the keys that it sees,
+With p = exp(z - lse) known, moves (dq, dk, dv, dbias) of the inputs move each row by sums over the
+keys that it sees,
 
     ds = slope (scale (dq k^T + q dk^T) + dbias)
     mass = sum p ds;   weighted = sum p keep (ds v + dv) / (1 - rate)
@@ -123,7 +123,7 @@ def tangent(
 
 
 PLAIN = chunked.ROUTE._replace(tangent=tangent)
-"""`chunked` with its tangent: what stands in for every route where derivatives are differentiated."""
+"""`chunked` with its tangent: what differentiates the derivatives of every route."""
 
 
 def _present(x: jax.Array | None) -> tuple[jax.Array, ...]:
