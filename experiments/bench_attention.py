@@ -128,31 +128,24 @@ def speed(base: dict[str, Any], run: dict[str, Any]) -> float:
 
 
 def rows(shape: Shape, measured: dict[str, Any]) -> list[list[str]]:
-    """One line a contender: for each pass TFLOP/s, speed beside `jax.nn`'s, and memory."""
+    """One line a contender and pass: TFLOP/s, speed beside `jax.nn`'s, memory, and error."""
     lines = []
     base = measured["results"].get(BASE, {})
     for name, result in measured["results"].items():
-        line = [name]
         for which in PASSES:
             if which not in result:
-                line += [result["errors"][which][:40], "", ""]
+                lines.append([name, which, result["errors"][which][:40], "", "", ""])
                 continue
             seconds = statistics.median(result[which]["seconds"])
             ratio = f"{speed(base[which], result[which]):.2f}" if which in base else ""
             memory = result[which]["temporary_bytes"] / 1e6
-            line += [f"{flops(shape, which) / seconds / 1e12:.3g}", ratio, f"{memory:.1f}"]
-        error = result.get("error")
-        lines.append([*line, "" if error is None else f"{error:.1e}"])
+            error = f"{result['error']:.1e}" if which == "forward" else ""
+            tera = f"{flops(shape, which) / seconds / 1e12:.3g}"
+            lines.append([name, which, tera, ratio, f"{memory:.1f}", error])
     return lines
 
 
-HEADER = [
-    "code",
-    "forward TFLOP/s", "speed / jax.nn", "temporary MB",
-    "with gradient TFLOP/s", "speed / jax.nn", "temporary MB",
-    "with jvp TFLOP/s", "speed / jax.nn", "temporary MB",
-    "relative error",
-]  # fmt: skip
+HEADER = ["code", "pass", "TFLOP/s", "speed / jax.nn", "temporary MB", "relative error"]
 
 
 def picture(shapes: list[Shape], all_measured: list[dict[str, Any]]) -> bytes:

@@ -156,8 +156,10 @@ def _along(fn: Callable[[Operands], Any], direction: Named, operands: Operands) 
 
 def _plain(route: Route, settings: Settings) -> tuple[Route, Settings]:
     config = settings.config if isinstance(settings.config, ChunkedConfig) else None
-    plain = PLAIN if route.plain is None else route.plain
-    return plain, settings._replace(config=config, interpret=False)
+    settings = settings._replace(config=config, interpret=False)
+    if route.plain is not None:
+        return route.plain, settings
+    return (PLAIN if route.tangent is None else route), settings
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -266,7 +268,7 @@ def _jvp(primals: Any, tangents: Any, *, form: Form, traced: Any) -> tuple[Any, 
         summands.append(_bind(longer, known, others))
     out = form_p.bind(*primals, form=form, traced=traced)
     if not summands:
-        return out, [ad.Zero.from_primal_value(x) for x in out]
+        return out, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
     return out, [functools.reduce(ad.add_jaxvals, parts) for parts in zip(*summands)]
 
 
