@@ -160,31 +160,37 @@ def test_reverse_mode_keeps_inputs_output_and_lse(inputs):
     assert shapes == sorted([q.shape] * 4 + [(B, N, T)])
 
 
+def temporaries(program, arguments, length):
+    x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
+    lowered = cases.quick_jit(program).lower(*[x] * arguments)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
 def test_memory_grows_with_the_length_and_is_at_most_three_times_the_forward_pass():
-    def temporaries(length):
-        x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
-        fn = functools.partial(attention, is_causal=True)
+    fn = functools.partial(attention, is_causal=True)
+    found = []
+    for length in (2048, 4096):
+        forward = temporaries(fn, 3, length)
+        found.append(temporaries(lambda *x: jax.jvp(fn, x[:3], x[3:]), 6, length))
+        assert found[-1] <= 3 * forward
+    assert found[1] < 2.2 * found[0]
 
-        def gradient(*x):
-            return jax.grad(lambda *x: jnp.square(fn(*x)).sum(), (0, 1, 2))(*x)
 
-        programs = (
-            (fn, 3),
-            (lambda *x: jax.jvp(fn, x[:3], x[3:]), 6),
-            (lambda *x: jax.jvp(gradient, x[:3], x[3:])[1], 6),
-        )
-        return [
-            cases.quick_jit(program).lower(*[x] * n).compile().memory_analysis().temp_size_in_bytes
-            for program, n in programs
-        ]
+@pytest.mark.slow
+def test_memory_of_a_hessian_vector_product_grows_with_the_length():
+    def gradient(*x):
+        loss = lambda *x: jnp.square(attention(*x, is_causal=True)).sum()  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(*x)
 
-    small, large = temporaries(2048), temporaries(4096)
-    for one, two in zip(small, large):
-        assert two < 2.2 * one
-    for forward, tangent, _ in (small, large):
-        assert tangent <= 3 * forward
-    # Far below the one array of scores that any other code makes.
-    assert large[2] < 2 * 4096 * 4096 * 4
+    modes = (
+        lambda *x: jax.jvp(gradient, x[:3], x[3:])[1],
+        lambda *x: jax.vjp(gradient, *x[:3])[1](x[3:]),
+    )
+    for program in modes:
+        small, large = (temporaries(program, 6, length) for length in (2048, 4096))
+        assert large < 2.2 * small
+        # Less than one array of scores, of which code without blocks keeps several.
+        assert large < 2 * 4096 * 4096 * 4
 
 
 def test_only_what_moves_is_computed(inputs):
@@ -347,7 +353,7 @@ def test_sharding_over_batch_and_heads_gathers_nothing(inputs, kind):
     assert "collective-permute" not in program
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_shard_map_over_the_batch_with_keys_of_all_devices(inputs, check_vma):
     q, k, v, *t = inputs
     x, t = (q, k[:1], v[:1]), (t[0], t[1][:1], t[2][:1])
@@ -360,13 +366,14 @@ def test_shard_map_over_the_batch_with_keys_of_all_devices(inputs, check_vma):
     assert_close(cases.quick_jit(both_orders(local))(x, t), want, 1e-4)
 
 
-def test_checkpoint_policies(inputs):
+@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_checkpoints(inputs, saved):
     x, t = inputs[:3], inputs[3:]
-    named = jax.checkpoint_policies.save_only_these_names("attention_output", "attention_lse")
-    want = cases.quick_jit(both_orders(plain))(x, t)
-    for policy in (named, jax.checkpoint_policies.nothing_saveable):
-        got = cases.quick_jit(both_orders(jax.checkpoint(ours, policy=policy)))(x, t)
-        assert_close(got, want, 1e-4)
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names("attention_output", "attention_lse")
+    fn = jax.checkpoint(ours, policy=policy if saved else policies.nothing_saveable)
+    got = cases.quick_jit(both_orders(fn))(x, t)
+    assert_close(got, cases.quick_jit(both_orders(plain))(x, t), 1e-4)
 
 
 @pytest.mark.slow
@@ -401,15 +408,24 @@ def test_float64_and_strict_promotion(inputs):
 
 
 @pytest.mark.parametrize("name", ["triton", pytest.param("mosaic_tpu", marks=pytest.mark.slow)])
-def test_kernels_in_an_interpreter(name):
+def test_tangents_of_kernels_in_an_interpreter(name):
     # The kernel runs forward; what JAX does to it is the same for all of them.
     case = cases.Case(name, queries=64, keys=64, right=0)
     route = pytest.importorskip(f"pallas_kernels.attention.{name}").ROUTE
-    problem, fn, x, direction = built(case, route, interpret=True, config=None)
+    _, fn, x, direction = built(case, route, interpret=True, config=None)
     got = cases.quick_jit(functools.partial(tangent_cases.tangents, fn))(x, direction)
     tangent_cases.check(case, got, tangent_cases.expected(case))
-    loss = tangent_cases.loss_of(fn, problem)
-    product = functools.partial(tangent_cases.forward_over_reverse, loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["triton", "mosaic_tpu"])
+def test_second_derivatives_of_kernels_in_an_interpreter(name):
+    case = cases.Case(name, queries=64, keys=64, right=0)
+    route = pytest.importorskip(f"pallas_kernels.attention.{name}").ROUTE
+    problem, fn, x, direction = built(case, route, interpret=True, config=None)
+    product = functools.partial(
+        tangent_cases.forward_over_reverse, tangent_cases.loss_of(fn, problem)
+    )
     got = cases.quick_jit(product)(x, direction)
     tangent_cases.check(case, got, tangent_cases.expected(case, second=True))
 
