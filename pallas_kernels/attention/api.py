@@ -137,6 +137,11 @@ def attention(
     has output 0, gradient 0 and lse -inf**; `jax.nn` averages all values there, padding included,
     and other kernels disagree with it and with each other.
 
+    Query, key, value, bias and sinks can be differentiated in forward and reverse mode and in both
+    together, to any order: `jax.jvp`, `jax.linearize`, Hessian-vector products, `jax.grad` of
+    either. Memory stays linear in the length. What is not the forward pass of a kernel or its
+    gradient runs as ``"chunked"``, plain JAX, on every device.
+
     Args:
       query: (B, T, N, d), or (T, N, d), or with several batch axes. Any floating dtype.
       key: (B, S, K, d) of the same dtype; K divides N, query head n uses key head n // (N / K).
@@ -175,8 +180,8 @@ def attention(
       implementation: None takes the fastest route that serves the call here. Or the name of one,
         ``"mosaic_gpu"``, ``"mosaic_tpu"``, ``"triton"``, ``"cudnn"``, ``"chunked"`` or
         ``"reference"``, or a sequence of them, of which the first that can serve is taken.
-        ``"reference"`` is the plain definition: O(T S) memory, differentiable any number of times
-        and in forward mode. All others are differentiable once.
+        ``"reference"`` is the plain definition, with O(T S) memory in all its derivatives.
+        ``"cudnn"`` can be differentiated once, in reverse.
       config: Block sizes of the named route, such as `ChunkedConfig`; by default from its table.
       interpret: True, or the parameters of an interpreter, runs a Pallas route on any device.
 
@@ -203,6 +208,16 @@ def attention(
       ...     return_residual=True)
       >>> lse.shape
       (2, 128, 4)
+
+      How the output moves with the queries, and a Hessian-vector product of a loss:
+
+      >>> def loss(q):
+      ...     return jnp.square(pallas_kernels.attention(q, k, v, is_causal=True)).sum()
+      >>> _, slope = jax.jvp(loss, (q,), (v,))
+      >>> jnp.allclose(slope, jnp.vdot(jax.grad(loss)(q), v), rtol=1e-4)
+      Array(True, dtype=bool)
+      >>> jax.jvp(jax.grad(loss), (q,), (v,))[1].shape
+      (2, 128, 4, 64)
 
     References:
       Dao et al., *FlashAttention* (`arXiv 2205.14135 <https://arxiv.org/abs/2205.14135>`_); Rabe

@@ -10,7 +10,7 @@ Backward, for each block of keys, over the blocks of queries that see it:
 
     p = exp(z - lse);   ds = p (dO v^T - delta);   dv += p^T dO;   dk += ds^T q;   dq += ds k
 
-The route ``"chunked"``: what a CPU runs, and what every device falls back to. Differentiable once.
+The route ``"chunked"``: what a CPU runs, and what every device falls back to.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
         rows = part(query, (b, q0, k * size.group), (blocks.batch, blocks.q, heads))
         rows = heads_first(rows, blocks.heads, blocks.q)
         limits = part(x.limits, (b,), (blocks.batch,))
-        span = _widest(keys_of_rows(operands.mask, Limits(*limits.T), q0, q0 + blocks.q - 1))
+        span = widest(keys_of_rows(operands.mask, Limits(*limits.T), q0, q0 + blocks.q - 1))
 
         def tile(j: jax.Array, carry: Any, hides: bool) -> tuple[Any, None]:
             m, total, o = carry
             keys, values = keys_and_values(x, b, k, j, blocks)
-            z, _, _, kept = _scores(settings, operands, x, blocks, rows, keys, (b, k, i, j), hides)
+            z, _, _, kept = scores(settings, operands, x, blocks, rows, keys, (b, k, i, j), hides)
             m_new = jnp.maximum(m, z.max(axis=-1))
             shift = jnp.where(m_new == -jnp.inf, 0, m_new)
             a = jnp.exp(m - shift)
@@ -110,8 +110,8 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
             m, total = jnp.broadcast_to(sink, shape), jnp.ones(shape, dtype)
         carry = m, total, jnp.zeros((*shape, size.value_dim), dtype)
         carry = tuple(_compat.vary_like(c, *jax.tree.leaves(operands)) for c in carry)
-        kind = functools.partial(_kind, x, blocks, span, b, k, i)
-        (m, total, o), _ = _over_tiles(
+        kind = functools.partial(tile_kind, x, blocks, span, b, k, i)
+        (m, total, o), _ = over_tiles(
             tile, kind, span, blocks.kv, x.key.shape[2], carry, skips=x.kinds is not None
         )
         empty = total == 0
@@ -157,14 +157,14 @@ def backward(
         def key_step(totals: Any, j: jax.Array) -> tuple[Any, Any]:
             k0 = j * blocks.kv
             keys, values = keys_and_values(x, b, k, j, blocks)
-            span = _widest(rows_of_keys(operands.mask, Limits(*limits.T), k0, k0 + blocks.kv - 1))
+            span = widest(rows_of_keys(operands.mask, Limits(*limits.T), k0, k0 + blocks.kv - 1))
 
             def tile(i: jax.Array, carry: Any, hides: bool) -> Any:
                 d_key, d_value = carry
                 q0 = i * blocks.q
                 take = lambda a: part(a, (b, k, 0, q0), (*per_step, blocks.q))  # noqa: E731
                 rows, d_o = take(query), take(cotangent).astype(compute)
-                z, slope, seen, kept = _scores(
+                z, slope, seen, kept = scores(
                     settings, operands, x, blocks, rows, keys, (b, k, i, j), hides
                 )
                 p = jnp.exp(z - take(lse)[..., None])
@@ -195,8 +195,8 @@ def backward(
 
             d_key, d_value = (jnp.zeros(a.mT.shape, lse.dtype) for a in (keys, values))
             d_key, d_value = (_compat.vary_like(a, *varying) for a in (d_key, d_value))
-            kind = functools.partial(_kind, x, blocks, span, b, k, swap=j)
-            (d_key, d_value), totals = _over_tiles(
+            kind = functools.partial(tile_kind, x, blocks, span, b, k, swap=j)
+            (d_key, d_value), totals = over_tiles(
                 tile,
                 kind,
                 span,
@@ -244,7 +244,7 @@ def refusal(settings: Settings, operands: Operands, device: _compat.Device) -> s
 ROUTE = Route("chunked", forward, backward, refusal, ChunkedConfig, choices)
 
 
-def _scores(
+def scores(
     settings: Settings,
     operands: Operands,
     x: Arranged,
@@ -292,13 +292,13 @@ def _scores(
     return _Tile(z, slope, seen, kept)
 
 
-def _widest(span: Span) -> Span:
+def widest(span: Span) -> Span:
     """Joins the spans of several batch entries: what some needs, and what is whole for all."""
     start, stop, whole_start, whole_stop = (jnp.asarray(x, jnp.int32) for x in span)
     return Span(start.min(), stop.max(), whole_start.max(), whole_stop.min())
 
 
-def _kind(
+def tile_kind(
     x: Arranged,
     blocks: Blocks,
     span: Span,
@@ -323,7 +323,7 @@ def _kind(
     return jnp.where(whole, WHOLE, PARTIAL)
 
 
-def _over_tiles(
+def over_tiles(
     tile: Any,
     kind: Any,
     span: Span,

@@ -124,9 +124,11 @@ def ring_attention(
       N, and n must divide K or K divide n; in the second case each key/value head goes to n / K
       devices, and as many times more elements of key and value are sent.
 
-    Between the passes a device keeps query, key, value, output and lse of its slice. With sinks
-    that are the same on all devices, differentiating outside of the mapped function gives their
-    whole gradient; inside of a `shard_map` without its check, each device finds its own share.
+    Between the passes a device keeps query, key, value, output and lse of its slice. All methods
+    have the derivatives of `attention`, forward mode and second ones included; tangents of keys and
+    values travel along with them. With sinks that are the same on all devices, differentiating
+    outside of the mapped function gives their whole gradient; inside of a `shard_map` without its
+    check, each device finds its own share.
 
     Args:
       query: (B, T / n, N, d), floating; any number of leading axes in place of B.
@@ -254,7 +256,8 @@ def _spread(method: str, route: Route, axis: Axis, layout: str) -> Route:
 
         return with_axis(axis.name, axis.size, fn, operands, *arrays)
 
-    return spread._replace(backward=backward)
+    plain = None if route.plain is None else ring(route.plain, axis, layout)
+    return spread._replace(backward=backward, plain=plain, axis_name=axis.name)
 
 
 def _all_to_all(

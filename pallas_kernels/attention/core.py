@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.attention import mapped
+from pallas_kernels._compat import vary, varying_axes
+from pallas_kernels.attention import derivatives, mapped
+from pallas_kernels.attention.mapped import Arrays
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
+from pallas_kernels.attention.tangent import PLAIN
 
 # Letters of the axes of each array, as `mapped.call` reads them.
 _AXES = {
@@ -34,11 +38,15 @@ _AXES = {
 
 
 def attend(route: Route, settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Runs `route`, differentiable once in query, key, value, bias and sinks, lse included.
+    """Runs `route`, differentiable in query, key, value, bias and sinks, lse included.
 
     Output and lse carry the names ``"attention_output"`` and ``"attention_lse"`` for checkpoint
     policies: one that saves both never runs the forward kernel twice.
     """
+    # Arguments that are equal on all devices of a `shard_map` have gradients that are summed over
+    # them, which is what the transpose of this cast does.
+    axes = varying_axes(*jax.tree.leaves(operands))
+    operands = jax.tree.map(lambda x: vary(x, axes), operands)
     call = differentiable if settings.interpret not in (False, True) else compiled
     return call(batched(route), settings, operands)
 
@@ -59,8 +67,7 @@ def batched(route: Route) -> Route:
         def fn(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
             return route.forward(settings, jax.tree.unflatten(structure, arrays))
 
-        dtypes = operands.query.dtype, wide(operands.query.dtype)
-        output, lse = mapped.call(fn, arrays, _axes(operands), ("btne", "bnt"), dtypes)
+        output, lse = _call(fn, arrays, _axes(operands), ("btne", "bnt"), _dtypes(operands))
         return output, lse
 
     def backward(
@@ -85,7 +92,7 @@ def batched(route: Route) -> Route:
             results: Any = route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
             return tuple(getattr(results, x) for x in wanted)
 
-        gradients = mapped.call(
+        gradients = _call(
             fn,
             (*arrays, lse, cotangent, delta),
             (*axes, "bnt", "btne", "bnt"),
@@ -95,79 +102,109 @@ def batched(route: Route) -> Route:
         )
         return Gradients(**dict(zip(wanted, gradients)))
 
-    return route._replace(forward=forward, backward=backward)
+    def tangent(settings: Settings, operands: Operands, lse: jax.Array, moved: Any) -> Any:
+        assert route.tangent is not None
+        arrays, structure = jax.tree.flatten((operands, lse, moved))
+
+        def fn(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            assert route.tangent is not None
+            return route.tangent(settings, *jax.tree.unflatten(structure, arrays))
+
+        axes = (*_axes(operands), "bnt", *_axes(moved))
+        dtype = _dtypes(operands)[1]
+        return _call(fn, arrays, axes, ("btne", "bnt"), (dtype, dtype))
+
+    return route._replace(
+        forward=forward,
+        backward=backward,
+        tangent=None if route.tangent is None else tangent,
+        plain=None if route is PLAIN else batched(PLAIN),
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _call(
+    fn: Callable[..., Arrays],
+    args: Sequence[jax.Array],
+    in_axes: Sequence[str],
+    out_axes: Sequence[str],
+    out_dtypes: Sequence[Any],
+    summed: Sequence[tuple[int, int]] = (),
+) -> Arrays:
+    """As `mapped.call`, differentiable in forward mode as often as `fn` is.
+
+    JAX does not differentiate a partitioned call. Its derivative is the call of the derivative.
+    """
+
+    @jax.custom_jvp
+    def run(*args: jax.Array) -> Arrays:
+        return mapped.call(fn, args, in_axes, out_axes, out_dtypes, summed)
+
+    @functools.partial(run.defjvp, symbolic_zeros=True)
+    def rule(primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+        moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+
+        def both(*arrays: jax.Array) -> Arrays:
+            here, there = list(arrays[: len(primals)]), list(arrays[len(primals) :])
+            for at, i in enumerate(moved):  # under `vmap` one of the two may broadcast
+                here[i], there[at] = jnp.broadcast_arrays(here[i], there[at])
+
+            def of(*parts: jax.Array) -> Arrays:
+                given = dict(zip(moved, parts))
+                return fn(*(given.get(i, x) for i, x in enumerate(here)))
+
+            values, moves = jax.jvp(of, tuple(here[i] for i in moved), tuple(there))
+            return (*values, *moves)
+
+        number = len(out_axes)
+        results = _call(
+            both,
+            (*primals, *(tangents[i] for i in moved)),
+            (*in_axes, *(in_axes[i] for i in moved)),
+            (*out_axes, *out_axes),
+            (*out_dtypes, *out_dtypes),
+            (*summed, *((i, o + number) for i, o in summed)),
+        )
+        return results[:number], results[number:]
+
+    return run(*args)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def differentiable(
     route: Route, settings: Settings, operands: Operands
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the forward pass of `route`, with its backward pass as the derivative."""
+    """Runs the forward pass of `route`, with the derivatives that `derivatives` describes."""
     return route.forward(settings, operands)
 
 
-def _forward(route: Route, settings: Settings, operands: Operands) -> Any:
-    # With `symbolic_zeros` every leaf comes with the news of whether its gradient is asked for.
-    biases: Any = (operands.bias, operands.diagonals)
-    bias_gradient = any(x is not None and x.perturbed for x in biases)
-    operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, "perturbed"))
-    operands = _once(operands)
-    output, lse = route.forward(settings, operands)
+# With `symbolic_zeros` the rule knows which derivatives are asked for.
+@functools.partial(differentiable.defjvp, symbolic_zeros=True)
+def _differentiable_jvp(route: Route, settings: Settings, primals: Any, tangents: Any) -> Any:
+    (operands,), (moves,) = primals, tangents
+    output, lse = differentiable(route, settings, operands)
     output = checkpoint_name(output, "attention_output")
     lse = checkpoint_name(lse, "attention_lse")
-    # A structure without arrays tells the backward pass, which is traced apart, what is asked. (An
-    # empty array would do, but crashes XLA's CPU compiler in jax 0.11.2 under `shard_map`.)
-    return (output, lse), (operands, output, lse, ((),) * bias_gradient)
+    moved = derivatives.moving(moves)
+    return (output, lse), tuple(derivatives.push(route, settings, operands, output, lse, moved))
 
-
-def _backward(route: Route, settings: Settings, residuals: Any, cotangents: Any) -> tuple[Operands]:
-    operands, output, lse, asked = _once(residuals)
-    d_output, d_lse = (x if isinstance(x, SymbolicZero) else _once(x) for x in cotangents)
-    bias_gradient = len(asked) == 1
-    delta = jnp.zeros(lse.shape, lse.dtype)
-    if isinstance(d_output, SymbolicZero):
-        d_output = jnp.zeros(output.shape, output.dtype)
-    else:
-        delta += jnp.einsum("btne,btne->bnt", d_output.astype(lse.dtype), output.astype(lse.dtype))
-    if not isinstance(d_lse, SymbolicZero):
-        delta -= jnp.where(lse == -jnp.inf, 0, d_lse)
-    gradients = route.backward(settings, operands, lse, d_output, delta, bias_gradient)
-    sinks = None
-    if operands.sinks is not None:
-        # A sink is a key with value 0: its probability is exp(sink - lse), and its dp is 0.
-        share = jnp.exp(operands.sinks[:, None] - lse)
-        sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(operands.sinks.dtype)
-    nothing: Any = None
-    return (Operands(sinks=sinks, mask=nothing, **gradients._asdict()),)
-
-
-differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
 # Outside of `jit` too a call is traced once for its shapes, and `shard_map` accepts it there: by
 # itself it cannot run custom derivatives that know symbolic zeros.
 compiled = jax.jit(differentiable, static_argnums=(0, 1))
 
 
-def _names(operands: Operands) -> list[str]:
-    leaves: Any = jax.tree_util.tree_leaves_with_path(operands)
-    return [path[-1].name for path, _ in leaves]
+def _names(tree: Any) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [_name(path[-1]) for path, _ in leaves]
 
 
-def _axes(operands: Operands) -> tuple[str, ...]:
-    return tuple(_AXES[name] for name in _names(operands))
+def _axes(tree: Any) -> tuple[str, ...]:
+    return tuple(_AXES[name] for name in _names(tree))
 
 
-def _identity(tree: Any) -> Any:
-    return tree
+def _name(key: Any) -> str:
+    return key.key if isinstance(key, jax.tree_util.DictKey) else key.name
 
 
-def _refuse(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise NotImplementedError(
-        "this implementation of attention can be differentiated once; for derivatives of its "
-        "gradient use implementation='reference'"
-    )
-
-
-_once: Any = jax.custom_jvp(_identity)
-_once.defjvp(_refuse)
+def _dtypes(operands: Operands) -> tuple[Any, Any]:
+    return operands.query.dtype, wide(operands.query.dtype)

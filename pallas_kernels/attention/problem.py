@@ -97,6 +97,15 @@ class Route(NamedTuple):
     `refusal(settings, operands, device)` returns why the call cannot be served, or None. Operands
     may be tracers or `jax.ShapeDtypeStruct`; under `settings.interpret` any device serves.
 
+    `tangent(settings, operands, lse, moved)` returns ``(weighted, mass)``, how `moved`, tangents of
+    query, key, value and bias by name, move each row: the sums of `tangent.py`, (B, T, N, dv) and
+    (B, N, T), in float32 or wider. Only routes in plain JAX have one.
+
+    `plain` is a route in plain JAX with a tangent, whose functions stand in for this one's where
+    derivatives are differentiated; None for that of `chunked`.
+
+    `axis_name` is the mapped axis over which the route communicates, if it does.
+
     `choices(operands)` returns what `--tune` tries for each kernel on the device that is compiled
     for: configs that the route accepts for these operands.
     """
@@ -110,3 +119,6 @@ class Route(NamedTuple):
     refusal: Callable[[Settings, Operands, Device], str | None]
     config_type: type | None = None  # what `Settings.config` may be
     choices: Callable[[Operands], tuple[Any, ...]] = lambda operands: ()  # of `tuning.Choice`
+    tangent: Callable[[Settings, Operands, jax.Array, Any], tuple[Any, Any]] | None = None
+    plain: Route | None = None
+    axis_name: Hashable = None

@@ -1,4 +1,4 @@
-"""Attention as its definition reads: O(T S) memory, differentiable any number of times.
+"""Attention as its definition reads: O(T S) memory.
 
     z = scale q k^T + bias;   z = cap tanh(z / cap);   z = -inf where masked
     p = exp(z - lse);   output = (p * keep / (1 - rate)) v

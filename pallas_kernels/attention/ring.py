@@ -49,7 +49,17 @@ def ring(route: Route, axis: Axis, layout: str) -> Route:
         job = Job.of(route, axis, layout, settings, operands)
         return _backward(job, Rows(lse, cotangent, delta, asked))
 
-    return Route(f"ring of {route.name}", forward, backward, route.refusal)
+    def tangent(settings: Settings, operands: Operands, lse: Any, moved: Any) -> Any:
+        return _tangent(Job.of(route, axis, layout, settings, operands), lse, moved)
+
+    return Route(
+        f"ring of {route.name}",
+        forward,
+        backward,
+        route.refusal,
+        tangent=None if route.tangent is None else tangent,
+        axis_name=axis.name,
+    )
 
 
 class Axis(NamedTuple):
@@ -132,20 +142,25 @@ class Job(NamedTuple):
 
 
 def _forward(job: Job) -> tuple[jax.Array, jax.Array]:
+    return finish(job, _around(job, job.held, no_attention(job), add_attention))
+
+
+def _around(job: Job, held: Any, total: Any, add: Callable[..., Any]) -> Any:
+    """Returns `total` after ``add(job, plan, step, held, total)`` of every device's `held`."""
     work = _schedule(job)
-    following = job.pass_on(job.held) if work.last > 0 else job.held
-    total = add_attention(job, work.local, 0, job.held, no_attention(job))
+    following = job.pass_on(held) if work.last > 0 else held
+    total = add(job, work.local, 0, held, total)
 
     def step(t: Any, carry: Any) -> Any:
         total, held = carry
         following = job.pass_on(held)  # issued before the work, which does not wait for it
-        return add_attention(job, work.remote, t, held, total), following
+        return add(job, work.remote, t, held, total), following
 
     if work.last > 1:
         total, following = lax.fori_loop(1, work.last, step, (total, following))
     if work.last > 0:
-        total = add_attention(job, work.remote, work.last, following, total)
-    return finish(job, total)
+        total = add(job, work.remote, work.last, following, total)
+    return total
 
 
 def _backward(job: Job, rows: Rows) -> Gradients:
@@ -167,6 +182,42 @@ def _backward(job: Job, rows: Rows) -> Gradients:
         own, d_held, _ = step(work.last, carry, is_last=True)
         d_held = job.pass_on(d_held, distance=job.axis.size - work.last)
     return cast(job, own, *d_held)
+
+
+def _tangent(job: Job, lse: jax.Array, moved: dict[str, jax.Array]) -> tuple[Any, Any]:
+    """Returns the sums of a route's tangent over all keys; the keys' tangents travel with them."""
+    size, tangent = job.operands.sizes, job.route.tangent
+    assert tangent is not None
+    weighted = job.constant((size.batch, size.queries, size.heads, size.value_dim), lse.dtype)
+    mass = job.constant(lse.shape, lse.dtype)
+
+    def add(job: Job, plan: layouts.Plan, step: Any, carried: Any, total: Any) -> Any:
+        held, d_held = carried
+
+        def branch(calls: tuple[layouts.Call, ...], pair: Pair) -> Callable[..., Any]:
+            def fn(weighted: jax.Array, mass: jax.Array) -> Any:
+                for call in calls:
+                    moves = {k: x[:, call.keys] for k, x in d_held.items()}
+                    if "query" in moved:
+                        moves["query"] = moved["query"][:, call.rows]
+                    if "diagonals" in moved:
+                        moves["diagonals"] = _band(job, call, pair).read(moved["diagonals"])
+                    found = tangent(
+                        job.settings,
+                        _slice(job, held, call, pair),
+                        lse[:, :, call.rows],
+                        moves,
+                    )
+                    weighted = weighted.at[:, call.rows].add(found[0])
+                    mass = mass.at[:, :, call.rows].add(found[1])
+                return weighted, mass
+
+            return fn
+
+        return _take_branch(job, plan, step, branch, *total)
+
+    d_held = {name: moved[name] for name in ("key", "value") if name in moved}
+    return _around(job, (job.held, d_held), (weighted, mass), add)
 
 
 def _schedule(job: Job) -> layouts.Schedule:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pallas_kernels
-from tests.pallas_kernels.attention import cases
+from tests.pallas_kernels.attention import cases, tangent_cases
 
 PACKAGE = pathlib.Path(pallas_kernels.__file__).parent
 CONFIGS = {"chunked": {"block_q": 48, "block_kv": 40, "tile": 1}}
@@ -34,6 +35,7 @@ class Mutant:
     new: str
     case: str
     route: str = "chunked"
+    check: str = "gradient"  # or "tangent", or "second"
 
     def __str__(self) -> str:
         return f"{self.file}: {self.old.strip()}  ->  {self.new.strip()}"
@@ -73,9 +75,27 @@ MUTANTS = [
     Mutant("chunked", "(b, q0, k * size.group)", "(b, q0, k)", "grouped heads"),
     Mutant("chunked", "(b, k, 0, q0, k0))", "(b, k, 0, q0, 0))", "bias of keys"),
     Mutant("chunks", "tile = tile.sum(axis=axes, keepdims=True)", "tile = tile.mean(axis=axes, keepdims=True)", "bias of heads"),
-    Mutant("core", "delta -= jnp.where(lse == -jnp.inf, 0, d_lse)", "delta += jnp.where(lse == -jnp.inf, 0, d_lse)", "plain"),
-    Mutant("core", "share = jnp.exp(operands.sinks[:, None] - lse)", "share = operands.sinks[:, None] - lse", "sinks"),
-    Mutant("core", "sinks = -jnp.sum(share * delta", "sinks = jnp.sum(share * delta", "sinks"),
+    Mutant("derivatives", "delta -= jnp.where(lse == -jnp.inf, 0, d_lse)", "delta += jnp.where(lse == -jnp.inf, 0, d_lse)", "plain"),
+    Mutant("derivatives", "return jnp.exp(sinks[:, None] - jnp", "return (sinks[:, None] - jnp", "sinks"),
+    Mutant("derivatives", "= -jnp.sum(share * delta", "= jnp.sum(share * delta", "sinks"),
+    # Tangents.
+    Mutant("tangent", "ds = p * ds * slope", "ds = p * ds", "soft cap", check="tangent"),
+    Mutant("tangent", "ds = p * ds * slope", "ds = ds * slope", "plain", check="tangent"),
+    Mutant("tangent", "jnp.where(kept, ds, 0), jnp.where(kept, p, 0)", "jnp.where(kept, ds, 0), p", "dropout", check="tangent"),
+    Mutant("tangent", "jnp.where(kept, ds, 0), jnp.where(kept, p, 0)", "ds, jnp.where(kept, p, 0)", "dropout", check="tangent"),
+    Mutant("tangent", "            mass += ds.sum(axis=-1)\n            if kept is not None:\n                ds, p = jnp.where(kept, ds, 0), jnp.where(kept, p, 0)\n", "            if kept is not None:\n                ds, p = jnp.where(kept, ds, 0), jnp.where(kept, p, 0)\n            mass += ds.sum(axis=-1)\n", "dropout", check="tangent"),
+    Mutant("tangent", "weighted / (1 - settings.dropout_rate)", "weighted", "dropout", check="tangent"),
+    Mutant("tangent", "lse = jnp.where(lse == -jnp.inf, 0, lse)", "lse = lse", "negative offset leaves empty rows", check="tangent"),
+    Mutant("tangent", 'settings.scale * precise("bkgtd,bksd->bkgts", d_row, keys)', 'precise("bkgtd,bksd->bkgts", d_row, keys)', "plain", check="tangent"),
+    Mutant("tangent", 'settings.scale * precise("bkgtd,bksd->bkgts", row, d_keys)', 'precise("bkgtd,bksd->bkgts", row, d_keys)', "plain", check="tangent"),
+    Mutant("tangent", "(b, k, 0, q0, j * blocks.kv), p.shape", "(b, k, 0, q0, 0), p.shape", "bias of keys", check="tangent"),
+    Mutant("tangent", "(b, k, 0, q0), (blocks.batch", "(b, 0, 0, q0), (blocks.batch", "grouped heads", check="tangent"),
+    Mutant("tangent", "a = part(a, (b, q0, k * size.group)", "a = part(a, (b, q0, k)", "grouped heads", check="tangent"),
+    Mutant("tangent", 'moved.get("value", operands.value)', "operands.value", "plain", check="tangent"),
+    Mutant("derivatives", "(weighted - by_mass)", "(weighted)", "plain", check="tangent"),
+    Mutant("derivatives", "mass += _share_of_sinks", "mass -= _share_of_sinks", "sinks", check="tangent"),
+    Mutant("derivatives", "return (output, lse), _tangent(route, settings, operands, output, lse, moved)", "return (output, lse), (jnp.zeros_like(output), jnp.zeros_like(lse))", "plain", check="second"),
+    Mutant("derivatives", "    if moved:\n        longer", "    if moved and form.cotangent is None:\n        longer", "plain", check="second"),
     # The mask.
     Mutant("mask", "seen &= distance <= mask.right", "seen &= distance < mask.right", "causal"),
     Mutant("mask", "seen &= distance >= -mask.left", "seen &= distance > -mask.left", "window"),
@@ -120,14 +140,14 @@ def verdict(mutant: Mutant) -> str:
     with tempfile.TemporaryDirectory() as folder:
         name = copy_of_the_package(mutant, pathlib.Path(folder))
         try:
-            check(name, mutant.route, case)
+            check(name, mutant.route, case, mutant.check)
         except (AssertionError, ValueError, TypeError):
             return "caught"
         return "survives"
 
 
-def check(package: str, route: str, case: cases.Case) -> None:
-    """Checks `case` on a route of the package called `package`."""
+def check(package: str, route: str, case: cases.Case, kind: str = "gradient") -> None:
+    """Checks `case` on a route of the package called `package`: its `kind` of derivative."""
     core, mask, problem, module = (
         importlib.import_module(f"{package}.attention.{name}")
         for name in ("core", "mask", "problem", route)
@@ -141,7 +161,18 @@ def check(package: str, route: str, case: cases.Case) -> None:
     config: Any = module.ROUTE.config_type(**CONFIGS[route])
     settings = problem.Settings(**(settings._asdict() | {"config": config}))
     built = cases.Problem(settings, operands, cotangents)
-    cases.check(case, cases.run(lambda x: core.attend(module.ROUTE, settings, x), built))
+    attend = functools.partial(core.attend, module.ROUTE, settings)
+    if kind == "gradient":
+        cases.check(case, cases.run(attend, built))
+        return
+    fn, x = tangent_cases.function(attend, built), tangent_cases.primals(built)
+    if kind == "tangent":
+        find = functools.partial(tangent_cases.tangents, fn)
+    else:
+        loss = tangent_cases.loss_of(fn, built)
+        find = functools.partial(tangent_cases.forward_over_reverse, loss)
+    got = cases.quick_jit(find)(x, tangent_cases.directions(built))
+    tangent_cases.check(case, got, tangent_cases.expected(case, second=kind == "second"))
 
 
 def mutated_source(mutant: Mutant) -> tuple[pathlib.Path, str]:
