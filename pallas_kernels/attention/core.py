@@ -180,11 +180,11 @@ def differentiable(
 # With `symbolic_zeros` the rule knows which derivatives are asked for.
 @functools.partial(differentiable.defjvp, symbolic_zeros=True)
 def _differentiable_jvp(route: Route, settings: Settings, primals: Any, tangents: Any) -> Any:
-    (operands,), (moves,) = primals, tangents
+    (operands,), (d_operands,) = primals, tangents
     output, lse = differentiable(route, settings, operands)
     output = checkpoint_name(output, "attention_output")
     lse = checkpoint_name(lse, "attention_lse")
-    moved = derivatives.moving(moves)
+    moved = derivatives.moves(d_operands)
     return (output, lse), tuple(derivatives.push(route, settings, operands, output, lse, moved))
 
 

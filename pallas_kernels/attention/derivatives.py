@@ -33,9 +33,18 @@ from pallas_kernels.attention.problem import Operands, Route, Settings
 from pallas_kernels.attention.tangent import PLAIN
 
 MOVABLE = ("query", "key", "value", "bias", "sinks", "diagonals")
-RESULTS = ("output", "lse")
 
 Named = Mapping[str, jax.Array]
+
+
+class Results(NamedTuple):
+    """What attention returns, or how it moves."""
+
+    output: jax.Array
+    lse: jax.Array
+
+
+RESULTS = Results._fields
 
 
 class Level(NamedTuple):
@@ -118,7 +127,7 @@ _evaluated = jax.jit(_evaluate, static_argnums=0)  # layers of the same sizes ar
 def _evaluate_one(form: Form, *arguments: jax.Array) -> tuple[jax.Array, ...]:
     known, groups = form.split(arguments)
     operands = jax.tree.unflatten(form.structure, known[: -len(RESULTS)])
-    output, lse = known[-len(RESULTS) :]
+    results = Results(*known[-len(RESULTS) :])
     route, settings = _plain(form.route, form.settings)
     directions = [dict(zip(names, x)) for names, x in zip(form.directions, groups)]
 
@@ -126,8 +135,8 @@ def _evaluate_one(form: Form, *arguments: jax.Array) -> tuple[jax.Array, ...]:
         first, *directions = directions
 
         def fn(operands: Operands) -> tuple[jax.Array, ...]:
-            now = _known(route, settings, operands, output, lse)
-            return _tangent(route, settings, operands, *now, first)
+            moving = _known(route, settings, operands, results)
+            return _tangent(route, settings, operands, moving, first)
 
     else:
         cotangents = dict(zip(form.cotangent, groups[-1]))
@@ -135,8 +144,8 @@ def _evaluate_one(form: Form, *arguments: jax.Array) -> tuple[jax.Array, ...]:
             route, settings = form.route, form.settings
 
         def fn(operands: Operands) -> tuple[jax.Array, ...]:
-            now = _known(route, settings, operands, output, lse)
-            found = _gradients(route, settings, operands, *now, cotangents, form.wanted)
+            moving = _known(route, settings, operands, results)
+            found = _gradients(route, settings, operands, moving, cotangents, form.wanted)
             return tuple(found[name] for name in form.wanted)
 
     for direction in directions:
@@ -163,55 +172,48 @@ def _plain(route: Route, settings: Settings) -> tuple[Route, Settings]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _known(
-    route: Route, settings: Settings, operands: Operands, output: jax.Array, lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns output and lse as functions of the operands, of which they were computed before."""
+def _known(route: Route, settings: Settings, operands: Operands, results: Results) -> Results:
+    """Returns `results` as functions of the operands, of which they were computed before."""
     del route, settings, operands
-    return output, lse
+    return results
 
 
 @functools.partial(_known.defjvp, symbolic_zeros=True)
 def _known_jvp(route: Route, settings: Settings, primals: Any, tangents: Any) -> Any:
-    operands, output, lse = primals
-    output, lse = _known(route, settings, operands, output, lse)
-    moved = moving(tangents[0])
-    return (output, lse), _tangent(route, settings, operands, output, lse, moved)
+    operands, results = primals
+    results = _known(route, settings, operands, results)
+    return results, _tangent(route, settings, operands, results, moves(tangents[0]))
 
 
-def moving(tangents: Operands) -> dict[str, jax.Array]:
+def moves(tangents: Operands) -> dict[str, jax.Array]:
     """Returns the tangents that are there, of those that a rule with symbolic zeros is given."""
     named = {name: getattr(tangents, name) for name in MOVABLE}
     return {k: v for k, v in named.items() if not (v is None or isinstance(v, SymbolicZero))}
 
 
 def _tangent(
-    route: Route,
-    settings: Settings,
-    operands: Operands,
-    output: jax.Array,
-    lse: jax.Array,
-    moved: Named,
-) -> tuple[jax.Array, jax.Array]:
+    route: Route, settings: Settings, operands: Operands, results: Results, moved: Named
+) -> Results:
     assert route.tangent is not None
+    output, lse = results
     others = {k: v for k, v in moved.items() if k != "sinks"}
     weighted, mass = route.tangent(settings, operands._replace(sinks=None), lse, others)
     if "sinks" in moved:
         assert operands.sinks is not None
         mass += _share_of_sinks(operands.sinks, lse) * moved["sinks"][:, None]
     by_mass = jnp.einsum("btne,bnt->btne", output.astype(weighted.dtype), mass)
-    return (weighted - by_mass).astype(output.dtype), mass
+    return Results((weighted - by_mass).astype(output.dtype), mass)
 
 
 def _gradients(
     route: Route,
     settings: Settings,
     operands: Operands,
-    output: jax.Array,
-    lse: jax.Array,
+    results: Results,
     cotangents: Named,
     wanted: Sequence[str],
 ) -> dict[str, jax.Array]:
+    output, lse = results
     delta = jnp.zeros(lse.shape, lse.dtype)
     d_output, d_lse = cotangents.get("output"), cotangents.get("lse")
     if d_output is None:
@@ -312,13 +314,13 @@ def _transpose(cotangents: Any, *arguments: Any, form: Form, traced: Any) -> lis
     elif index == len(form.directions):
         directions = (*form.directions, tuple(given))
         forward = form._replace(directions=directions, cotangent=None, wanted=RESULTS)
-        results = dict(zip(RESULTS, _bind(forward, known, [*others, list(given.values())])))
-        found = [results[name] for name in names]
+        moved = Results(*_bind(forward, known, [*others, list(given.values())]))
+        found = [getattr(moved, name) for name in names]
     else:
         directions = (*form.directions[:index], *form.directions[index + 1 :], tuple(given))
         swapped = form._replace(directions=directions, wanted=names)
         found = _bind(swapped, known, [*others[:-1], list(given.values()), others[-1]])
-    parts = [[None] * len(g) for g in groups]
+    parts: list[list[Any]] = [[None] * len(g) for g in groups]
     parts[index] = found
     return [None] * len(known) + [x for part in parts for x in part]
 

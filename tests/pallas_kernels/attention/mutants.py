@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant("tangent", 'moved.get("value", operands.value)', "operands.value", "plain", check="tangent"),
     Mutant("derivatives", "(weighted - by_mass)", "(weighted)", "plain", check="tangent"),
     Mutant("derivatives", "mass += _share_of_sinks", "mass -= _share_of_sinks", "sinks", check="tangent"),
-    Mutant("derivatives", "return (output, lse), _tangent(route, settings, operands, output, lse, moved)", "return (output, lse), (jnp.zeros_like(output), jnp.zeros_like(lse))", "plain", check="second"),
+    Mutant("derivatives", "return results, _tangent(route, settings, operands, results, moves(tangents[0]))", "return results, jax.tree.map(jnp.zeros_like, results)", "plain", check="second"),
     Mutant("derivatives", "    if moved:\n        longer", "    if moved and form.cotangent is None:\n        longer", "plain", check="second"),
     # The mask.
     Mutant("mask", "seen &= distance <= mask.right", "seen &= distance < mask.right", "causal"),
