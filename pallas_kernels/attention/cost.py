@@ -10,7 +10,6 @@ where M < d^2), so a kernel whose blocks fill the fast memory is at the bound up
 from __future__ import annotations
 
 import math
-import numbers
 import operator
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -286,7 +285,7 @@ def _check_shapes(
 
 
 def _each(given: int | Sequence[int] | None, batch: int) -> Sequence[int] | None:
-    return [int(given)] * batch if isinstance(given, numbers.Integral) else given
+    return [given] * batch if isinstance(given, int) else given
 
 
 def _lengths(

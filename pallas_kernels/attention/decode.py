@@ -240,8 +240,9 @@ def _loop_over_blocks(
     query = operands.query.astype(jnp.float32) * settings.scale
     if operands.head_scale is not None:
         query *= operands.head_scale[:, None, None]
-    columns = (operands.lengths, operands.starts, operands.prefixes)
-    lengths, starts, prefixes = (None if x is None else x[:, None] for x in columns)
+    lengths = operands.lengths[:, None]
+    numbers = (operands.starts, operands.prefixes)
+    starts, prefixes = (None if x is None else x[:, None] for x in numbers)
     needed_from, needed_to = keys_needed(settings, lengths, starts)
     tokens = jnp.arange(rows, dtype=jnp.int32) // (rows // settings.queries)
     caches = (operands.key, operands.value, operands.key_scale, operands.value_scale)

@@ -73,8 +73,9 @@ class Band(NamedTuple):
         found = lax.dynamic_slice_in_dim(diagonals, self.start, self.length, axis=2)
         return found[:, :, :: self.stride]
 
-    def add(self, total: jax.Array, found: jax.Array) -> jax.Array:
+    def add(self, total: jax.Array, found: jax.Array | None) -> jax.Array:
         """Adds gradients of the call's biases to those of all distances."""
+        assert found is not None
         here = lax.dynamic_slice_in_dim(total, self.start, self.length, axis=2)
         here = here.at[:, :, :: self.stride].add(found.astype(total.dtype))
         return lax.dynamic_update_slice_in_dim(total, here, self.start, axis=2)

@@ -249,10 +249,12 @@ def finish(job: Job, total: Partial) -> tuple[jax.Array, jax.Array]:
 
 def no_gradients(job: Job, rows: Rows) -> Own:
     """Returns gradients of 0."""
-    operands = job.operands
-    asked = [operands.query, *([operands.diagonals] if rows.bias_gradient else [])]
-    zeros = [None if x is None else job.constant(x.shape, rows.lse.dtype) for x in asked]
-    return Own(*zeros, *[None] * (2 - len(zeros)))
+    query, diagonals = job.operands.query, job.operands.diagonals
+    asked = diagonals if rows.bias_gradient else None
+    return Own(
+        job.constant(query.shape, rows.lse.dtype),
+        None if asked is None else job.constant(asked.shape, rows.lse.dtype),
+    )
 
 
 def cast(job: Job, own: Own, *of_held: jax.Array) -> Gradients:

@@ -110,7 +110,7 @@ def build(case: Case) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
         drawn = rng.integers(-127, 128, size=shape) if dtype == jnp.int8 else rng.normal(size=shape)
         cache = jnp.asarray(drawn.astype(np.float32)).astype(dtype)
         size = 1 / 64 if dtype == jnp.int8 else 1
-        kept = {"tensor": (), "heads": shape[2:3]}.get(case.scales, shape[:3])
+        kept = {"tensor": (), "heads": shape[2:3], None: shape[:3]}[case.scales]
         scale = (rng.uniform(0.5, 1.5, size=kept) * size).astype(np.float32)
         wide = np.asarray(cache.astype(jnp.float32), np.float64)
         return cache, scale, wide * scale[..., None] if quantized else wide
