@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.placement import Leading
 from pallas_kernels.attention.problem import Operands, Settings, wide
 
 
@@ -25,16 +26,15 @@ class Canonical(NamedTuple):
 
     settings: Settings
     operands: Operands
-    leading: tuple[int, ...]  # the axes before (T, N, d), which became one batch axis
+    leading: Leading  # the axes before (T, N, d), which became one batch axis
 
     def output(self, x: jax.Array) -> jax.Array:
         """Gives the axes (B, T, N, dv) their leading ones back."""
-        return x.reshape(*self.leading, *x.shape[1:]) if len(self.leading) != 1 else x
+        return self.leading.split(x)
 
     def residual(self, lse: jax.Array) -> jax.Array:
         """Turns a route's lse (B, N, T) into the public (..., T, N)."""
-        lse = lse.transpose(0, 2, 1)
-        return lse.reshape(*self.leading, *lse.shape[1:]) if len(self.leading) != 1 else lse
+        return self.leading.split(lse.transpose(0, 2, 1))
 
 
 def canonical(
@@ -70,14 +70,12 @@ def canonical(
       TypeError: A dtype is wrong.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    leading = _check_shapes(query, key, value)
+    _check_shapes(query, key, value)
     _check_dtypes(query, key, value)
-    batch = math.prod(leading)
+    leading = Leading.of(query, query.ndim - 3)
     t, n, d = query.shape[-3:]
     s, k = key.shape[-3:-1]
-    query, key, value = (
-        x if len(leading) == 1 else x.reshape(batch, *x.shape[-3:]) for x in (query, key, value)
-    )
+    query, key, value = (leading.merge(x) for x in (query, key, value))
     sizes = _Shape(leading, t, s, n, k)
 
     if mask is not None:
@@ -107,7 +105,7 @@ def canonical(
         if sinks.shape != (n,):
             raise ValueError(f"sinks has shape {sinks.shape}; expected ({n},), one for each head")
         sinks = sinks.astype(wide(query.dtype))
-    rate, seeds = _dropout(dropout_rate, dropout_rng, batch, n, broadcast_dropout)
+    rate, seeds = _dropout(dropout_rate, dropout_rng, leading, n, broadcast_dropout)
     settings = Settings(
         scale=d**-0.5 if scale is None else _number("scale", scale),
         soft_cap=_soft_cap(logits_soft_cap),
@@ -139,14 +137,14 @@ def canonical(
 
 
 class _Shape(NamedTuple):
-    leading: tuple[int, ...]
+    leading: Leading
     queries: int
     keys: int
     heads: int
     kv_heads: int
 
 
-def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[int, ...]:
+def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 3:
             raise ValueError(
@@ -176,7 +174,6 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[i
             f"theirs; got shapes {query.shape} and {key.shape}"
             + ("; it looks like heads and length are swapped" if swapped else "")
         )
-    return query.shape[:-3]
 
 
 def _check_dtypes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
@@ -191,12 +188,13 @@ def _check_dtypes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 
 def _four(x: jax.Array, name: str, sizes: _Shape) -> jax.Array:
     """Gives a mask or bias the axes (B or 1, N or 1, T or 1, S or 1)."""
-    full = (*sizes.leading, sizes.heads, sizes.queries, sizes.keys)
+    leading = sizes.leading
+    full = (*leading.shape, sizes.heads, sizes.queries, sizes.keys)
     if len(full) == 3:
-        full = (1, *full)  # the batch axis that an unbatched query gets
+        leading, full = Leading((1,)), (1, *full)  # the batch axis that an unbatched query gets
     shape = (1,) * (len(full) - x.ndim) + x.shape
     if len(shape) != len(full) or any(a not in (1, b) for a, b in zip(shape, full)):
-        swapped = (*sizes.leading, sizes.queries, sizes.heads, sizes.keys)
+        swapped = (*full[:-3], sizes.queries, sizes.heads, sizes.keys)
         hint = ""
         if x.ndim == len(full) and _swapped(x.shape[-3:], swapped[-3:]):
             hint = "; it looks like heads and length are swapped in query, key and value"
@@ -204,11 +202,9 @@ def _four(x: jax.Array, name: str, sizes: _Shape) -> jax.Array:
             f"{name} has shape {x.shape}; expected one that broadcasts to "
             f"[batch, heads, queries, keys] = {full}{hint}"
         )
-    leading, rest = shape[:-3], shape[-3:]
-    if any(a != 1 for a in leading) and leading != full[:-3]:
-        leading = full[:-3]
-        x = jnp.broadcast_to(x.reshape(shape), (*leading, *rest))
-    return x.reshape(math.prod(leading), *rest)
+    if all(a == 1 for a in shape[:-3]):
+        return x.reshape(1, *shape[-3:])
+    return leading.merge(jnp.broadcast_to(x.reshape(shape), (*full[:-3], *shape[-3:])))
 
 
 def _swapped(shape: Sequence[int], swapped: Sequence[int]) -> bool:
@@ -232,7 +228,7 @@ def _window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
     return left, 0 if is_causal else right
 
 
-def _offset(offset: Any, leading: tuple[int, ...]) -> tuple[int, jax.Array | None]:
+def _offset(offset: Any, leading: Leading) -> tuple[int, jax.Array | None]:
     if offset is None:
         return 0, None
     if isinstance(offset, numbers.Integral):
@@ -240,20 +236,23 @@ def _offset(offset: Any, leading: tuple[int, ...]) -> tuple[int, jax.Array | Non
     return 0, _per_entry("query_offset", offset, leading)
 
 
-def _lengths(name: str, lengths: Any, leading: tuple[int, ...]) -> jax.Array | None:
+def _lengths(name: str, lengths: Any, leading: Leading) -> jax.Array | None:
     return None if lengths is None else _per_entry(name, lengths, leading)
 
 
-def _per_entry(name: str, values: Any, leading: tuple[int, ...]) -> jax.Array:
+def _per_entry(name: str, values: Any, leading: Leading) -> jax.Array:
     """Returns one int32 for each batch entry."""
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"{name} has dtype {values.dtype}; expected integers")
-    if values.shape != leading and values.shape != (math.prod(leading),):
+    if values.shape == (math.prod(leading.shape),):
+        values = values.reshape(leading.shape)
+    if values.shape != leading.shape:
         raise ValueError(
-            f"{name} has shape {values.shape}; expected {leading}, one number for each batch entry"
+            f"{name} has shape {values.shape}; expected {leading.shape}, one number for each batch "
+            "entry"
         )
-    return values.reshape(-1).astype(jnp.int32)
+    return leading.merge(values).astype(jnp.int32)
 
 
 def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]:
@@ -275,26 +274,27 @@ def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]
         ids = jnp.asarray(ids)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"{name} has dtype {ids.dtype}; expected integers")
-        if ids.shape != (*sizes.leading, length):
+        expected = (*sizes.leading.shape, length)
+        if ids.shape != expected:
             heads = sizes.heads if name.startswith("query") else sizes.kv_heads
-            swapped = ids.shape == (*sizes.leading, heads)
+            swapped = ids.shape == (*expected[:-1], heads)
             raise ValueError(
-                f"{name} has shape {ids.shape}; expected {(*sizes.leading, length)}"
+                f"{name} has shape {ids.shape}; expected {expected}"
                 + ("; it looks like heads and length are swapped" if swapped else "")
             )
-        checked.append(ids.reshape(math.prod(sizes.leading), length).astype(jnp.int32))
+        checked.append(sizes.leading.merge(ids).astype(jnp.int32))
     return checked[0], checked[1]
 
 
 def _zero_beyond(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     if lengths is None:
         return x
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
     return jnp.where(valid[:, :, None, None], x, 0)
 
 
 def _dropout(
-    rate: Any, key: Any, batch: int, heads: int, broadcast: bool
+    rate: Any, key: Any, leading: Leading, heads: int, broadcast: bool
 ) -> tuple[float, jax.Array | None]:
     rate = _number("dropout_rate", rate)
     if not 0 <= rate < 1:
@@ -303,9 +303,11 @@ def _dropout(
         return 0.0, None
     if key is None:
         raise ValueError(f"dropout_rng is missing; expected a key, since dropout_rate={rate}")
+    batch = math.prod(leading.shape)
     if broadcast:
         return rate, jnp.broadcast_to(dropout.seeds(key, 1, 1), (batch, heads))
-    return rate, dropout.seeds(key, batch, heads)
+    seeds = dropout.seeds(key, batch, heads).reshape(*leading.shape, heads)
+    return rate, leading.merge(seeds)
 
 
 def _soft_cap(cap: Any) -> float | None:

@@ -280,9 +280,11 @@ def _scores(
     slope = 1
     if settings.soft_cap is not None:
         tanh = jnp.tanh(z / settings.soft_cap)
-        z, slope = settings.soft_cap * tanh, 1 - tanh * tanh
-    q_positions = (i * blocks.q + jnp.arange(blocks.q, dtype=jnp.int32))[:, None]
+        capped, slope = settings.soft_cap * tanh, 1 - tanh * tanh
+        z = capped if x.bias is None else jnp.where(z == -jnp.inf, -jnp.inf, capped)
+    q_positions = i * blocks.q + jnp.arange(blocks.q, dtype=jnp.int32)
     k_positions = j * blocks.kv + jnp.arange(blocks.kv, dtype=jnp.int32)
+    q_positions, k_positions = q_positions[None, None, None, :, None], k_positions[(None,) * 4]
     seen = kept = None
     if hides:
         limits = part(x.limits, (b,), (blocks.batch,))

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes, with_axis
-from pallas_kernels.attention import arguments, core, layouts, routes
+from pallas_kernels.attention import arguments, core, layouts, mapped, routes
 from pallas_kernels.attention.gather import gather
 from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
@@ -211,9 +211,16 @@ def attend(
     # the transpose of this cast does where `shard_map` keeps account of it.
     axes = varying_axes(lax.axis_index(axis.name), *jax.tree.leaves(operands))
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
+    beside_explicit = mapped.explicit_sharding(operands.query) is not None
     if method == "all_to_all":
+        if beside_explicit:
+            raise NotImplementedError(
+                "method='all_to_all' beside explicit mesh axes; expected 'ring' or 'gather', or "
+                "axes of the type AxisType.Auto"
+            )
         return _all_to_all(route, settings, operands, axis, layout)
-    return core.compiled(_spread(method, core.batched(route), axis, layout), settings, operands)
+    spread = _spread(method, core.batched(route), axis, layout)
+    return core.compiled(core.batched(spread) if beside_explicit else spread, settings, operands)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.attention import mapped
+from pallas_kernels.attention.placement import placed_like
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
 
 # Letters of the axes of each array, as `mapped.call` reads them.
@@ -57,7 +58,7 @@ def batched(route: Route) -> Route:
             return route.forward(settings, jax.tree.unflatten(structure, arrays))
 
         dtypes = operands.query.dtype, wide(operands.query.dtype)
-        output, lse = mapped.call(fn, arrays, _axes(operands), ("btne", "bnt"), dtypes)
+        output, lse = mapped.call(fn, arrays, axes_of(operands), ("btne", "bnt"), dtypes)
         return output, lse
 
     def backward(
@@ -71,7 +72,7 @@ def batched(route: Route) -> Route:
         if settings.interpret not in (False, True):
             return route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
         arrays, structure = jax.tree.flatten(operands)
-        axes = _axes(operands)
+        axes = axes_of(operands)
         number = 4 if bias_gradient else 3
 
         def fn(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -129,8 +130,10 @@ def _backward(route: Route, settings: Settings, residuals: Any, cotangents: Any)
     sinks = None
     if operands.sinks is not None:
         # A sink is a key with value 0: its probability is exp(sink - lse), and its dp is 0.
-        share = jnp.exp(operands.sinks[:, None] - lse)
+        # One of -inf is no key, and neither is there another where the lse is -inf.
+        share = jnp.exp(operands.sinks[None, :, None] - jnp.where(lse == -jnp.inf, 0, lse))
         sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(operands.sinks.dtype)
+        sinks = placed_like(sinks, operands.sinks)
     nothing: Any = None
     return (
         Operands(
@@ -146,7 +149,8 @@ differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 compiled = jax.jit(differentiable, static_argnums=(0, 1))
 
 
-def _axes(operands: Operands) -> tuple[str, ...]:
+def axes_of(operands: Operands) -> tuple[str, ...]:
+    """Returns the letters of the axes of each array, as `mapped.call` reads them."""
     leaves = jax.tree_util.tree_leaves_with_path(operands)
     return tuple(_AXES[path[-1].name] for path, _ in leaves)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import Device, device, vary_like
-from pallas_kernels.attention import reference, tuning
+from pallas_kernels.attention import mapped, reference, tuning
 from pallas_kernels.attention.decode_problem import (
     Operands,
     Settings,
@@ -125,10 +125,38 @@ def decode_attention(
         raise ValueError(f"query has shape {query.shape}; expected (B, N, d) or (B, T, N, d)")
     one_token = query.ndim == 3
     query = query[:, None] if one_token else query
-    settings, operands = canonical(
-        query, key_cache, value_cache, lengths, page_table, key_scale, value_scale, scale,
-        local_window_size, logits_soft_cap, num_splits, interpret,
+    arrays = {
+        "query": query, "key_cache": key_cache, "value_cache": value_cache, "lengths": lengths,
+        "page_table": page_table, "key_scale": key_scale, "value_scale": value_scale,
+        "sinks": sinks,
+    }  # fmt: skip
+    attend = functools.partial(
+        _attend, scale=scale, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap,
+        num_splits=num_splits, implementation=implementation, interpret=interpret,
     )  # fmt: skip
+    output, lse = _where_it_lies(attend, {k: x for k, x in arrays.items() if x is not None})
+    if one_token:
+        output, lse = output[:, 0], lse[:, 0]
+    return (output, lse) if return_residual else output
+
+
+def _attend(
+    query: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array,
+    lengths: jax.Array | Sequence[int],
+    page_table: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    *,
+    implementation: str | None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns output (B, T, N, dv) and lse (B, T, N) for a query (B, T, N, d)."""
+    settings, operands = canonical(
+        query, key_cache, value_cache, lengths, page_table, key_scale, value_scale, **options
+    )
     n = query.shape[2]
     if sinks is not None:
         if sinks.shape != (n,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
@@ -137,11 +165,41 @@ def decode_attention(
                 f"query head, ({n},)"
             )
         sinks = sinks.astype(jnp.float32)
-    name = _choose(implementation, settings, operands)
-    output, lse = _decode(name, settings, operands, sinks)
-    if one_token:
-        output, lse = output[:, 0], lse[:, 0]
-    return (output, lse) if return_residual else output
+    return _decode(_choose(implementation, settings, operands), settings, operands, sinks)
+
+
+# Letters of the axes, as `mapped` reads them; pages belong to no batch entry.
+_AXES = {
+    "query": "btnd",
+    "key_cache": "bskd",
+    "value_cache": "bske",
+    "lengths": "b",
+    "page_table": "bp",
+    "key_scale": "bsk",
+    "value_scale": "bsk",
+    "sinks": "n",
+}
+
+
+def _where_it_lies(attend: Any, arrays: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Returns ``attend(**arrays)``, on explicit mesh axes computed where batch and heads are."""
+    sharding = mapped.explicit_sharding(arrays["query"])
+    if sharding is None:
+        return attend(**arrays)
+    arrays = {k: jnp.asarray(x) for k, x in arrays.items()}
+    # Checks the arguments in the sizes that the caller knows.
+    plain = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
+    results = jax.eval_shape(lambda arrays: attend(**arrays), plain)
+    axes = [_AXES[name] for name in arrays]
+    if "page_table" in arrays:
+        axes = [x.replace("bs", "gs") for x in axes]
+    split = mapped.Split.of(sharding, list(arrays.values()), axes)
+
+    def fn(*parts: jax.Array) -> tuple[jax.Array, ...]:
+        return attend(**dict(zip(arrays, parts)))
+
+    output, lse = split.run(fn, list(arrays.values()), axes, ("btne", "btn"), results)
+    return output, lse
 
 
 def _choose(name: str | None, settings: Settings, operands: Operands) -> str:
@@ -221,7 +279,7 @@ def _loop_over_blocks(
     query = operands.query.astype(jnp.float32) * settings.scale
     lengths = operands.lengths[:, None]
     needed_from, needed_to = keys_needed(settings, lengths)
-    tokens = jnp.arange(rows, dtype=jnp.int32) // (rows // settings.queries)
+    tokens = jnp.arange(rows, dtype=jnp.int32)[None, None, :] // (rows // settings.queries)
     caches = (operands.key, operands.value, operands.key_scale, operands.value_scale)
     # No infinity, which the search for infinities (jax.debug_infs) would take for a mistake.
     nothing = float(jnp.finfo(jnp.float32).min)
@@ -242,9 +300,9 @@ def _loop_over_blocks(
             for x in tied
         )
         key, value, key_scale, value_scale = blocks
-        positions = origin + jnp.arange(block, dtype=jnp.int32)
+        positions = origin + jnp.arange(block, dtype=jnp.int32)[None, :]
         needed = (positions >= needed_from) & (positions < needed_to) & (positions >= first)
-        seen = sees(settings, lengths[..., None], tokens, positions[:, None]) & needed[..., None]
+        seen = sees(settings, lengths[..., None], tokens, positions[..., None]) & needed[..., None]
         # Keys are the outer axis throughout, as in the cache, so that no block is transposed.
         z = jnp.einsum("bkrd,bskd->bskr", query, key, precision="highest")
         if key_scale is not None:
@@ -293,7 +351,7 @@ def _reference(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.A
     (b, k, rows, d), t = operands.query.shape, settings.queries
     capacity = operands.capacity
     start, stop = keys_needed(settings, operands.lengths[:, None])
-    positions = jnp.arange(capacity, dtype=jnp.int32)
+    positions = jnp.arange(capacity, dtype=jnp.int32)[None, :]
     needed = (positions >= start) & (positions < stop)
 
     def whole(cache: jax.Array, scale: jax.Array | None) -> jax.Array:

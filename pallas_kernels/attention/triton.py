@@ -331,7 +331,10 @@ class _Plan:
         if cap is None:
             return z, None
         tanh = jnp.tanh(z * (1 / cap))
-        return cap * tanh, 1 - tanh * tanh
+        capped = cap * tanh
+        if self.inputs.bias is not None:
+            capped = jnp.where(z == -jnp.inf, -jnp.inf, capped)
+        return capped, 1 - tanh * tanh
 
     def exponential(self, z: jax.Array, shift: jax.Array) -> jax.Array:
         """Returns exp(z - shift) for scores `z` and a finite `shift` of each row."""

@@ -74,7 +74,7 @@ MUTANTS = [
     Mutant("chunked", "(b, k, 0, q0, k0))", "(b, k, 0, q0, 0))", "bias of keys"),
     Mutant("chunks", "tile = tile.sum(axis=axes, keepdims=True)", "tile = tile.mean(axis=axes, keepdims=True)", "bias of heads"),
     Mutant("core", "delta -= jnp.where(lse == -jnp.inf, 0, d_lse)", "delta += jnp.where(lse == -jnp.inf, 0, d_lse)", "plain"),
-    Mutant("core", "share = jnp.exp(operands.sinks[:, None] - lse)", "share = operands.sinks[:, None] - lse", "sinks"),
+    Mutant("core", "share = jnp.exp(operands.sinks[None, :, None] - jnp.where(lse == -jnp.inf, 0, lse))", "share = operands.sinks[None, :, None] - lse", "sinks"),
     Mutant("core", "sinks = -jnp.sum(share * delta", "sinks = jnp.sum(share * delta", "sinks"),
     # The mask.
     Mutant("mask", "seen &= distance <= mask.right", "seen &= distance < mask.right", "causal"),
