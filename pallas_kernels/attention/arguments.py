@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pallas_kernels.attention import dropout
+from pallas_kernels.attention import dropout, integers
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.placement import Leading
 from pallas_kernels.attention.problem import Operands, Settings, wide
@@ -60,10 +60,12 @@ def canonical(
     config: Any,
     interpret: Any,
     broadcast_dropout: bool = False,
+    slices: int = 1,
 ) -> Canonical:
     """Returns the call in canonical form; see `attention` for the arguments.
 
-    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can.
+    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can. `slices`
+    says how many such calls share one sequence, over which windows reach.
 
     Raises:
       ValueError: A shape or a value is wrong.
@@ -91,8 +93,13 @@ def canonical(
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise TypeError(f"bias has dtype {bias.dtype}; expected a floating dtype")
         bias = _four(bias, "bias", sizes)
-    left, right = _window(local_window_size, is_causal)
+    left, right = window(local_window_size, is_causal)
     offset, offsets = _offset(query_offset, leading)
+    if offsets is None:
+        left, right, offset = integers.narrowed(left, right, offset, t * slices, s * slices)
+    else:
+        left = integers.narrowed_from_anywhere(left, t)
+        right = integers.narrowed_from_anywhere(right, s)
     ids = _segment_ids(query_segment_ids, key_value_segment_ids, sizes)
     q_lengths = _lengths("query_seq_lengths", query_seq_lengths, leading)
     kv_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, leading)
@@ -107,8 +114,8 @@ def canonical(
         sinks = sinks.astype(wide(query.dtype))
     rate, seeds = _dropout(dropout_rate, dropout_rng, leading, n, broadcast_dropout)
     settings = Settings(
-        scale=d**-0.5 if scale is None else _number("scale", scale),
-        soft_cap=_soft_cap(logits_soft_cap),
+        scale=d**-0.5 if scale is None else number("scale", scale),
+        soft_cap=soft_cap(logits_soft_cap),
         dropout_rate=rate,
         precision=_hashable("precision", precision),
         config=_hashable("config", config),
@@ -168,11 +175,16 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads == 0 or heads % kv_heads:
-        swapped = query.shape[-3] and key.shape[-3] and query.shape[-3] % key.shape[-3] == 0
+        length, kv_length = query.shape[-3], key.shape[-3]
+        swapped = ""
+        if kv_heads and length % kv_heads == 0 and heads == kv_length:
+            swapped = "query"
+        elif kv_length and heads % kv_length == 0 and kv_heads == length:
+            swapped = "key and value"
         raise ValueError(
             f"query has {heads} heads, key and value have {kv_heads}; expected a multiple of "
             f"theirs; got shapes {query.shape} and {key.shape}"
-            + ("; it looks like heads and length are swapped" if swapped else "")
+            + (f"; it looks like heads and length are swapped in {swapped}" if swapped else "")
         )
 
 
@@ -212,7 +224,8 @@ def _swapped(shape: Sequence[int], swapped: Sequence[int]) -> bool:
     return all(a in (1, b) for a, b in zip(shape[:2], swapped[:2])) and shape[:2] != (1, 1)
 
 
-def _window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
+def window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
+    """Returns how many keys a query sees before and after its own position, None for all."""
     if not isinstance(is_causal, (bool, np.bool_)):
         raise TypeError(f"is_causal={is_causal!r}; expected True or False, known while tracing")
     pair = size if isinstance(size, (tuple, list)) else (size, size)
@@ -233,26 +246,26 @@ def _offset(offset: Any, leading: Leading) -> tuple[int, jax.Array | None]:
         return 0, None
     if isinstance(offset, numbers.Integral):
         return int(offset), None
-    return 0, _per_entry("query_offset", offset, leading)
+    return 0, _per_entry("query_offset", offset, leading, -integers.FAR)
 
 
 def _lengths(name: str, lengths: Any, leading: Leading) -> jax.Array | None:
-    return None if lengths is None else _per_entry(name, lengths, leading)
+    return None if lengths is None else _per_entry(name, lengths, leading, 0)
 
 
-def _per_entry(name: str, values: Any, leading: Leading) -> jax.Array:
-    """Returns one int32 for each batch entry."""
-    values = jnp.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {values.dtype}; expected integers")
+def _per_entry(name: str, values: Any, leading: Leading, least: int) -> jax.Array:
+    """Returns one int32 for each batch entry, from `least` on."""
+    values = integers.to_int32(name, values, least, integers.FAR)
+    if values.ndim == 0:
+        values = jnp.broadcast_to(values, leading.shape)
     if values.shape == (math.prod(leading.shape),):
         values = values.reshape(leading.shape)
     if values.shape != leading.shape:
         raise ValueError(
             f"{name} has shape {values.shape}; expected {leading.shape}, one number for each batch "
-            "entry"
+            "entry, or one number for all"
         )
-    return leading.merge(values).astype(jnp.int32)
+    return leading.merge(values)
 
 
 def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]:
@@ -266,14 +279,12 @@ def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]
                 "expected segment ids for both (given alone, one serves for both)"
             )
         query_ids = key_ids = query_ids if key_ids is None else key_ids
-    checked = []
+    checked, merge = [], sizes.leading.merge
     for name, ids, length in (
         ("query_segment_ids", query_ids, sizes.queries),
         ("key_value_segment_ids", key_ids, sizes.keys),
     ):
-        ids = jnp.asarray(ids)
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"{name} has dtype {ids.dtype}; expected integers")
+        ids = integers.as_integers(name, ids)
         expected = (*sizes.leading.shape, length)
         if ids.shape != expected:
             heads = sizes.heads if name.startswith("query") else sizes.kv_heads
@@ -282,8 +293,8 @@ def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]
                 f"{name} has shape {ids.shape}; expected {expected}"
                 + ("; it looks like heads and length are swapped" if swapped else "")
             )
-        checked.append(sizes.leading.merge(ids).astype(jnp.int32))
-    return checked[0], checked[1]
+        checked.append(ids.reshape(-1, length) if isinstance(ids, np.ndarray) else merge(ids))
+    return integers.same_ids(*checked)
 
 
 def _zero_beyond(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
@@ -296,7 +307,7 @@ def _zero_beyond(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
 def _dropout(
     rate: Any, key: Any, leading: Leading, heads: int, broadcast: bool
 ) -> tuple[float, jax.Array | None]:
-    rate = _number("dropout_rate", rate)
+    rate = number("dropout_rate", rate)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate}; expected a probability in [0, 1)")
     if rate == 0:
@@ -310,16 +321,19 @@ def _dropout(
     return rate, leading.merge(seeds)
 
 
-def _soft_cap(cap: Any) -> float | None:
+def soft_cap(cap: Any) -> float | None:
+    """Returns a checked soft cap, or None where there is none."""
     if cap is None:
         return None
-    cap = _number("logits_soft_cap", cap)
+    cap = number("logits_soft_cap", cap)
     if not cap > 0:
         raise ValueError(f"logits_soft_cap={cap}; expected a positive number or None")
-    return cap
+    # There the quotient of a score and the cap is lost, and cap * tanh(z / cap) is z to rounding.
+    return cap if cap < 1e30 else None
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """Returns a checked number that is known while tracing."""
     concrete = isinstance(value, (numbers.Real, np.ndarray, jax.Array))
     if not concrete or isinstance(value, Tracer):
         raise TypeError(f"{name}={value!r}; expected a number that is known while tracing")

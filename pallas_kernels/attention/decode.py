@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import Device, device, vary_like
-from pallas_kernels.attention import mapped, reference, tuning
+from pallas_kernels.attention import mapped, reference, routes, tuning
 from pallas_kernels.attention.decode_problem import (
     Operands,
     Settings,
@@ -34,6 +34,7 @@ from pallas_kernels.attention.decode_problem import (
     lookup_of,
     sees,
 )
+from pallas_kernels.attention.integers import FAR
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.merge import merge_parts
 from pallas_kernels.attention.problem import Operands as AttentionOperands
@@ -159,13 +160,19 @@ def _attend(
     )
     n = query.shape[2]
     if sinks is not None:
+        sinks = jnp.asarray(sinks)
         if sinks.shape != (n,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
             raise ValueError(
                 f"sinks has shape {sinks.shape} and dtype {sinks.dtype}; expected a float for each "
                 f"query head, ({n},)"
             )
         sinks = sinks.astype(jnp.float32)
-    return _decode(_choose(implementation, settings, operands), settings, operands, sinks)
+    name = _choose(implementation, settings, operands)
+    routes.record(f"decode, {name}")
+    if 0 in query.shape[:2]:
+        shape = (*query.shape[:3], value_cache.shape[3])
+        return jnp.zeros(shape, query.dtype), jnp.zeros(shape[:3], jnp.float32)
+    return _decode(name, settings, operands, sinks)
 
 
 # Letters of the axes, as `mapped` reads them; pages belong to no batch entry.
@@ -204,9 +211,13 @@ def _where_it_lies(attend: Any, arrays: dict[str, Any]) -> tuple[jax.Array, jax.
 
 def _choose(name: str | None, settings: Settings, operands: Operands) -> str:
     place = device()
+    name = routes.SAME.get(name, name) if isinstance(name, str) else name
     if name is None:
+        symbolic = not all(isinstance(x, int) for x in (*operands.query.shape, *operands.key.shape))
         return next(
-            x for x in _NAMES if _implementation(x).refusal(settings, operands, place) is None
+            x
+            for x in (_NAMES[2:] if symbolic else _NAMES)
+            if _implementation(x).refusal(settings, operands, place) is None
         )
     if name not in _NAMES:
         raise ValueError(
@@ -249,14 +260,17 @@ def _chunked(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arr
     b, k, _, d = operands.query.shape
     num_splits = settings.num_splits or 1
     config = _config(operands)
-    wanted = max(16, min(config.block_kv, config.elements // max(1, b * k * d)))
+    wanted = 16  # of a symbolic batch, in a program to be exported
+    if isinstance(b, int):
+        wanted = max(16, min(config.block_kv, config.elements // max(1, b * k * d)))
     if operands.page_table is None:
-        block = min(wanted, operands.capacity)
+        block = min(wanted, operands.capacity) if isinstance(operands.capacity, int) else wanted
     else:
-        page = operands.key.shape[1]
-        block = page * min(-(-wanted // page), operands.page_table.shape[1])
+        page, pages = operands.key.shape[1], operands.page_table.shape[1]
+        block = page * (min(-(-wanted // page), pages) if isinstance(pages, int) else 1)
     start, stop = keys_needed(settings, operands.lengths)
-    start, stop = jnp.min(start, initial=operands.capacity), jnp.max(stop, initial=0)
+    most = operands.capacity if isinstance(operands.capacity, int) else FAR
+    start, stop = jnp.min(start, initial=most), jnp.max(stop, initial=0)
 
     def part(split: jax.Array) -> tuple[jax.Array, jax.Array]:
         lower, upper = blocks_of_split(start, stop, block, split, num_splits)
@@ -290,7 +304,7 @@ def _loop_over_blocks(
         # A block at the end of a contiguous cache starts early enough to be whole, and its keys
         # that belong to the block before are masked.
         origin = first
-        if operands.page_table is None:
+        if operands.page_table is None and isinstance(operands.capacity, int):
             origin = jnp.minimum(first, operands.capacity - block)
         # XLA's CPU compiler widens a bfloat16 operand of a slice, and moves the widening of all of
         # the cache out of the loop unless it appears to depend on the loop's index.
@@ -338,8 +352,11 @@ def _block(
     cache: jax.Array, page_table: jax.Array | None, start: jax.Array, block: int
 ) -> jax.Array:
     """Returns the tokens start to start + block of every sequence, (B, block, ...)."""
-    if page_table is None:
+    if page_table is None and isinstance(cache.shape[1], int):
         return lax.dynamic_slice_in_dim(cache, start, block, axis=1)
+    if page_table is None:  # of a symbolic capacity, which may be less than a block
+        rows = start + jnp.arange(block, dtype=jnp.int32)
+        return cache.at[:, rows].get(mode="clip")
     page = cache.shape[1]
     columns = start // page + jnp.arange(block // page, dtype=jnp.int32)
     pages = cache.at[page_table.at[:, columns].get(mode="clip")].get(mode="clip")

@@ -13,6 +13,7 @@ of the page table is data.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._compat import Device
-from pallas_kernels.attention import tuning
+from pallas_kernels.attention import arguments, tuning
+from pallas_kernels.attention.integers import FAR, to_int32
 
 QUANTIZED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
@@ -66,7 +68,9 @@ def lookup_of(operands: Operands, place: Device) -> tuning.Lookup:
     """Describes a call to the file of block sizes, by the dtype of its cache."""
     widest = max(operands.key.shape[3], operands.value.shape[3])
     chips = (place.kind, place.platform)
-    return tuning.Lookup(chips, str(operands.key.dtype), widest, operands.capacity, True, 0)
+    return tuning.Lookup(
+        chips, str(operands.key.dtype), widest, tuning.longest(operands.capacity), True, 0
+    )
 
 
 def sees(settings: Settings, length: Any, token: Any, key: Any) -> Any:
@@ -112,36 +116,42 @@ def canonical(
         ("value_scale", value_scale, value_cache),
     ):
         _check_scale(name, given, cache, query.dtype)
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if lengths.shape not in ((), (b,)) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; expected an integer for "
-            f"each of the batch entries, ({b},)"
+            f"each of the batch entries, ({b},), or one for all"
         )
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"logits_soft_cap={logits_soft_cap!r}; expected a positive number or None")
-    if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 1):
+    if num_splits is not None and (
+        not isinstance(num_splits, numbers.Integral) or num_splits < 1 or num_splits is True
+    ):
         raise ValueError(f"num_splits={num_splits!r}; expected a positive int or None")
     if page_table is not None:
-        page_table = jnp.clip(page_table, 0, key_cache.shape[0] - 1).astype(jnp.int32)
+        pages = key_cache.shape[0]
+        last = pages - 1 if isinstance(pages, int) else FAR  # all reads are clipped besides
+        page_table = to_int32("page_table", page_table, 0, last)
     group = n // kv_heads
     packed = query.reshape(b, t, kv_heads, group, d).transpose(0, 2, 1, 3, 4)
     operands = Operands(
         query=packed.reshape(b, kv_heads, t * group, d),
         key=key_cache,
         value=value_cache,
-        lengths=lengths,
+        lengths=jnp.zeros((b,), jnp.int32),
         page_table=page_table,
         key_scale=None if key_scale is None else key_scale.astype(jnp.float32),
         value_scale=None if value_scale is None else value_scale.astype(jnp.float32),
     )
-    lengths = jnp.clip(lengths, 0, operands.capacity).astype(jnp.int32)
+    full = operands.capacity
+    most = full if isinstance(full, int) else FAR
+    lengths = jnp.broadcast_to(to_int32("lengths", lengths, 0, most), (b,))
+    if most is not full:  # symbolic, in a program to be exported
+        lengths = jnp.minimum(lengths, jnp.asarray(full, jnp.int32))
     settings = Settings(
-        scale=1 / math.sqrt(d) if scale is None else float(scale),
+        scale=1 / math.sqrt(d) if scale is None else arguments.number("scale", scale),
         queries=t,
-        left=_left(local_window_size),
-        soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        num_splits=num_splits,
+        left=_left(local_window_size, operands.capacity),
+        soft_cap=arguments.soft_cap(logits_soft_cap),
+        num_splits=None if num_splits is None else int(num_splits),
         interpret=bool(interpret) if interpret in (None, False, True) else interpret,
     )
     return settings, operands._replace(lengths=lengths)
@@ -218,15 +228,9 @@ def _check_scale(name: str, scale: jax.Array | None, cache: jax.Array, dtype: An
         )
 
 
-def _left(window: Any) -> int | None:
+def _left(window: Any, capacity: int) -> int | None:
     """Returns how far a row looks back; what lies ahead of it is hidden in any case."""
-    if window is None:
-        return None
-    sides = window if isinstance(window, (tuple, list)) else (window, window)
-    if len(sides) != 2 or not all(
-        x is None or (isinstance(x, (int, np.integer)) and x >= 0) for x in sides
-    ):
-        raise ValueError(
-            f"local_window_size={window!r}; expected an int of at least 0 or a pair (left, right)"
-        )
-    return None if sides[0] is None else int(sides[0])
+    left, _ = arguments.window(window, is_causal=True)
+    # No position is beyond the last of the cache.
+    last = capacity - 1 if isinstance(capacity, int) else FAR
+    return None if left is None or left >= last else left

@@ -78,31 +78,132 @@ def _batched(spec: _Call) -> Callable[..., Arrays]:
 
     @run.def_vmap
     def rule(axis_size: int, in_batched: Sequence[bool], *args: jax.Array) -> Any:
+        if axis_size == 0:
+            one = [x[:0].sum(axis=0, dtype=x.dtype) if m else x for m, x in zip(in_batched, args)]
+            found = [jnp.zeros((0, *x.shape), x.dtype) for x in spec.results(one)]
+            return tuple(found), (True,) * len(found)
+        if _shares_keys(spec, in_batched, args) and not spec.summed:
+            return _more_heads(run, spec, axis_size, in_batched, args)
         if any(mapped and "b" not in axes for mapped, axes in zip(in_batched, spec.in_axes)):
             return _one_by_one(run, in_batched, args, len(spec.out_axes))
-        batch = args[0].shape[1 if in_batched[0] else 0]
-        leading = Leading((axis_size, batch))
-        if in_batched[0]:
-            leading = Leading.of(args[0], 2)
-        differentiated = {i for i, _ in spec.summed}
-
-        def fold(i: int, x: jax.Array) -> jax.Array:
-            if "b" not in spec.in_axes[i]:
-                return x
-            if not in_batched[i]:
-                if x.shape[0] == 1 and spec.in_axes[i] == "bnts" and i not in differentiated:
-                    return x
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            return leading.merge(jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:])))
-
-        results = run(*(fold(i, x) for i, x in enumerate(args)))
-        results = [leading.split(x) for x in results]
-        for i, o in spec.summed:
-            if args[i].shape[1 if in_batched[i] else 0] == 1:
-                results[o] = results[o].sum(axis=1, keepdims=True)
-        return tuple(results), (True,) * len(results)
+        if _shares_keys(spec, in_batched, args):
+            return _in_parts(run, spec, axis_size, in_batched, args)
+        return _more_entries(run, spec, axis_size, in_batched, args)
 
     return run
+
+
+def _shares_keys(spec: _Call, in_batched: Sequence[bool], args: Sequence[jax.Array]) -> bool:
+    """Whether a mapped axis is over what heads have, such as queries, and all share the keys.
+
+    On a mesh the axis may be spread over devices, where it must stay an axis of batch entries.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1 or explicit_sharding(args[0]) is not None:
+        return False
+    mapped = [axes for axes, batched in zip(spec.in_axes, in_batched) if batched]
+    planes = [
+        x.size
+        for axes, batched, x in zip(spec.in_axes, in_batched, args)
+        if axes == "bnts" and not batched and x.shape[1] > 1
+    ]
+    # A bias or mask for each head would be copied in place of the keys.
+    small = not planes or sum(planes) <= args[1].size + args[2].size
+    return all("n" in axes for axes in mapped) and small
+
+
+def _more_entries(
+    run: Callable[..., Arrays],
+    spec: _Call,
+    axis_size: int,
+    in_batched: Sequence[bool],
+    args: Sequence[jax.Array],
+) -> tuple[Arrays, tuple[bool, ...]]:
+    """Maps by more batch entries."""
+    batch = args[0].shape[1 if in_batched[0] else 0]
+    leading = Leading((axis_size, batch))
+    if in_batched[0]:
+        leading = Leading.of(args[0], 2)
+    differentiated = {i for i, _ in spec.summed}
+
+    def fold(i: int, x: jax.Array) -> jax.Array:
+        if "b" not in spec.in_axes[i]:
+            return x
+        if not in_batched[i]:
+            if x.shape[0] == 1 and spec.in_axes[i] == "bnts" and i not in differentiated:
+                return x
+            x = jnp.broadcast_to(x, (axis_size, *x.shape))
+        return leading.merge(jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:])))
+
+    results = run(*(fold(i, x) for i, x in enumerate(args)))
+    results = [leading.split(x) for x in results]
+    for i, o in spec.summed:
+        if args[i].shape[1 if in_batched[i] else 0] == 1:
+            results[o] = results[o].sum(axis=1, keepdims=True)
+    return tuple(results), (True,) * len(results)
+
+
+def _in_parts(
+    run: Callable[..., Arrays],
+    spec: _Call,
+    axis_size: int,
+    in_batched: Sequence[bool],
+    args: Sequence[jax.Array],
+) -> tuple[Arrays, tuple[bool, ...]]:
+    """Maps by `_more_entries` of so few entries at a time that what is copied stays small.
+
+    Each entry has gradients of the keys of its own, so the keys of an entry cannot be shared here;
+    their copies take no more than what is mapped does.
+    """
+    if not all(isinstance(x, int) for x in (axis_size, args[0].size, args[1].size)):
+        return _more_entries(run, spec, axis_size, in_batched, args)
+    own = sum(x.size for x, batched in zip(args, in_batched) if batched)
+    at_once = max(1, own // max(1, args[1].size + args[2].size))
+    part = next(n for n in range(min(axis_size, at_once), 0, -1) if axis_size % n == 0)
+    if part == axis_size:
+        return _more_entries(run, spec, axis_size, in_batched, args)
+    mapped = [
+        x.reshape(axis_size // part, part, *x.shape[1:]) for x, b in zip(args, in_batched) if b
+    ]
+
+    def step(parts: Sequence[jax.Array]) -> Arrays:
+        rest = iter(parts)
+        these = [next(rest) if b else x for x, b in zip(args, in_batched)]
+        return _more_entries(run, spec, part, in_batched, these)[0]
+
+    found = lax.map(step, mapped)
+    return tuple(x.reshape(axis_size, *x.shape[2:]) for x in found), (True,) * len(found)
+
+
+def _more_heads(
+    run: Callable[..., Arrays],
+    spec: _Call,
+    axis_size: int,
+    in_batched: Sequence[bool],
+    args: Sequence[jax.Array],
+) -> tuple[Arrays, tuple[bool, ...]]:
+    """Maps by more query heads for each key head, so that no key is copied and no row moves."""
+    heads, kv_heads = args[0].shape[3], args[1].shape[2]
+
+    def fold(axes: str, x: jax.Array, batched: bool) -> jax.Array:
+        if "n" not in axes or (not batched and x.shape[axes.index("n")] == 1):
+            return x
+        n = axes.index("n")
+        if not batched:
+            x = jnp.broadcast_to(x, (axis_size, *x.shape))
+        before, after = x.shape[1 : n + 1], x.shape[n + 2 :]
+        x = jnp.broadcast_to(x, (axis_size, *before, heads, *after))
+        x = x.reshape(axis_size, *before, kv_heads, heads // kv_heads, *after)
+        x = jnp.moveaxis(x, 0, n + 1)
+        return x.reshape(*before, axis_size * heads, *after)
+
+    def unfold(axes: str, x: jax.Array) -> jax.Array:
+        n = axes.index("n")
+        before, after = x.shape[:n], x.shape[n + 1 :]
+        x = x.reshape(*before, kv_heads, axis_size, heads // kv_heads, *after)
+        return jnp.moveaxis(x, n + 1, 0).reshape(axis_size, *before, heads, *after)
+
+    found = run(*(fold(*call) for call in zip(spec.in_axes, args, in_batched)))
+    return tuple(unfold(*call) for call in zip(spec.out_axes, found)), (True,) * len(found)
 
 
 def _one_by_one(

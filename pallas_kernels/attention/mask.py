@@ -246,9 +246,14 @@ def unbroken(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(together, start, 0), jnp.where(together, stop, 0)
 
 
+def missing(length: Any, block: int) -> Any:
+    """Returns what a length lacks to whole blocks, so that symbolic lengths are seen to divide."""
+    return -(-length // block) * block - length
+
+
 def _id_ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Returns the smallest and the largest id of each block of `ids` (B, L), both (B, blocks)."""
-    padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
+    padded = jnp.pad(ids, ((0, 0), (0, missing(ids.shape[1], block))), mode="edge")
     blocks = padded.reshape(ids.shape[0], -1, block)
     return blocks.min(axis=2), blocks.max(axis=2)
 
@@ -265,7 +270,7 @@ def _dense_tiles(
         for axis, block in ((2, block_q), (3, block_kv)):
             if x.shape[axis] != 1:
                 padding = [(0, 0)] * 4
-                padding[axis] = (0, -x.shape[axis] % block)
+                padding[axis] = (0, missing(x.shape[axis], block))
                 x = jnp.pad(x, padding, constant_values=fill)
         split = (
             *x.shape[:2],

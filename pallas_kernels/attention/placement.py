@@ -105,9 +105,7 @@ def named(sharding: Sharding, mesh: Any, shape: Sequence[int]) -> NamedSharding:
     if mesh.size == len(devices):
         sizes, names = mesh.axis_sizes, mesh.axis_names
     concrete = Mesh(devices.reshape(sizes), names)
-    parts = [
-        size // max(part, 1) for size, part in zip(shape, sharding.shard_shape(tuple(shape)))
-    ]
+    parts = [size // max(part, 1) for size, part in zip(shape, sharding.shard_shape(tuple(shape)))]
     for entries in _entries(parts, dict(concrete.shape)):
         found = NamedSharding(concrete, PartitionSpec(*entries))
         if found.is_equivalent_to(sharding, len(shape)):

@@ -132,7 +132,9 @@ def attention(problem: Any, dtype: Any = np.float64, rounding: Any = None) -> Re
         if np.dtype(x.bias.dtype) != np.float32:
             bias = rounded(bias)
     if x.sinks is not None:
-        sinks_gradient = -(np.exp(sinks - np.where(lse == -np.inf, 0, lse)) * delta).sum(axis=(0, 2))
+        sinks_gradient = -(np.exp(sinks - np.where(lse == -np.inf, 0, lse)) * delta).sum(
+            axis=(0, 2)
+        )
     return Result(
         output=o.transpose(0, 2, 1, 3),
         lse=lse,
