@@ -64,7 +64,7 @@ class _Call(NamedTuple):
         sizes = {}
         for axes, x in zip(self.in_axes, args):
             for letter, size in zip(axes, x.shape):
-                sizes[letter] = max(size, sizes.get(letter, size))
+                sizes[letter] = sizes.get(letter, size) if size == 1 else size
         shapes = [tuple(sizes[letter] for letter in axes) for axes in self.out_axes]
         for i, o in self.summed:
             shapes[o] = args[i].shape
