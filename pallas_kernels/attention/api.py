@@ -225,7 +225,7 @@ def run(
     size = call.operands.sizes
     if 0 in (size.batch, size.queries, size.keys, size.value_dim):
         name = "reference"  # nothing to compute, and no blocks to compute it in
-    output, lse = routes.run(name, call.settings, call.operands)
+    output, lse = routes.run(name, call.settings, call.operands, return_residual)
     output = call.output(output)
     if not return_residual:
         return output

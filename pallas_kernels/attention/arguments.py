@@ -181,6 +181,8 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             swapped = "query"
         elif kv_length and heads % kv_length == 0 and kv_heads == length:
             swapped = "key and value"
+        elif kv_length and length != kv_length and length % kv_length == 0:
+            swapped = "query, key and value"
         raise ValueError(
             f"query has {heads} heads, key and value have {kv_heads}; expected a multiple of "
             f"theirs; got shapes {query.shape} and {key.shape}"

@@ -31,14 +31,22 @@ _AXES = {
 }
 
 
-def attend(route: Route, settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
+def attend(
+    route: Route, settings: Settings, operands: Operands, residual: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
     """Runs `route`, differentiable once in query, key, value, bias and sinks, lse included.
+
+    Without `residual` the lse is None and never leaves the compiled program, where the search for
+    infinities (`jax.debug_infs`) would take that of a row without keys for a mistake.
 
     Output and lse carry the names ``"attention_output"`` and ``"attention_lse"`` for checkpoint
     policies: one that saves both never runs the forward kernel twice.
     """
-    call = differentiable if settings.interpret not in (False, True) else compiled
-    return call(batched(route), settings, operands)
+    if settings.interpret not in (False, True):
+        return differentiable(batched(route), settings, operands)
+    if not residual:
+        return _compiled_output(batched(route), settings, operands), None
+    return compiled(batched(route), settings, operands)
 
 
 @functools.cache
@@ -110,13 +118,16 @@ def _forward(route: Route, settings: Settings, operands: Operands) -> Any:
     output, lse = route.forward(settings, operands)
     output = checkpoint_name(output, "attention_output")
     lse = checkpoint_name(lse, "attention_lse")
+    # Finite, so that `jax.debug_infs` passes here too; the backward pass undoes it.
+    saved = jnp.maximum(lse, jnp.finfo(lse.dtype).min)
     # A structure without arrays tells the backward pass, which is traced apart, what is asked. (An
     # empty array would do, but crashes XLA's CPU compiler in jax 0.11.2 under `shard_map`.)
-    return (output, lse), (operands, output, lse, ((),) * bias_gradient)
+    return (output, lse), (operands, output, saved, ((),) * bias_gradient)
 
 
 def _backward(route: Route, settings: Settings, residuals: Any, cotangents: Any) -> tuple[Operands]:
     operands, output, lse, asked = _once(residuals)
+    lse = jnp.where(lse == jnp.finfo(lse.dtype).min, -jnp.inf, lse)
     d_output, d_lse = (x if isinstance(x, SymbolicZero) else _once(x) for x in cotangents)
     bias_gradient = len(asked) == 1
     delta = jnp.zeros(lse.shape, lse.dtype)
@@ -147,6 +158,11 @@ differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 # Outside of `jit` too a call is traced once for its shapes, and `shard_map` accepts it there: by
 # itself it cannot run custom derivatives that know symbolic zeros.
 compiled = jax.jit(differentiable, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled_output(route: Route, settings: Settings, operands: Operands) -> jax.Array:
+    return differentiable(route, settings, operands)[0]
 
 
 def axes_of(operands: Operands) -> tuple[str, ...]:

@@ -81,13 +81,15 @@ def load(name: str) -> Route:
     return importlib.import_module(f"pallas_kernels.attention.{name}").ROUTE
 
 
-def run(name: str, settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array | None]:
-    """Returns output and lse by the route `name`; the lse is None where the route has none."""
+def run(
+    name: str, settings: Settings, operands: Operands, residual: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns output and lse by the route `name`; the lse is None where not asked for or had."""
     if name == "reference":
         return reference.attend(settings, operands)
     if name == "cudnn":
         return cudnn.attend(settings, operands), None
-    return core.attend(load(name), settings, operands)
+    return core.attend(load(name), settings, operands, residual)
 
 
 def refusal(

@@ -63,6 +63,10 @@ MUTANTS = [
     Mutant("chunked", "dropped = jnp.where(kept, p * keep_scale, 0)", "dropped = p * keep_scale", "dropout"),
     Mutant("dropout", "(keys * _int32(0x85EBCA77)) ^ row_key", "keys ^ row_key", "dropout"),
     Mutant("dropout", "math.ceil(rate * 2**24)", "math.ceil((1 - rate) * 2**24)", "dropout"),
+    # What hides by its value, and sinks that are none.
+    Mutant("chunked", "z = capped if x.bias is None else jnp.where(z == -jnp.inf, -jnp.inf, capped)", "z = capped", "soft cap and a bias that hides"),
+    Mutant("core", "jnp.where(lse == -jnp.inf, 0, lse))\n        sinks", "lse)\n        sinks", "a sink of -inf and empty rows"),
+    Mutant("core", "lse = jnp.where(lse == jnp.finfo(lse.dtype).min, -jnp.inf, lse)\n", "", "negative offset leaves empty rows"),
     # Gradients.
     Mutant("chunked", "d_scores = p * (dp - take(delta)[..., None]) * slope", "d_scores = p * (dp - take(delta)[..., None])", "soft cap"),
     Mutant("chunked", "d_scores = p * (dp - take(delta)[..., None]) * slope", "d_scores = p * dp * slope", "plain"),
