@@ -16,7 +16,8 @@ def as_integers(name: str, values: Any) -> Any:
     """Returns an array of integers, of JAX if it was one, else of numpy, which keeps 64 bits."""
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {values.dtype}; expected integers")
+        dtype = jnp.asarray(values).dtype
+        raise TypeError(f"{name} has dtype {dtype}; expected integers")
     return values
 
 

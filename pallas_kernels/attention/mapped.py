@@ -24,7 +24,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels._compat import unvarying, vary, varying_axes
-from pallas_kernels.attention.placement import Leading, axis_names, named
+from pallas_kernels.attention.placement import Leading, axis_names, free_axes, named
 
 Arrays = tuple[jax.Array, ...]
 
@@ -316,7 +316,7 @@ class Split(NamedTuple):
             in_specs=tuple(s.spec for s in shardings),
             out_specs=tuple(shard(axes, x.shape).spec for axes, x in zip(out_axes, results)),
             mesh=self.mesh,
-            axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes),
+            axis_names=free_axes(self.mesh),
             check_vma=False,
         )
         # Inside of a `shard_map` over other axes, results vary over those as the arguments do.

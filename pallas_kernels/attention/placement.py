@@ -27,6 +27,12 @@ def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(given.mesh, wanted.spec))
 
 
+def free_axes(mesh: Any) -> set[Any]:
+    """Returns the axes for `jax.shard_map` inside of one over others: the empty set means all."""
+    taken = set(mesh.manual_axes)
+    return set(mesh.axis_names) - taken if taken else set()
+
+
 class Leading(NamedTuple):
     """The leading axes of all arrays of a call, which become one batch axis and come back.
 
@@ -83,7 +89,7 @@ class Leading(NamedTuple):
             in_specs=before,
             out_specs=after,
             mesh=self.mesh,
-            axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes),
+            axis_names=free_axes(self.mesh),
         )
 
 

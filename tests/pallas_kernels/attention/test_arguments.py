@@ -41,22 +41,22 @@ REFUSED = [
     (
         {"query": zeros((B, 8, 30, D)), "key": zeros((B, 30, 8, D)), "value": zeros((B, 30, 8, D))},
         ValueError,
-        "query has 30 heads, key and value have 8.*heads and length are swapped in query$",
+        "(?m)query has 30 heads, key and value have 8.*heads and length are swapped in query$",
     ),
     (
         {"query": zeros((B, 30, 8, D)), "key": zeros((B, 4, 30, D)), "value": zeros((B, 4, 30, D))},
         ValueError,
-        "query has 8 heads, key and value have 30.*are swapped in key and value$",
+        "(?m)query has 8 heads, key and value have 30.*are swapped in key and value$",
     ),
     (
         {"query": zeros((B, 16, 8, D)), "key": zeros((B, 16, 3, D)), "value": zeros((B, 16, 3, D))},
         ValueError,
-        r"query has 8 heads, key and value have 3.*and \(2, 16, 3, 16\)$",
+        r"(?m)query has 8 heads, key and value have 3.*and \(2, 16, 3, 16\)$",
     ),
     (
         {"query": zeros((1, 4, 5, D)), "key": zeros((1, 4, 2, D)), "value": zeros((1, 4, 2, D))},
         ValueError,
-        r"query has 5 heads, key and value have 2.*and \(1, 4, 2, 16\)$",
+        r"(?m)query has 5 heads, key and value have 2.*and \(1, 4, 2, 16\)$",
     ),
     ({"mask": zeros((B, N, T, S))}, TypeError, "mask has dtype float32; expected bool"),
     (

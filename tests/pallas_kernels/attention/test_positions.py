@@ -162,7 +162,7 @@ def test_integers_keep_their_value_up_to_the_bounds():
         assert traced.dtype == jnp.int32
         np.testing.assert_array_equal(traced, want)
     np.testing.assert_array_equal(to_int32("x", [3, 400], 0, 300), [3, 300])
-    with pytest.raises(TypeError, match="x has dtype float64; expected integers"):
+    with pytest.raises(TypeError, match="x has dtype float32; expected integers"):
         to_int32("x", [0.5], 0, 300)
 
 
