@@ -271,9 +271,12 @@ def scores(
     slope = 1
     if settings.soft_cap is not None:
         tanh = jnp.tanh(z / settings.soft_cap)
-        z, slope = settings.soft_cap * tanh, 1 - tanh * tanh
-    q_positions = (i * blocks.q + jnp.arange(blocks.q, dtype=jnp.int32))[:, None]
+        capped, slope = settings.soft_cap * tanh, 1 - tanh * tanh
+        hides_by_value = x.bias is not None or x.diagonals is not None
+        z = jnp.where(z == -jnp.inf, -jnp.inf, capped) if hides_by_value else capped
+    q_positions = i * blocks.q + jnp.arange(blocks.q, dtype=jnp.int32)
     k_positions = j * blocks.kv + jnp.arange(blocks.kv, dtype=jnp.int32)
+    q_positions, k_positions = q_positions[None, None, None, :, None], k_positions[(None,) * 4]
     seen = kept = None
     if hides:
         limits = part(x.limits, (b,), (blocks.batch,))

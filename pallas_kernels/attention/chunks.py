@@ -13,7 +13,7 @@ from jax import lax
 
 from pallas_kernels import _compat
 from pallas_kernels.attention import tuning
-from pallas_kernels.attention.mask import tile_kinds
+from pallas_kernels.attention.mask import missing, tile_kinds
 from pallas_kernels.attention.problem import Operands, Settings, Sizes, wide
 
 
@@ -71,7 +71,8 @@ def choose_blocks(settings: Settings, operands: Operands) -> Blocks:
     block_q = _even(size.queries, config.block_q or max(64, config.rows // size.group))
     block_kv = _even(size.keys, config.block_kv)
     # Where a head is one tile, a step costs more than scores that leave the cache.
-    one_tile = block_q >= size.queries and block_kv >= size.keys
+    known = isinstance(size.queries, int) and isinstance(size.keys, int)
+    one_tile = known and block_q >= size.queries and block_kv >= size.keys
     of_cpu = 2 ** (19 if one_tile else 18) * max(2, os.cpu_count() or 1)
     tile = config.tile or (of_cpu if cpu else 2**24)
     at_once = max(1, tile // max(1, size.group * block_q * block_kv))
@@ -97,19 +98,23 @@ def _listed(operands: Operands) -> ChunkedConfig:
 
 def _even(length: int, block: int) -> int:
     """Returns the size of the fewest blocks of at most `block`, evened out: little is padding."""
+    if not isinstance(length, int):  # symbolic, in a program to be exported
+        return block
     if length <= block:
         return max(length, 1)
     return min(block, -(-math.ceil(length / math.ceil(length / block)) // 8) * 8)
 
 
 def _divisor(number: int, most: int) -> int:
+    if not isinstance(number, int):
+        return 1
     return next((d for d in range(min(number, most), 0, -1) if number % d == 0), 1)
 
 
 def pad(x: jax.Array, axis: int, block: int) -> jax.Array:
     """Pads an axis with zeros to a multiple of `block`."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
+    widths[axis] = (0, missing(x.shape[axis], block))
     return jnp.pad(x, widths)
 
 
@@ -157,7 +162,7 @@ def arrange(operands: Operands, blocks: Blocks) -> Arranged:
     diagonals = operands.diagonals
     if diagonals is not None:
         split = (diagonals.shape[0], size.kv_heads, size.group, 1, diagonals.shape[2])
-        widths = (-size.queries % blocks.q, -size.keys % blocks.kv + 1)
+        widths = (missing(size.queries, blocks.q), missing(size.keys, blocks.kv) + 1)
         diagonals = jnp.pad(diagonals.reshape(split), [(0, 0)] * 4 + [widths])
     return Arranged(
         key=heads_first(operands.key, size.kv_heads, blocks.kv)[:, :, 0],
@@ -178,7 +183,7 @@ def band(
 ) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Returns corner and size of the part of `Arranged.diagonals` that tile (b, k, i, j) reads."""
     b, k, i, j = position
-    rows = query_length + -query_length % blocks.q
+    rows = query_length + missing(query_length, blocks.q)
     start = j * blocks.kv - i * blocks.q + rows - blocks.q
     return (b, k, 0, 0, start), (blocks.batch, blocks.heads, *x.shape[2:4], blocks.q + blocks.kv)
 
@@ -190,7 +195,7 @@ def bias_gradient_of(total: jax.Array, operands: Operands, blocks: Blocks) -> di
         total = total[..., : shape[2], : shape[3]].reshape(shape)
         return {"bias": total.astype(operands.bias.dtype)}
     assert operands.diagonals is not None
-    first, shape = -operands.sizes.queries % blocks.q, operands.diagonals.shape
+    first, shape = missing(operands.sizes.queries, blocks.q), operands.diagonals.shape
     return {"diagonals": total[..., first : first + shape[2]].reshape(shape)}
 
 
@@ -202,7 +207,7 @@ def position(group: jax.Array, kv_heads: int, blocks: Blocks) -> tuple[jax.Array
 
 def part(x: jax.Array, start: tuple[Any, ...], size: tuple[int, ...]) -> jax.Array:
     """Slices the leading axes of `x`; an axis of length 1 broadcasts and stays."""
-    size = tuple(min(s, n) for s, n in zip(size, x.shape)) + x.shape[len(size) :]
+    size = tuple(1 if n == 1 else s for s, n in zip(size, x.shape)) + x.shape[len(size) :]
     return lax.dynamic_slice(x, _corner(x, start), size)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes, with_axis
-from pallas_kernels.attention import arguments, core, layouts, routes
+from pallas_kernels.attention import arguments, core, integers, layouts, mapped, routes
 from pallas_kernels.attention.gather import gather
 from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
@@ -191,6 +191,7 @@ def ring_attention(
     _check_choice("method", method, METHODS)
     _check_runs(layout, query, key)
     _check_whole(method, bias, mask)
+    ids = _ids_of_all(query_segment_ids, key_value_segment_ids, axis)
     call = arguments.canonical(
         query,
         key,
@@ -204,8 +205,8 @@ def ring_attention(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
+        query_segment_ids=ids[0],
+        key_value_segment_ids=ids[1],
         query_offset=None,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
@@ -237,9 +238,16 @@ def attend(
     # the transpose of this cast does where `shard_map` keeps account of it.
     axes = varying_axes(lax.axis_index(axis.name), *jax.tree.leaves(operands))
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
+    beside_explicit = mapped.explicit_sharding(operands.query) is not None
     if method == "all_to_all":
+        if beside_explicit:
+            raise NotImplementedError(
+                "method='all_to_all' beside explicit mesh axes; expected 'ring' or 'gather', or "
+                "axes of the type AxisType.Auto"
+            )
         return _all_to_all(route, settings, operands, axis, layout)
-    return core.compiled(_spread(method, core.batched(route), axis, layout), settings, operands)
+    spread = _spread(method, core.batched(route), axis, layout)
+    return core.compiled(core.batched(spread) if beside_explicit else spread, settings, operands)
 
 
 @functools.cache
@@ -313,6 +321,27 @@ def _all_to_all(
         ),
     )
     return to_sequence(output), to_sequence(lse.transpose(0, 2, 1)).transpose(0, 2, 1)
+
+
+def _ids_of_all(query_ids: Any, key_ids: Any, axis: Axis) -> tuple[Any, Any]:
+    """Returns ids that have the same meaning on all devices, where those have more than 32 bits."""
+    ids = [x for x in (query_ids, key_ids) if x is not None]
+    if not any(isinstance(x, jax.Array) and x.dtype.itemsize > 4 for x in ids):
+        return query_ids, key_ids
+    whole = [
+        lax.all_gather(jnp.asarray(x).reshape(-1, x.shape[-1]), axis.name, axis=1, tiled=True)
+        for x in ids
+    ]
+    found = integers.same_ids(whole[0], whole[-1])
+    own = [
+        lax.dynamic_slice_in_dim(
+            y, lax.axis_index(axis.name) * x.shape[-1], x.shape[-1], axis=1
+        ).reshape(x.shape)
+        for x, y in zip(ids, found)
+    ]
+    rest = iter(own)
+    query_ids, key_ids = (None if x is None else next(rest) for x in (query_ids, key_ids))
+    return query_ids, key_ids
 
 
 def _axis_size(axis_name: Hashable) -> int:

@@ -37,8 +37,13 @@ _AXES = {
 }
 
 
-def attend(route: Route, settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
+def attend(
+    route: Route, settings: Settings, operands: Operands, residual: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
     """Runs `route`, differentiable in query, key, value, bias and sinks, lse included.
+
+    Without `residual` the lse is None and never leaves the compiled program, where the search for
+    infinities (`jax.debug_infs`) would take that of a row without keys for a mistake.
 
     Output and lse carry the names ``"attention_output"`` and ``"attention_lse"`` for checkpoint
     policies: one that saves both never runs the forward kernel twice.
@@ -47,8 +52,11 @@ def attend(route: Route, settings: Settings, operands: Operands) -> tuple[jax.Ar
     # them, which is what the transpose of this cast does.
     axes = varying_axes(*jax.tree.leaves(operands))
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
-    call = differentiable if settings.interpret not in (False, True) else compiled
-    return call(batched(route), settings, operands)
+    if settings.interpret not in (False, True):
+        return differentiable(batched(route), settings, operands)
+    if not residual:
+        return _compiled_output(batched(route), settings, operands), None
+    return compiled(batched(route), settings, operands)
 
 
 @functools.cache
@@ -67,7 +75,7 @@ def batched(route: Route) -> Route:
         def fn(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
             return route.forward(settings, jax.tree.unflatten(structure, arrays))
 
-        output, lse = _call(fn, arrays, _axes(operands), ("btne", "bnt"), _dtypes(operands))
+        output, lse = _call(fn, arrays, axes_of(operands), ("btne", "bnt"), _dtypes(operands))
         return output, lse
 
     def backward(
@@ -81,7 +89,7 @@ def batched(route: Route) -> Route:
         if settings.interpret not in (False, True):
             return route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
         arrays, structure = jax.tree.flatten(operands)
-        axes, names = _axes(operands), _names(operands)
+        axes, names = axes_of(operands), _names(operands)
         wanted = ["query", "key", "value"]
         wanted += [x for x in ("bias", "diagonals") if bias_gradient and x in names]
         places = [names.index(x) for x in wanted]
@@ -110,7 +118,7 @@ def batched(route: Route) -> Route:
             assert route.tangent is not None
             return route.tangent(settings, *jax.tree.unflatten(structure, arrays))
 
-        axes = (*_axes(operands), "bnt", *_axes(moved))
+        axes = (*axes_of(operands), "bnt", *axes_of(moved))
         dtype = _dtypes(operands)[1]
         return _call(fn, arrays, axes, ("btne", "bnt"), (dtype, dtype))
 
@@ -118,7 +126,7 @@ def batched(route: Route) -> Route:
         forward=forward,
         backward=backward,
         tangent=None if route.tangent is None else tangent,
-        plain=None if route is PLAIN else batched(PLAIN),
+        plain=None if route.tangent is not None else batched(route.plain or PLAIN),
     )
 
 
@@ -183,9 +191,10 @@ def _differentiable_jvp(route: Route, settings: Settings, primals: Any, tangents
     (operands,), (d_operands,) = primals, tangents
     output, lse = differentiable(route, settings, operands)
     output = checkpoint_name(output, "attention_output")
-    lse = checkpoint_name(lse, "attention_lse")
+    saved = checkpoint_name(derivatives.finite(lse), "attention_lse")
+    lse = derivatives.with_empty(saved)
     moved = derivatives.moves(d_operands)
-    return (output, lse), tuple(derivatives.push(route, settings, operands, output, lse, moved))
+    return (output, lse), tuple(derivatives.push(route, settings, operands, output, saved, moved))
 
 
 # Outside of `jit` too a call is traced once for its shapes, and `shard_map` accepts it there: by
@@ -198,7 +207,13 @@ def _names(tree: Any) -> list[str]:
     return [_name(path[-1]) for path, _ in leaves]
 
 
-def _axes(tree: Any) -> tuple[str, ...]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled_output(route: Route, settings: Settings, operands: Operands) -> jax.Array:
+    return differentiable(route, settings, operands)[0]
+
+
+def axes_of(tree: Any) -> tuple[str, ...]:
+    """Returns the letters of the axes of each array, as `mapped.call` reads them."""
     return tuple(_AXES[name] for name in _names(tree))
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.attention.integers import narrowed
+
 
 class Peak(NamedTuple):
     """What a chip does at most, by its maker's public figures; dense, not sparse, matrix rates."""
@@ -174,6 +176,8 @@ def attention_cost(
     if chip is not None and chip not in PEAKS:
         raise ValueError(f"chip={chip!r} is not known; expected one of {', '.join(PEAKS)}")
     left, right = _sides(is_causal, local_window_size)
+    query_offset = operator.index(query_offset)
+    left, right, query_offset = narrowed(left, right, query_offset, t, s)
     lengths = zip(
         _lengths("query_seq_lengths", query_seq_lengths, b, t),
         _lengths("key_value_seq_lengths", key_value_seq_lengths, b, s),
@@ -303,7 +307,10 @@ def _sides(
     is_causal: bool, window: int | tuple[int | None, int | None] | None
 ) -> tuple[int | None, int | None]:
     """Returns how many keys a row sees to its left and right, None for all."""
-    left, right = window if isinstance(window, (tuple, list)) else (window, window)
+    pair = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(pair) != 2:
+        raise ValueError(f"local_window_size={window!r}; expected a number or (left, right)")
+    left, right = pair
     if any(x is not None and operator.index(x) < 0 for x in (left, right)):
         raise ValueError(f"local_window_size={window!r}; expected numbers of at least 0")
     if is_causal:

@@ -50,7 +50,7 @@ def _seeing_rows(mask: Mask, operands: Operands, allowed: jax.Array | None) -> j
     size = operands.sizes
     if allowed is not None:
         return visible(mask, *size[:3]).any(axis=3).transpose(0, 2, 1)[..., None]
-    rows = jnp.arange(size.queries, dtype=jnp.int32)[:, None]
+    rows = jnp.arange(size.queries, dtype=jnp.int32)[None, :, None]
     limits = Limits(*mask.limits(*size[:3]).T[:, :, None, None])
     first = 0 if mask.left is None else jnp.maximum(0, rows + limits.offset - mask.left)
     return in_interval(mask, limits, rows, first)[..., None]

@@ -13,6 +13,7 @@ nothing else of the cache or of the page table is data.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._compat import Device
-from pallas_kernels.attention import tuning
-from pallas_kernels.attention.entries import number_or_entries
+from pallas_kernels.attention import options, tuning
+from pallas_kernels.attention.integers import FAR, number_or_entries, to_int32
+from pallas_kernels.attention.placement import Leading
 from pallas_kernels.attention.position_bias import RULES, Rule
 
 QUANTIZED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
@@ -77,7 +79,9 @@ def lookup_of(operands: Operands, place: Device) -> tuning.Lookup:
     """Describes a call to the file of block sizes, by the dtype of its cache."""
     widest = max(operands.key.shape[3], operands.value.shape[3])
     chips = (place.kind, place.platform)
-    return tuning.Lookup(chips, str(operands.key.dtype), widest, operands.capacity, True, 0)
+    return tuning.Lookup(
+        chips, str(operands.key.dtype), widest, tuning.longest(operands.capacity), True, 0
+    )
 
 
 def sees(settings: Settings, length: Any, token: Any, key: Any, prefix: Any = None) -> Any:
@@ -132,30 +136,32 @@ def canonical(
         raise TypeError(f"bias is of type {type(bias).__name__}; expected {kinds}")
     if bias is not None:
         bias.check(n)
-    left, right = _window(local_window_size, is_causal)
+    left, right = options.window(local_window_size, is_causal)
     if prefix_lengths is not None and right is None:
         raise ValueError(
             "prefix_lengths was given where nothing is hidden on the right; expected is_causal=True"
         )
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if lengths.shape not in ((), (b,)) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; expected an integer for "
-            f"each of the batch entries, ({b},)"
+            f"each of the batch entries, ({b},), or one for all"
         )
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"logits_soft_cap={logits_soft_cap!r}; expected a positive number or None")
-    if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 1):
+    if num_splits is not None and (
+        not isinstance(num_splits, numbers.Integral) or num_splits < 1 or num_splits is True
+    ):
         raise ValueError(f"num_splits={num_splits!r}; expected a positive int or None")
     if page_table is not None:
-        page_table = jnp.clip(page_table, 0, key_cache.shape[0] - 1).astype(jnp.int32)
+        pages = key_cache.shape[0]
+        last = pages - 1 if isinstance(pages, int) else FAR  # all reads are clipped besides
+        page_table = to_int32("page_table", page_table, 0, last)
     group = n // kv_heads
     packed = query.reshape(b, t, kv_heads, group, d).transpose(0, 2, 1, 3, 4)
     operands = Operands(
         query=packed.reshape(b, kv_heads, t * group, d),
         key=key_cache,
         value=value_cache,
-        lengths=lengths,
+        lengths=jnp.zeros((b,), jnp.int32),
         page_table=page_table,
         key_scale=key_scale,
         value_scale=value_scale,
@@ -165,14 +171,19 @@ def canonical(
         value_head_scale=value_head_scale,
         rule=bias,
     )
-    lengths = jnp.clip(lengths, 0, operands.capacity).astype(jnp.int32)
+    full = operands.capacity
+    most = full if isinstance(full, int) else FAR
+    lengths = jnp.broadcast_to(to_int32("lengths", lengths, 0, most), (b,))
+    if most is not full:  # symbolic, in a program to be exported
+        lengths = jnp.minimum(lengths, jnp.asarray(full, jnp.int32))
     settings = Settings(
-        scale=1 / math.sqrt(d) if scale is None else float(scale),
+        scale=1 / math.sqrt(d) if scale is None else options.number("scale", scale),
         queries=t,
-        left=left,
-        right=right,
-        soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        num_splits=num_splits,
+        # No position is beyond the last of the cache, or before that of the first of the queries.
+        left=_side(left, full - 1 if isinstance(full, int) else FAR),
+        right=_side(right, t),
+        soft_cap=options.soft_cap(logits_soft_cap),
+        num_splits=None if num_splits is None else int(num_splits),
         interpret=bool(interpret) if interpret in (None, False, True) else interpret,
     )
     starts = operands.starts
@@ -259,22 +270,12 @@ def _scales(name: str, scale: Any, cache: jax.Array) -> tuple[jax.Array | None, 
 
 def _per_sequence(name: str, value: Any, batch: int) -> jax.Array | None:
     """Returns int32 (B,) from one number or one for each sequence."""
-    number, numbers = number_or_entries(name, value, (batch,))
-    if numbers is None and number != 0:
-        numbers = jnp.full((batch,), number, jnp.int32)
+    number, numbers = number_or_entries(name, value, Leading((batch,)), 0)
+    if numbers is None and number > 0:
+        numbers = jnp.full((batch,), min(number, FAR), jnp.int32)
     return numbers
 
 
-def _window(window: Any, is_causal: bool) -> tuple[int | None, int | None]:
-    """Returns how far a row looks back and ahead."""
-    if window is None:
-        return None, 0 if is_causal else None
-    sides = window if isinstance(window, (tuple, list)) else (window, window)
-    if len(sides) != 2 or not all(
-        x is None or (isinstance(x, (int, np.integer)) and x >= 0) for x in sides
-    ):
-        raise ValueError(
-            f"local_window_size={window!r}; expected an int of at least 0 or a pair (left, right)"
-        )
-    left, right = (None if x is None else int(x) for x in sides)
-    return left, 0 if is_causal else right
+def _side(side: int | None, most: int) -> int | None:
+    """Returns how far a row looks to one side, None where nothing is farther away than `most`."""
+    return None if side is None or side >= most else side

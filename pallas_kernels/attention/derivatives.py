@@ -29,6 +29,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from pallas_kernels.attention.chunks import ChunkedConfig
+from pallas_kernels.attention.placement import placed_like
 from pallas_kernels.attention.problem import Operands, Route, Settings
 from pallas_kernels.attention.tangent import PLAIN
 
@@ -83,6 +84,19 @@ class Form(NamedTuple):
         return known, [[next(rest) for _ in names] for names in self.groups]
 
 
+def finite(lse: jax.Array) -> jax.Array:
+    """Returns an lse that may be kept between passes: none is -inf.
+
+    The search for infinities (`jax.debug_infs`) takes that of a row without keys for a mistake.
+    """
+    return jnp.maximum(lse, jnp.finfo(lse.dtype).min)
+
+
+def with_empty(lse: jax.Array) -> jax.Array:
+    """Undoes `finite`."""
+    return jnp.where(lse == jnp.finfo(lse.dtype).min, -jnp.inf, lse)
+
+
 def push(
     route: Route,
     settings: Settings,
@@ -127,7 +141,7 @@ _evaluated = jax.jit(_evaluate, static_argnums=0)  # layers of the same sizes ar
 def _evaluate_one(form: Form, *arguments: jax.Array) -> tuple[jax.Array, ...]:
     known, groups = form.split(arguments)
     operands = jax.tree.unflatten(form.structure, known[: -len(RESULTS)])
-    results = Results(*known[-len(RESULTS) :])
+    results = Results(known[-2], with_empty(known[-1]))
     route, settings = _plain(form.route, form.settings)
     directions = [dict(zip(names, x)) for names, x in zip(form.directions, groups)]
 
@@ -200,7 +214,7 @@ def _tangent(
     weighted, mass = route.tangent(settings, operands._replace(sinks=None), lse, others)
     if "sinks" in moved:
         assert operands.sinks is not None
-        mass += _share_of_sinks(operands.sinks, lse) * moved["sinks"][:, None]
+        mass += _share_of_sinks(operands.sinks, lse) * moved["sinks"][None, :, None]
     by_mass = jnp.einsum("btne,bnt->btne", output.astype(weighted.dtype), mass)
     return Results((weighted - by_mass).astype(output.dtype), mass)
 
@@ -228,13 +242,14 @@ def _gradients(
     if operands.sinks is not None and "sinks" in wanted:
         # A sink is a key with value 0, so its dp is 0.
         share = _share_of_sinks(operands.sinks, lse)
-        found["sinks"] = -jnp.sum(share * delta, axis=(0, 2)).astype(operands.sinks.dtype)
+        sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(operands.sinks.dtype)
+        found["sinks"] = placed_like(sinks, operands.sinks)
     return found
 
 
 def _share_of_sinks(sinks: jax.Array, lse: jax.Array) -> jax.Array:
     """Returns the probability (B, N, T) of each row's sink."""
-    return jnp.exp(sinks[:, None] - jnp.where(lse == -jnp.inf, 0, lse))
+    return jnp.exp(sinks[None, :, None] - jnp.where(lse == -jnp.inf, 0, lse))
 
 
 form_p = Primitive("attention_derivative")

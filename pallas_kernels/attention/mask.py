@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 SKIP, WHOLE, PARTIAL = 0, 1, 2
 """What `tile_kinds` says of a tile: nobody sees it, everybody sees it, or the mask decides."""
@@ -227,11 +228,11 @@ def in_interval(mask: Mask, limits: Limits, rows: Any, keys: Any) -> Any:
 
 def visible(mask: Mask, batch: int, query_length: int, key_value_length: int) -> jax.Array:
     """Returns the whole mask, bool (B or 1, N or 1, T, S): what the reference uses."""
-    rows = jnp.arange(query_length, dtype=jnp.int32)[:, None]
-    keys = jnp.arange(key_value_length, dtype=jnp.int32)[None, :]
+    rows = jnp.arange(query_length, dtype=jnp.int32)[None, :, None]
+    keys = jnp.arange(key_value_length, dtype=jnp.int32)[None, None, :]
     if mask.is_static:
         limits = mask.static_limits(query_length, key_value_length)
-        seen = in_interval(mask, limits, rows, keys)[None, None]
+        seen = in_interval(mask, limits, rows, keys)[:, None]
     else:
         columns = mask.limits(batch, query_length, key_value_length).T[:, :, None, None]
         seen = in_interval(mask, Limits(*columns), rows, keys)[:, None]
@@ -258,8 +259,8 @@ def tile_kinds(
     where something is visible. Rows and keys past the end count as hidden.
     """
     nq, nk = -(-query_length // block_q), -(-key_value_length // block_kv)
-    first_row = jnp.arange(nq, dtype=jnp.int32)[:, None] * block_q
-    first_key = jnp.arange(nk, dtype=jnp.int32)[None, :] * block_kv
+    first_row = jnp.arange(nq, dtype=jnp.int32)[None, None, :, None] * block_q
+    first_key = jnp.arange(nk, dtype=jnp.int32)[None, None, None, :] * block_kv
     if mask.is_static:
         limits = mask.static_limits(query_length, key_value_length)
     else:
@@ -298,9 +299,14 @@ def unbroken(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(together, start, 0), jnp.where(together, stop, 0)
 
 
+def missing(length: Any, block: int) -> Any:
+    """Returns what a length lacks to whole blocks, so that symbolic lengths are seen to divide."""
+    return -(-length // block) * block - length
+
+
 def _id_ranges(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Returns the smallest and the largest id of each block of `ids` (B, L), both (B, blocks)."""
-    padded = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge")
+    padded = jnp.pad(ids, ((0, 0), (0, missing(ids.shape[1], block))), mode="edge")
     blocks = padded.reshape(ids.shape[0], -1, block)
     return blocks.min(axis=2), blocks.max(axis=2)
 
@@ -309,13 +315,15 @@ def _dense_tiles(
     dense: jax.Array, block_q: int, block_kv: int, nq: int, nk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns whether some and whether every entry of each tile is True."""
+    # The compiler takes minutes to fold these reductions of a mask that is a constant.
+    dense = lax.optimization_barrier(dense)
 
     def tiles(fill: bool) -> jax.Array:
         x = dense
         for axis, block in ((2, block_q), (3, block_kv)):
             if x.shape[axis] != 1:
                 padding = [(0, 0)] * 4
-                padding[axis] = (0, -x.shape[axis] % block)
+                padding[axis] = (0, missing(x.shape[axis], block))
                 x = jnp.pad(x, padding, constant_values=fill)
         split = (
             *x.shape[:2],

@@ -106,6 +106,7 @@ class RelativePositionBias:
         limits = jnp.asarray(_first_of_buckets(side, self.max_distance), jnp.int32)
         ahead = distances > 0
         size = jnp.abs(distances) if self.bidirectional else jnp.maximum(-distances, 0)
+        limits = limits.reshape(*(1,) * size.ndim, -1)
         found = (size[..., None] >= limits).sum(axis=-1, dtype=jnp.int32)
         return jnp.where(ahead, found + side, found) if self.bidirectional else found
 
@@ -175,8 +176,8 @@ def diagonals_of(
 
     Entry i is that of key s and query t with ``s - t = i - (T - 1)``.
     """
-    distances = jnp.arange(1 - queries, keys, dtype=jnp.int32) - offset
-    distances = distances[None] if offsets is None else distances - offsets[:, None]
+    distances = jnp.arange(1 - queries, keys, dtype=jnp.int32)[None] - offset
+    distances = distances if offsets is None else distances - offsets[:, None]
     return rule.at(distances).swapaxes(0, 1).astype(dtype)
 
 

@@ -241,8 +241,10 @@ def finish(job: Job, total: Partial) -> tuple[jax.Array, jax.Array]:
     """Returns what a route returns, from attention over all keys. Only here do sinks count."""
     output, lse = total
     if job.operands.sinks is not None:
-        with_sink = jnp.logaddexp(lse, job.operands.sinks.astype(lse.dtype))
-        output *= jnp.exp(lse - with_sink)[..., None]
+        with_sink = jnp.logaddexp(lse, job.operands.sinks.astype(lse.dtype)[None, None, :])
+        # Where both are -inf there is nothing to share.
+        share = jnp.exp(lse - jnp.where(with_sink == -jnp.inf, 0, with_sink))
+        output *= share[..., None]
         lse = with_sink
     return _rounded(output, job.operands.query.dtype), lse.transpose(0, 2, 1)
 

@@ -339,11 +339,12 @@ class _Plan:
             z += self.load_tile(self.inputs.bias, tile).astype(jnp.float32)
         if self.inputs.diagonals is not None:
             z += self.load_diagonals(tile)
-        cap = self.settings.soft_cap
-        if cap is None:
+        if (cap := self.settings.soft_cap) is None:
             return z, None
         tanh = jnp.tanh(z * (1 / cap))
-        return cap * tanh, 1 - tanh * tanh
+        hides = self.inputs.bias is not None or self.inputs.diagonals is not None
+        capped = jnp.where(z == -jnp.inf, -jnp.inf, cap * tanh) if hides else cap * tanh
+        return capped, 1 - tanh * tanh
 
     def exponential(self, z: jax.Array, shift: jax.Array) -> jax.Array:
         """Returns exp(z - shift) for scores `z` and a finite `shift` of each row."""

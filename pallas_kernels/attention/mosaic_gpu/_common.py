@@ -226,14 +226,11 @@ class Bias(NamedTuple):
 VECTOR = 256  # vectors of rows and keys are padded to a multiple of this, and so of all blocks
 
 
-def bias_of(settings: Settings, operands: Operands) -> Bias | None:
+def bias_of(operands: Operands) -> Bias | None:
     """Returns the bias and the dense mask as one array, or None if there is neither."""
     bias, dense = operands.bias, operands.mask.dense
     if dense is not None:
         visible = jnp.zeros((), operands.query.dtype) if bias is None else bias
-        if settings.soft_cap is not None:
-            # A bias of -inf is capped to -soft_cap; hidden is only what the mask hides.
-            visible = jnp.maximum(visible, jnp.finfo(visible.dtype).min)
         bias = jnp.where(dense, visible, jnp.array(-jnp.inf, visible.dtype))
     if bias is None:
         return None
@@ -320,7 +317,7 @@ class Call:
 def prepare(settings: Settings, operands: Operands) -> tuple[Call, dict[str, jax.Array]]:
     """Returns the static part of a call and the arrays that every kernel reads."""
     size, mask = operands.sizes, operands.mask
-    bias = bias_of(settings, operands)
+    bias = bias_of(operands)
     d = -(-max(size.head_dim, size.value_dim) // 64) * 64
     inputs = {
         "query": for_tma(operands.query, d),

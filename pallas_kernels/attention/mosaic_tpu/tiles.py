@@ -200,7 +200,9 @@ class Scores(NamedTuple):
         slope, cap = None, self.settings.soft_cap
         if cap is not None:
             capped = jnp.tanh(z * (1 / cap))
-            z, slope = capped * cap, 1 - capped * capped
+            slope = 1 - capped * capped
+            hides = self.bias_shape is not None
+            z = jnp.where(z == -jnp.inf, -jnp.inf, capped * cap) if hides else capped * cap
         if limits is not None:
             z = jnp.where(self.visible(refs, piece, limits), z, -jnp.inf)
         return z, slope

@@ -47,7 +47,8 @@ class Case:
     segments: str | None = None  # "sorted", "shuffled" or "disjoint"
     dense: str | None = None  # which of b, n, t, s are full, such as "bts"; the others are 1
     bias: str | None = None  # as `dense`
-    sinks: bool = False
+    bias_hides: bool = False  # whether a third of it is -inf, and row 3 whole
+    sinks: bool | str = False  # "some": that of head 0 is -inf
     diagonals: str | None = None  # "n" or "bn": what each distance adds
     dropout_rate: float = 0.0
     seed: int = 0
@@ -101,12 +102,20 @@ def build(case: Case) -> Problem:
         dense=None if case.dense is None else jnp.asarray(rng.random(full(case.dense)) < 0.5),
     )
     seeds = dropout.seeds(jax.random.key(case.seed), b, n) if case.dropout_rate else None
+    bias = None if case.bias is None else normal(*full(case.bias))
+    if bias is not None and case.bias_hides:
+        hidden = np.random.default_rng(case.seed + 1).random(bias.shape) < 1 / 3
+        hidden[:, :, 3:4] = True
+        bias = jnp.where(hidden, -jnp.inf, bias)
+    sinks = normal(n, dtype=jnp.float32) if case.sinks else None
+    if sinks is not None and case.sinks == "some":
+        sinks = sinks.at[0].set(-jnp.inf)
     operands = Operands(
         query=normal(b, t, n, d),
         key=normal(b, s, k, d),
         value=normal(b, s, k, dv),
-        bias=None if case.bias is None else normal(*full(case.bias)),
-        sinks=normal(n, dtype=jnp.float32) if case.sinks else None,
+        bias=bias,
+        sinks=sinks,
         mask=mask,
         seeds=seeds,
         diagonals=None
@@ -253,8 +262,10 @@ CASES: tuple[Case, ...] = (
     Case("bias of queries", bias="nt", heads=4, kv_heads=2),
     Case("soft cap", soft_cap=2.0),
     Case("soft cap and bias", soft_cap=2.0, bias="nts", right=0),
+    Case("soft cap and a bias that hides", soft_cap=2.0, bias="nts", bias_hides=True),
     Case("sinks", sinks=True, right=0),
     Case("sinks and empty rows", sinks=True, right=0, offset=-40),
+    Case("a sink of -inf and empty rows", sinks="some", right=0, offset=-40),
     Case("dropout", dropout_rate=0.2),
     Case("dropout, causal, grouped", dropout_rate=0.5, right=0, heads=4, kv_heads=2, batch=2),
     Case("everything", batch=2, queries=117, keys=131, heads=4, kv_heads=2, left=50, right=0,
@@ -290,7 +301,7 @@ QUICK = {
     "causal window", "grouped heads", "more queries, causal", "causal at the end",
     "negative offset leaves empty rows", "a length of zero", "shuffled segments",
     "dense mask of keys", "bias of queries",
-    "soft cap and bias", "sinks and empty rows", "everything", "wide values",
+    "soft cap and a bias that hides", "a sink of -inf and empty rows", "everything", "wide values",
     "first key", "prefix, window, first keys, lengths",
 }  # fmt: skip
 

@@ -65,6 +65,9 @@ MUTANTS = [
     Mutant("chunked", "dropped = jnp.where(kept, p * keep_scale, 0)", "dropped = p * keep_scale", "dropout"),
     Mutant("dropout", "(keys * KEY) ^ row_key", "keys ^ row_key", "dropout"),
     Mutant("dropout", "math.ceil(rate * 2**24)", "math.ceil((1 - rate) * 2**24)", "dropout"),
+    # What hides by its value, and sinks that are none.
+    Mutant("chunked", "z = jnp.where(z == -jnp.inf, -jnp.inf, capped) if hides_by_value else capped", "z = capped", "soft cap and a bias that hides"),
+    Mutant("derivatives", "sinks[None, :, None] - jnp.where(lse == -jnp.inf, 0, lse))", "sinks[None, :, None] - lse)", "a sink of -inf and empty rows"),
     # Gradients.
     Mutant("chunked", "d_scores = p * (dp - take(delta)[..., None]) * slope", "d_scores = p * (dp - take(delta)[..., None])", "soft cap"),
     Mutant("chunked", "d_scores = p * (dp - take(delta)[..., None]) * slope", "d_scores = p * dp * slope", "plain"),
@@ -76,7 +79,7 @@ MUTANTS = [
     Mutant("chunked", "(b, k, 0, q0, k0))", "(b, k, 0, q0, 0))", "bias of keys"),
     Mutant("chunks", "tile = tile.sum(axis=axes, keepdims=True)", "tile = tile.mean(axis=axes, keepdims=True)", "bias of heads"),
     Mutant("derivatives", "delta -= jnp.where(lse == -jnp.inf, 0, d_lse)", "delta += jnp.where(lse == -jnp.inf, 0, d_lse)", "plain"),
-    Mutant("derivatives", "return jnp.exp(sinks[:, None] - jnp", "return (sinks[:, None] - jnp", "sinks"),
+    Mutant("derivatives", "return jnp.exp(sinks[None, :, None] - jnp", "return (sinks[None, :, None] - jnp", "sinks"),
     Mutant("derivatives", "= -jnp.sum(share * delta", "= jnp.sum(share * delta", "sinks"),
     # Tangents.
     Mutant("tangent", "ds = p * ds * slope", "ds = p * ds", "soft cap", check="tangent"),

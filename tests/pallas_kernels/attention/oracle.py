@@ -99,7 +99,8 @@ def attention(problem: Any, dtype: Any = np.float64, rounding: Any = None) -> Re
     slope = None
     if settings.soft_cap is not None:
         tanh = np.tanh(z / dtype(settings.soft_cap))
-        z, slope = dtype(settings.soft_cap) * tanh, 1 - tanh**2
+        z = np.where(z == -np.inf, z, dtype(settings.soft_cap) * tanh)
+        slope = 1 - tanh**2
     seen = np.broadcast_to(visible(x.mask, b, t, s), z.shape)
     z = np.where(seen, z, -np.inf)
     peak = z.max(axis=3, initial=-np.inf)
@@ -140,7 +141,9 @@ def attention(problem: Any, dtype: Any = np.float64, rounding: Any = None) -> Re
         if np.dtype(x.bias.dtype) != np.float32:
             bias = rounded(bias)
     if x.sinks is not None:
-        sinks_gradient = -(np.exp(sinks - lse) * delta).sum(axis=(0, 2))
+        sinks_gradient = -(np.exp(sinks - np.where(lse == -np.inf, 0, lse)) * delta).sum(
+            axis=(0, 2)
+        )
     return Result(
         output=o.transpose(0, 2, 1, 3),
         lse=lse,
