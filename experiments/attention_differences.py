@@ -168,8 +168,8 @@ def main() -> None:
         try:
             attend = make()
             version = importlib.metadata.version(package)
-        except ImportError as error:
-            print(f"{name}: not here ({error})")
+        except Exception as error:  # some fail in ways of their own on versions they do not know
+            print(f"{name}: not here ({type(error).__name__}: {error})")
             continue
         for question, probe in PROBES.items():
             try:
