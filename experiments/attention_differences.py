@@ -6,6 +6,8 @@ Each probe asks one question of every library that is installed, on the CPU, and
 out, beside the library's version: the rows of the table in docs/attention.md.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.metadata

@@ -162,7 +162,8 @@ compiled = jax.jit(differentiable, static_argnums=(0, 1))
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled_output(route: Route, settings: Settings, operands: Operands) -> jax.Array:
-    return differentiable(route, settings, operands)[0]
+    results: Any = differentiable(route, settings, operands)
+    return results[0]
 
 
 def axes_of(operands: Operands) -> tuple[str, ...]:
