@@ -80,16 +80,14 @@ def same_ids(query_ids: Any, key_ids: Any) -> tuple[jax.Array, jax.Array]:
     if all(jnp.iinfo(x).min >= fits.min and jnp.iinfo(x).max <= fits.max for x in dtypes):
         return jnp.asarray(ids[0], jnp.int32), jnp.asarray(ids[1], jnp.int32)
     if dtypes[0] == dtypes[1] == jnp.uint32:  # the wrap is one to one
-        return ids[0].astype(jnp.int32), ids[1].astype(jnp.int32)
+        return jnp.asarray(ids[0].astype(np.int32)), jnp.asarray(ids[1].astype(np.int32))
     if all(isinstance(x, np.ndarray) for x in ids):
         _, found = np.unique(np.concatenate(ids, axis=1), return_inverse=True)
         found = jnp.asarray(found.reshape(ids[0].shape[0], -1).astype(np.int32))
         return found[:, : ids[0].shape[1]], found[:, ids[0].shape[1] :]
     common = jnp.promote_types(*dtypes)
-    if not jnp.issubdtype(common, jnp.integer) or (
-        jax.dtypes.canonicalize_dtype(np.int64) != np.int64
-        and any(isinstance(x, np.ndarray) for x in ids)
-    ):
+    has_64_bits = jnp.result_type(int) == jnp.int64
+    if not jnp.issubdtype(common, jnp.integer) or (common.itemsize > 4 and not has_64_bits):
         raise TypeError(
             f"query_segment_ids and key_value_segment_ids have dtypes {dtypes[0]} and {dtypes[1]}; "
             "expected one integer dtype, or jax_enable_x64 for ids of 64 bits"
