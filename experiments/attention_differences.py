@@ -6,6 +6,8 @@ Each probe asks one question of every library that is installed, on the CPU, and
 out, beside the library's version: the rows of the table in docs/attention.md.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -168,8 +170,8 @@ def main() -> None:
         try:
             attend = make()
             version = importlib.metadata.version(package)
-        except ImportError as error:
-            print(f"{name}: not here ({error})")
+        except Exception as error:  # some fail in ways of their own on versions they do not know
+            print(f"{name}: not here ({type(error).__name__}: {error})")
             continue
         for question, probe in PROBES.items():
             try:

@@ -82,7 +82,7 @@ def ring_attention(
     method: str = "ring",
     bias: Rule | None = None,
     mask: jax.Array | None = None,
-    key_value_seq_lengths: jax.Array | Sequence[int] | None = None,
+    key_value_seq_lengths: int | jax.Array | Sequence[int] | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     local_window_size: int | tuple[int, int] | None = None,
@@ -143,8 +143,8 @@ def ring_attention(
       mask: bool, broadcasts to (B, N, T / n, S): the rows of this device against the keys of all
         devices, in the order in which they are laid out. O(T S / n) memory; not for
         ``"all_to_all"``.
-      key_value_seq_lengths: Integers (B,), in positions of the whole sequence, the same on all
-        devices. Keys and values from there on are never looked at, and may be NaN.
+      key_value_seq_lengths: Integers (B,), or one for all, in positions of the whole sequence, the
+        same on all devices. Keys and values from there on are never looked at, and may be NaN.
       scale: Factor of the scores, by default ``d ** -0.5``.
       is_causal: Whether position t sees only positions s <= t.
       local_window_size: A position sees ``left`` positions before itself and ``right`` after, given

@@ -209,7 +209,8 @@ def _names(tree: Any) -> list[str]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled_output(route: Route, settings: Settings, operands: Operands) -> jax.Array:
-    return differentiable(route, settings, operands)[0]
+    results: Any = differentiable(route, settings, operands)
+    return results[0]
 
 
 def axes_of(tree: Any) -> tuple[str, ...]:

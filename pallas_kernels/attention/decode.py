@@ -54,7 +54,7 @@ def decode_attention(
     query: jax.Array,
     key_cache: jax.Array,
     value_cache: jax.Array,
-    lengths: jax.Array | Sequence[int],
+    lengths: jax.Array | Sequence[int] | int,
     *,
     page_table: jax.Array | None = None,
     key_scale: float | jax.Array | None = None,
@@ -94,8 +94,9 @@ def decode_attention(
         `query`, int8, float8_e4m3fn or float8_e5m2. K divides N: query head n reads head n // (N /
         K).
       value_cache: As `key_cache`, with a last axis dv of its own.
-      lengths: Integers (B,), the number of tokens of each sequence in its cache, T new ones
-        included. Numbers beyond the capacity (S, or pages_per_sequence * page_size) mean all of it.
+      lengths: Integers (B,), or one for all, of any integer type: the number of tokens of each
+        sequence in its cache, T new ones included. Numbers beyond the capacity (S, or
+        pages_per_sequence * page_size) mean all of it.
       page_table: Integers (B, pages_per_sequence): token s of a sequence is in row ``s %
         page_size`` of page ``page_table[b, s // page_size]``. Entries of pages that nobody sees,
         past the length or before the window, may be anything.
@@ -119,8 +120,8 @@ def decode_attention(
         default chosen from B, K, the capacity and the number of cores.
       return_residual: Whether to return the lse as well.
       implementation: ``"triton"`` (NVIDIA GPUs from capability 8.0), ``"mosaic_tpu"``,
-        ``"chunked"`` or ``"reference"`` (both plain JAX, for any device; the latter copies the
-        cache), or None for the first that serves the call.
+        ``"chunked"`` (or ``"xla"``) or ``"reference"`` (both plain JAX, for any device; the latter
+        copies the cache), or None for the first that serves the call.
       interpret: For kernels: whether to run them on the CPU, or an interpreter's parameters.
 
     Returns:
@@ -164,7 +165,7 @@ def _attend(
     query: jax.Array,
     key_cache: jax.Array,
     value_cache: jax.Array,
-    lengths: jax.Array | Sequence[int],
+    lengths: jax.Array | Sequence[int] | int,
     page_table: jax.Array | None = None,
     key_scale: jax.Array | None = None,
     value_scale: jax.Array | None = None,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,7 +110,7 @@ def canonical(
     query: jax.Array,
     key_cache: jax.Array,
     value_cache: jax.Array,
-    lengths: jax.Array | Sequence[int],
+    lengths: Any,
     page_table: jax.Array | None,
     key_scale: Any,
     value_scale: Any,

@@ -110,7 +110,7 @@ def same_ids(query_ids: Any, key_ids: Any) -> tuple[jax.Array, jax.Array]:
       TypeError: The types have no integer type in common here.
     """
     fits = jnp.iinfo(jnp.int32)
-    ids = [
+    ids: list[Any] = [
         x.astype(np.int32)
         if isinstance(x, np.ndarray) and ((x >= fits.min) & (x <= fits.max)).all()
         else x
@@ -118,17 +118,16 @@ def same_ids(query_ids: Any, key_ids: Any) -> tuple[jax.Array, jax.Array]:
     ]
     dtypes = [x.dtype for x in ids]
     if all(jnp.iinfo(x).min >= fits.min and jnp.iinfo(x).max <= fits.max for x in dtypes):
-        return ids[0].astype(jnp.int32), ids[1].astype(jnp.int32)
-    if dtypes[0] == dtypes[1] == jnp.uint32:
-        return ids[0].astype(jnp.int32), ids[1].astype(jnp.int32)
+        return jnp.asarray(ids[0], jnp.int32), jnp.asarray(ids[1], jnp.int32)
+    if dtypes[0] == dtypes[1] == jnp.uint32:  # the wrap is one to one
+        return jnp.asarray(ids[0].astype(np.int32)), jnp.asarray(ids[1].astype(np.int32))
     if all(isinstance(x, np.ndarray) for x in ids):
         _, found = np.unique(np.concatenate(ids, axis=1), return_inverse=True)
         found = jnp.asarray(found.reshape(ids[0].shape[0], -1).astype(np.int32))
         return found[:, : ids[0].shape[1]], found[:, ids[0].shape[1] :]
     common = jnp.promote_types(*dtypes)
-    if not jnp.issubdtype(common, jnp.integer) or (
-        not jax.config.jax_enable_x64 and any(isinstance(x, np.ndarray) for x in ids)
-    ):
+    has_64_bits = jnp.result_type(int) == jnp.int64
+    if not jnp.issubdtype(common, jnp.integer) or (common.itemsize > 4 and not has_64_bits):
         raise TypeError(
             f"query_segment_ids and key_value_segment_ids have dtypes {dtypes[0]} and {dtypes[1]}; "
             "expected one integer dtype, or jax_enable_x64 for ids of 64 bits"

@@ -1,5 +1,7 @@
 """Attention on meshes: arrays without a place, explicit axes, axes beside one another."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import jax

@@ -1,5 +1,7 @@
 """Windows, offsets, lengths, pages and ids of any size and integer type."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import functools

@@ -116,8 +116,8 @@ def test_bias_behind_the_mask_may_be_nan():
     problem = cases.build(
         Case("bias", bias="nts", right=0, soft_cap=3.0, head_dim=16, queries=64, keys=64)
     )
-    hidden = jnp.arange(64) > jnp.arange(64)[:, None]
-    behind = with_bias(problem, lambda bias: jnp.where(hidden, jnp.nan, bias))
+    hidden = jnp.arange(64)[None, :] > jnp.arange(64)[:, None]
+    behind = with_bias(problem, lambda bias: jnp.where(hidden[None, None], jnp.nan, bias))
     for got, want in zip(run(behind), run(problem)):
         np.testing.assert_array_equal(got, want)
 
