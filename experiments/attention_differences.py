@@ -3,7 +3,7 @@
     python -m experiments.attention_differences
 
 Each probe asks one question of every library that is installed, on the CPU, and prints what comes
-out, beside the library's version: the rows of the table in docs/attention.md.
+out, beside the library's version: the rows of the table in docs/coming_from/attention.md.
 """
 
 # pyright: reportMissingImports=false
