@@ -5,7 +5,8 @@ PyTorch's weights are (outputs, inputs): with s the same,
     lora_A.weight = a^T  (r, inputs),      lora_B.weight = b^T  (outputs, r)
 
 Needs the package `safetensors` (`pip install safetensors`, or the checkout's extra `peft`).
-docs/coming_from/peft.md says field by field what is taken, what says nothing here, and what is refused.
+docs/coming_from/peft.md says field by field what is taken, what says nothing here, and what is
+refused.
 """
 
 from __future__ import annotations
