@@ -31,7 +31,7 @@ def key_positions(layout: str, axis_size: int, length: int, device: Any) -> jax.
     first = jnp.asarray(layouts.starts(layout, axis_size, length).astype(np.int32))[device]
     run = length // layouts.runs_of(layout)
     within = jnp.arange(run, dtype=jnp.int32) * layouts.stride_of(layout, axis_size)
-    return (first[:, None] + within).reshape(length)
+    return (first[:, None] + within[None, :]).reshape(length)
 
 
 def dense_mask(
@@ -47,7 +47,7 @@ def dense_mask(
         dense = dense[:, :, call.rows]
     if lengths is not None:
         positions = key_positions(layout, axis_size, keys, pair.source)[call.keys]
-        valid = (positions < lengths[:, None])[:, None, None]
+        valid = (positions[None, :] < lengths[:, None])[:, None, None]
         dense = valid if dense is None else dense & valid
     return dense
 

@@ -36,7 +36,7 @@ def attend(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
     if operands.bias is not None:
         scores += operands.bias.astype(dtype)
     if operands.diagonals is not None:
-        rows, keys = jnp.arange(size.queries)[:, None], jnp.arange(size.keys)
+        rows, keys = jnp.arange(size.queries)[:, None], jnp.arange(size.keys)[None, :]
         scores += operands.diagonals[:, :, keys - rows + size.queries - 1].astype(dtype)
     if settings.soft_cap is not None:
         capped = settings.soft_cap * jnp.tanh(scores / settings.soft_cap)

@@ -43,7 +43,7 @@ def dense(rule, offset):
     position = np.arange(T) + np.broadcast_to(offset, (B,))[:, None]
     distances = np.arange(S) - position[:, :, None]
     if isinstance(rule, Alibi):
-        return -rule.slopes[:, None, None] * np.abs(distances)[:, None]
+        return -rule.slopes[None, :, None, None] * np.abs(distances)[:, None]
     found = t5_buckets(distances, rule.table.shape[0], rule.bidirectional, rule.max_distance)
     return jnp.moveaxis(rule.table[found], -1, 1)
 
@@ -131,7 +131,7 @@ def test_tiles_and_sums_along_diagonals(rows, keys):
     for r, c in np.ndindex(rows, keys):
         np.testing.assert_allclose(tile[:, r, c], band[:, c - r + rows - 1], rtol=1e-6)
         want[:, c - r + rows - 1] += r + 10 * c
-    x = jnp.broadcast_to(jnp.arange(rows)[:, None] + 10.0 * jnp.arange(keys), (2, rows, keys))
+    x = jnp.broadcast_to(jnp.arange(rows)[:, None] + 10.0 * jnp.arange(keys)[None], (2, rows, keys))
     np.testing.assert_allclose(toeplitz.sums(x), want)
 
 

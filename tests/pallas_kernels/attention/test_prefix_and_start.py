@@ -64,7 +64,7 @@ def test_equals_the_stated_mask(form):
 def test_what_is_before_the_first_key_may_be_nan():
     query, key, value = inputs()
     start = jnp.array([4, 0])
-    before = (jnp.arange(S) < start[:, None])[:, :, None, None]
+    before = (jnp.arange(S)[None] < start[:, None])[:, :, None, None]
     spoiled = [jnp.where(before, jnp.nan, x) for x in (key, value)]
 
     def loss(key, value):
