@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant("chunked", "toeplitz.sums(d_scores)[..., None, :]", "toeplitz.sums(d_scores[..., ::-1, :])[..., None, :]", "distances"),
     Mutant("chunks", "start = j * blocks.kv - i * blocks.q + rows - blocks.q", "start = j * blocks.kv - i * blocks.q + query_length - blocks.q", "distances"),
     Mutant("chunks", "start = j * blocks.kv - i * blocks.q + rows - blocks.q", "start = i * blocks.q - j * blocks.kv + rows - blocks.q", "distances"),
-    Mutant("chunks", "widths = (-size.queries % blocks.q, -size.keys % blocks.kv + 1)", "widths = (0, -size.queries % blocks.q + -size.keys % blocks.kv + 1)", "distances"),
+    Mutant("chunks", "widths = (missing(size.queries, blocks.q), missing(size.keys, blocks.kv) + 1)", "widths = (0, missing(size.queries, blocks.q) + missing(size.keys, blocks.kv) + 1)", "distances"),
     Mutant("chunks", "total[..., first : first + shape[2]]", "total[..., : shape[2]]", "distances"),
     Mutant("toeplitz", "flat[..., rows - 1 : rows - 1 + rows * (width - 1)]", "flat[..., rows : rows + rows * (width - 1)]", "distances, window, segments"),
     Mutant("toeplitz", "[*nothing, (rows - 1, 1)]", "[*nothing, (rows, 0)]", "distances, window, segments"),
