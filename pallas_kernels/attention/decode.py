@@ -349,8 +349,7 @@ def _bias(
     settings: Settings, rule: Rule, positions: jax.Array, lengths: jax.Array, kv_heads: int
 ) -> jax.Array:
     """Returns the bias (B, block, K, R) of the keys at `positions`, for lengths (B, 1)."""
-    rows = jnp.arange(settings.queries, dtype=jnp.int32)[None, :]
-    tokens = lengths - settings.queries + rows
+    tokens = lengths + jnp.arange(-settings.queries, 0, dtype=jnp.int32)[None, :]
     bias = rule.at(positions[..., None] - tokens[:, None])  # (N, B, block, T)
     bias = bias.reshape(kv_heads, -1, *bias.shape[1:]).transpose(2, 3, 0, 4, 1)
     return bias.reshape(*bias.shape[:3], -1).astype(jnp.float32)

@@ -24,13 +24,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels._compat import unvarying, vary, varying_axes
-from pallas_kernels.attention.placement import (
-    Leading,
-    axis_names,
-    free_axes,
-    named,
-    placed_like,
-)
+from pallas_kernels.attention.placement import Leading, axis_names, free_axes, named, placed_like
 
 Arrays = tuple[jax.Array, ...]
 

@@ -268,6 +268,7 @@ def tile_kinds(
         limits = Limits(*columns)
     span = keys_of_rows(mask, limits, first_row, first_row + block_q - 1)
     needed = (first_key < span.stop) & (first_key + block_kv > span.start)
+    needed &= span.start < span.stop
     whole = (first_key >= span.whole_start) & (first_key + block_kv <= span.whole_stop)
     full = (1 if mask.is_static else batch, 1, nq, nk)
     needed, whole = (jnp.broadcast_to(x, full) for x in (needed, whole))

@@ -34,8 +34,9 @@ def _plain_backward(
     rows, keys = np.arange(size.queries)[:, None], np.arange(size.keys)
     drop: Any = 1
     if operands.seeds is not None:
-        kept = dropout.keep(operands.seeds[..., None, None], jnp.asarray(rows, jnp.int32),
-                            jnp.asarray(keys, jnp.int32), settings.dropout_rate)  # fmt: skip
+        places = [jnp.asarray(x, jnp.int32)[None, None] for x in (rows, keys[None])]
+        seeds = operands.seeds[..., None, None]
+        kept = dropout.keep(seeds, places[0], places[1], settings.dropout_rate)
         drop = kept / (1 - settings.dropout_rate)
 
     def total(query: Any, key: Any, value: Any, diagonals: Any) -> Any:

@@ -152,7 +152,7 @@ def test_masks_that_broadcast(shape):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_beyond_a_length_may_be_nan(method):
-    beyond = (jnp.arange(S) >= LENGTHS[:, None])[:, :, None, None]
+    beyond = (jnp.arange(S)[None] >= LENGTHS[:, None])[:, :, None, None]
     x = (QUERY, *(jnp.where(beyond, jnp.nan, x) for x in (KEY, VALUE)))
     options = {"key_value_seq_lengths": LENGTHS}
     got, _ = quick_jit(lambda x: spread(x, None, None, "zigzag", method, **options))(x)

@@ -191,7 +191,7 @@ def test_64_bit_types_and_strict_promotion_change_nothing():
         output, lse = forward(settings, x)
         finite = jnp.where(jnp.isfinite(lse), lse, 0)
         gradients = backward(settings, x, finite, d_output, d_lse, bias_gradient=True)
-    for got in (output, lse, *gradients):
+    for got in (output, lse, *gradients[:4]):
         assert got is not None
         assert got.dtype == jnp.float32
 
