@@ -43,7 +43,7 @@ def check(name: bool | str) -> None:
     if name in _ELSEWHERE:
         raise ValueError(f"init_lora_weights={name!r} is no start by name here: {_ELSEWHERE[name]}")
     known = [*_DRAWN, "pissa", "pissa_niter_16", "olora", *_ELSEWHERE]
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"init_lora_weights must be True, False, {', '.join(map(repr, _DRAWN))}, 'pissa', "
         f"'pissa_niter_N' or 'olora', got {name!r}; the nearest is {near!r}, and a start of one's "

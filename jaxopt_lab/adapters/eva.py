@@ -130,7 +130,8 @@ def eva(
     Raises:
       ValueError: rho below 1, a scatter that is no array (matrices, inputs, inputs), inputs that do
         not vary; at init, kernels that are not those of the new config.
-      TypeError: a `config` that is no `LoraConfig`.
+      TypeError: a `config` that is no `LoraConfig`, a `scatter` that is no dict, a flag that is
+        none.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -147,6 +148,10 @@ def eva(
     """
     if type(config) is not LoraConfig:
         raise TypeError(f"eva needs a LoraConfig, got {type(config).__name__}")
+    if not isinstance(scatter, Mapping) or not scatter:
+        found = "nothing" if isinstance(scatter, Mapping) else type(scatter).__name__
+        raise TypeError(f"scatter must be a dict from estimate_scatter, by kernel, got {found}")
+    _checks.check_flag(whiten=whiten, adjust_scaling_factors=adjust_scaling_factors)
     _checks.check_finite(rho=rho)
     if rho < 1:
         raise ValueError(f"rho must be at least 1, got {rho}")

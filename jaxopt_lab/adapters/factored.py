@@ -49,7 +49,7 @@ def factored(fun: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
       `function(base, adapters, *args, key=None)`, without a key equal to
-      `fun(apply_adapters(base, adapters), *args)` up to rounding.
+      `fun(merge_adapters(base, adapters).params, *args)` up to rounding.
 
     Raises:
       TypeError: `base` is not from `init_adapters`, or the key is none.

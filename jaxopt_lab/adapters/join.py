@@ -77,6 +77,8 @@ def join_adapters(
       `peft <https://huggingface.co/docs/peft>`_, `LoraModel.add_weighted_adapter`.
     """
     _check_type(combination_type, svd_rank)
+    if not isinstance(base, (AdapterBase, list, tuple)):
+        _check_base(base)
     bases = [base] * len(adapters) if isinstance(base, AdapterBase) else list(base)
     if not adapters or len(bases) != len(adapters):
         raise ValueError(

@@ -109,6 +109,7 @@ class LoraConfig:
             _checks.check_positive_integer(r=r)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             _checks.check_positive(lora_alpha=alpha)
+        _checks.check_flag(use_rslora=self.use_rslora, use_dora=self.use_dora)
         _starts.check(self.init_lora_weights)
         _whole.check(self)
         _checks.canonical_mu_dtype(self.adapter_dtype, "adapter_dtype")

@@ -165,7 +165,7 @@ def attention(
         as with padding on the left; they may be NaN. Positions count from key 0 all the same.
       prefix_lengths: Integers (B,), or one for all. That many first keys are not hidden on the
         right: every query sees them, its window to the left permitting, also from before (prefix
-        LM).
+        LM). Needs something that is hidden there: `is_causal`, or a window with a right side.
       local_window_size: ``w`` or ``(left, right)``: how many keys before and after its own position
         a query sees; None in the pair, or a number beyond the sequence, is no limit. With
         `is_causal`, right is 0. All together, query t at position ``p = t + query_offset`` sees key

@@ -95,6 +95,11 @@ def canonical(
     rule, bias = (bias, None) if isinstance(bias, RULES) else (None, bias)
     if rule is not None:
         rule.check(n)
+    if isinstance(bias, (str, type)):
+        kinds = ", ".join(kind.__name__ for kind in RULES)
+        raise TypeError(
+            f"bias is {bias!r}; expected an array, or one of {kinds} made of its numbers"
+        )
     if bias is not None:
         bias = jnp.asarray(bias)
         if not jnp.issubdtype(bias.dtype, jnp.floating):
@@ -314,6 +319,8 @@ def _dropout(
         return 0.0, None
     if key is None:
         raise ValueError(f"dropout_rng is missing; expected a key, since dropout_rate={rate}")
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"dropout_rng is of type {type(key).__name__}; expected a PRNG key")
     batch = math.prod(leading.shape)
     if broadcast:
         return rate, jnp.broadcast_to(dropout.seeds(key, 1, 1), (batch, heads))

@@ -85,7 +85,7 @@ def ring_attention(
     key_value_seq_lengths: int | jax.Array | Sequence[int] | None = None,
     scale: float | None = None,
     is_causal: bool = False,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     query_segment_ids: jax.Array | None = None,
@@ -148,7 +148,7 @@ def ring_attention(
       scale: Factor of the scores, by default ``d ** -0.5``.
       is_causal: Whether position t sees only positions s <= t.
       local_window_size: A position sees ``left`` positions before itself and ``right`` after, given
-        as ``(left, right)`` or as one number for both.
+        as ``(left, right)`` or as one number for both; None in the pair is no limit.
       logits_soft_cap: The scores z become ``cap * tanh(z / cap)``.
       sinks: (N,), floating: a key of value 0 with this score for every query of the head. The same
         on all devices.

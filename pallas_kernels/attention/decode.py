@@ -110,6 +110,7 @@ def decode_attention(
       key_value_start: An integer or integers (B,): the first key of each sequence, for batches with
         padding on the left, which may hold anything.
       prefix_lengths: An integer or integers (B,): keys that every query sees, also from before.
+        Needs something that is hidden on the right.
       bias: A rule that gives a bias for each distance between key and position, `Alibi` or
         `RelativePositionBias`, or None.
       local_window_size: As for `jax.nn.dot_product_attention`, a number or a pair (left, right):

@@ -126,6 +126,7 @@ def canonical(
 ) -> tuple[Settings, Operands]:
     """Checks the arguments of `decode_attention`, with query (B, T, N, d), and packs the rows."""
     _check_arrays(query, key_cache, value_cache, page_table)
+    query, key_cache, value_cache = map(jnp.asarray, (query, key_cache, value_cache))
     b, t, n, d = query.shape
     kv_heads = key_cache.shape[2]
     key_scale, head_scale = _scales("key_scale", key_scale, key_cache)
@@ -138,7 +139,8 @@ def canonical(
     left, right = options.window(local_window_size, is_causal)
     if prefix_lengths is not None and right is None:
         raise ValueError(
-            "prefix_lengths was given where nothing is hidden on the right; expected is_causal=True"
+            "prefix_lengths was given where nothing is hidden on the right; expected "
+            "is_causal=True or a local_window_size with a right side"
         )
     lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if lengths.shape not in ((), (b,)) or not jnp.issubdtype(lengths.dtype, jnp.integer):

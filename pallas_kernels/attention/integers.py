@@ -20,8 +20,9 @@ def as_integers(name: str, values: Any) -> Any:
     """Returns an array of integers, of JAX if it was one, else of numpy, which keeps 64 bits."""
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        dtype = jnp.asarray(values).dtype
-        raise TypeError(f"{name} has dtype {dtype}; expected integers")
+        is_array = values.ndim and values.dtype.kind in "biufcV"
+        found = f"dtype {jnp.asarray(values).dtype}" if is_array else f"value {values}"
+        raise TypeError(f"{name} has {found}; expected integers")
     return values
 
 
@@ -52,7 +53,7 @@ def number_or_entries(
     """
     if value is None:
         return 0, None
-    if isinstance(value, numbers.Integral):
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value), None
     return 0, per_entry(name, value, leading, low)
 

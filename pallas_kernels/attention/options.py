@@ -19,7 +19,7 @@ def window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
     if len(pair) != 2:
         raise ValueError(f"local_window_size={size!r}; expected a number or (left, right)")
     for x in pair:
-        if x is not None and (not isinstance(x, numbers.Integral) or x < 0):
+        if x is not None and (not isinstance(x, numbers.Integral) or isinstance(x, bool) or x < 0):
             raise ValueError(
                 f"local_window_size={size!r}; expected integers of at least 0, keys before and "
                 "after a query's own position, known while tracing"

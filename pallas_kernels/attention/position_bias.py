@@ -48,7 +48,7 @@ class Alibi:
 
     def at(self, distances: jax.Array) -> jax.Array:
         """Returns the bias of each head at int32 `distances`, key minus query: (N, ...)."""
-        slopes = jnp.asarray(self.slopes)
+        slopes = _wide(self.slopes)
         slopes = slopes.reshape(-1, *(1,) * distances.ndim)
         return -slopes * jnp.abs(distances).astype(slopes.dtype)[None]
 
@@ -103,7 +103,8 @@ class RelativePositionBias:
     def buckets(self, distances: jax.Array) -> jax.Array:
         """Returns the bucket of each of the int32 `distances`, key minus query."""
         side = self._side(self.table.shape[0])
-        limits = jnp.asarray(_first_of_buckets(side, self.max_distance), jnp.int32)
+        limits = np.minimum(_first_of_buckets(side, int(self.max_distance)), 2**31 - 1)
+        limits = jnp.asarray(limits.astype(np.int32))
         ahead = distances > 0
         size = jnp.abs(distances) if self.bidirectional else jnp.maximum(-distances, 0)
         limits = limits.reshape(*(1,) * size.ndim, -1)
@@ -112,11 +113,13 @@ class RelativePositionBias:
 
     def at(self, distances: jax.Array) -> jax.Array:
         """Returns the bias of each head at int32 `distances`, key minus query: (N, ...)."""
-        return jnp.moveaxis(jnp.asarray(self.table)[self.buckets(distances)], -1, 0)
+        return jnp.moveaxis(_wide(self.table)[self.buckets(distances)], -1, 0)
 
     def check(self, heads: int) -> None:
         """Raises ValueError or TypeError where table, buckets or distance do not fit."""
-        shape = jnp.shape(self.table)
+        if not isinstance(self.bidirectional, (bool, np.bool_)):
+            raise TypeError(f"bidirectional={self.bidirectional!r}; expected True or False")
+        shape = _shape("table", self.table)
         expected = (shape[0] if shape else "num_buckets", heads)
         _check("table", self.table, expected, "a row for each bucket, a column for each query head")
         if self.bidirectional and shape[0] % 2:
@@ -153,6 +156,7 @@ def alibi_slopes(heads: int) -> jax.Array:
       The slopes.
 
     Raises:
+      TypeError: `heads` is no integer.
       ValueError: `heads` is below 1.
 
     Example:
@@ -161,6 +165,8 @@ def alibi_slopes(heads: int) -> jax.Array:
       >>> alibi_slopes(3).tolist()
       [0.0625, 0.00390625, 0.25]
     """
+    if isinstance(heads, bool) or not isinstance(heads, (int, np.integer)):
+        raise TypeError(f"heads={heads!r}; expected an integer")
     if heads < 1:
         raise ValueError(f"heads={heads}; expected at least 1")
     power = 1 << (int(heads).bit_length() - 1)
@@ -197,8 +203,20 @@ def _first_of_buckets(side: int, max_distance: int) -> tuple[int, ...]:
     return tuple(limits)
 
 
+def _wide(x: Any) -> jax.Array:
+    """Returns parameters in at least float32: 16 bits hold no distance and no sum of gradients."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _shape(name: str, x: Any) -> tuple[int, ...]:
+    if not hasattr(x, "shape"):
+        raise TypeError(f"bias has {name} of type {type(x).__name__}; expected an array")
+    return x.shape
+
+
 def _check(name: str, x: Any, shape: tuple[Any, ...], meaning: str) -> None:
-    if jnp.shape(x) != shape:
-        raise ValueError(f"bias has {name} {jnp.shape(x)}; expected {shape}, {meaning}")
+    if _shape(name, x) != shape:
+        raise ValueError(f"bias has {name} {x.shape}; expected {shape}, {meaning}")
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise TypeError(f"bias has {name} of dtype {jnp.result_type(x)}; expected a floating dtype")

@@ -194,6 +194,11 @@ def test_bad_input_is_named():
         adapters.eva(scatter, config, rho=0.5)
     with pytest.raises(TypeError, match="eva needs a LoraConfig, got MissConfig"):
         adapters.eva(scatter, adapters.MissConfig(target_modules=["w"]))  # type: ignore[arg-type]
+    for wrong, found in (({}, "nothing"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"scatter must be a dict .*, got {found}"):
+            adapters.eva(wrong, config)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="whiten must be True or False"):
+        adapters.eva(scatter, config, whiten="x")  # type: ignore[arg-type]
     new, init = adapters.eva(scatter, config)
     other = adapters.LoraConfig(target_modules=["w"], r=1)
     with pytest.raises(ValueError, match=r"kernel 'w' has r=1, and the directions are for r=2"):

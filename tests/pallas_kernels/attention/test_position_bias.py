@@ -186,6 +186,33 @@ def test_batch_and_heads_on_several_devices(kind):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_parameters_of_16_bits_lose_neither_distances_nor_sums(dtype):
+    distances = jnp.arange(-70_000, 1, 7, dtype=jnp.int32)
+    slopes = jnp.array([0.25, 0.0], dtype)
+    np.testing.assert_array_equal(
+        Alibi(slopes).at(distances), Alibi(slopes.astype(jnp.float32)).at(distances)
+    )
+
+    def total(table):
+        rule = RelativePositionBias(table, bidirectional=False, max_distance=16)
+        return (rule.at(jnp.arange(-4096, 0, dtype=jnp.int32))).sum()
+
+    found = jax.grad(total)(jnp.ones((8, 1), dtype))[:, 0]
+    # A count of 4085 is rounded once, to eight bits or more.
+    np.testing.assert_allclose(found, jax.grad(total)(jnp.ones((8, 1)))[:, 0], rtol=2**-8)
+
+
+def test_a_distance_beyond_all_others():
+    rules = [
+        RelativePositionBias(jnp.arange(8.0)[:, None], bidirectional=False, max_distance=m)
+        for m in (2**50, 2**31 - 1)
+    ]
+    near, far = jnp.arange(-5, 1), jnp.array([-(2**29)])
+    np.testing.assert_array_equal(*(rule.at(near) for rule in rules))
+    assert [float(rule.at(far)[0, 0]) for rule in rules] == [6.0, 7.0]
+
+
 def test_explain_says_which_routes_have_no_rule():
     x = jax.ShapeDtypeStruct((1, 64, 2, 32), jnp.bfloat16)
     slopes = jax.ShapeDtypeStruct((2,), jnp.float32)
@@ -207,9 +234,34 @@ def test_explain_says_which_routes_have_no_rule():
          "table has 1 buckets for a direction; expected at least 2"),
         (RelativePositionBias(jnp.ones((32, 4)), bidirectional=False, max_distance=16), ValueError,
          "max_distance=16; expected an integer above 16"),
+        (RelativePositionBias(jnp.ones((8, 4)), bidirectional="no"), TypeError,
+         "bidirectional='no'; expected True or False"),
     ],
 )  # fmt: skip
 def test_bad_rules(rule, error, message):
     *x, _ = inputs()
     with pytest.raises(error, match=message):
         jax.eval_shape(lambda rule: attention(*x, rule), rule)
+
+
+def test_what_is_no_rule():
+    *x, _ = inputs()
+    for bias, message in [
+        (Alibi([0.5] * N), "bias has slopes of type list; expected an array"),
+        (RelativePositionBias([[0.5] * N] * 8, bidirectional=True), "table of type list"),
+        (Alibi, "bias is <class .*; expected an array, or one of Alibi, RelativePositionBias"),
+        ("alibi", "bias is 'alibi'; expected an array, or one of"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            attention(*x, bias)
+    for heads in (2.5, "a", True):
+        with pytest.raises(TypeError, match=r"heads=.*; expected an integer"):
+            alibi_slopes(heads)
+    with pytest.raises(TypeError, match="dropout_rng is of type int; expected a PRNG key"):
+        attention(*x, dropout_rate=0.5, dropout_rng=3)
+    for name in ("prefix_lengths", "key_value_start"):
+        for wrong in ("3", True):
+            with pytest.raises(TypeError, match=f"{name} has value {wrong}; expected integers"):
+                attention(*x, is_causal=True, **{name: wrong})
+    with pytest.raises(ValueError, match="local_window_size=True; expected integers"):
+        attention(*x, local_window_size=True)
