@@ -73,8 +73,8 @@ class RelativePositionBias:
     the upper half; else all, and keys after the query are in bucket 0) and e = h // 2, a distance m
     is in bucket m below e, and from there on in
 
-    .. math:: \min\Big(h - 1,\; e + \Big\lfloor (h - e)
-       \frac{\log (m / e)}{\log (\mathrm{max\_distance} / e)} \Big\rfloor\Big)
+    .. math:: \min\left(h - 1,\; e + \left\lfloor (h - e)
+       \frac{\log (m / e)}{\log (\mathrm{max\_distance} / e)} \right\rfloor\right)
 
     evaluated without rounding. Give it to `attention`, `decode_attention` or `ring_attention` as
     `bias`; it is a pytree, and differentiable.
