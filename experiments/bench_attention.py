@@ -1,11 +1,12 @@
 """What does attention cost here, by each route of `pallas_kernels` and by the codes around it?
 
-Forward, and forward with the gradients of query, key and value, over a list of shapes. All
+Forward, forward with the gradients of query, key and value, and forward with the tangent of the
+output where all three move (jvp, in forward mode), over a list of shapes. All
 contenders of a shape take turns, each timed right after an untimed execution of its own: what
 the one before left to be freed, a gigabyte of scores perhaps, is not its cost. Reported are
 medians, TFLOP/s, the compiled program's temporary memory, and the error against the next wider
-dtype. TFLOP/s count 4 B N T S d operations forward and 2.5 times as many more backward, half of
-both under a causal mask, whatever a code computes.
+dtype. TFLOP/s count 4 B N T S d operations forward and 2.5 times as many more for the gradients, or
+the tangent, half of all under a causal mask, whatever a code computes.
 
 ``--tune`` times what the routes offer for their blocks instead, kernel by kernel, and ``--write``
 saves the fastest for the chip it runs on in the file that the routes read.
@@ -42,7 +43,7 @@ from experiments.parts.figures import COLOURS
 from pallas_kernels.attention import tuning
 
 BASE = "jax.nn xla"
-PASSES = ("forward", "gradient")
+PASSES = ("forward", "gradient", "jvp")
 
 
 def flops(shape: Shape, which: str) -> float:
@@ -51,21 +52,26 @@ def flops(shape: Shape, which: str) -> float:
 
 
 def passes(fn: Any) -> dict[str, Callable[..., Any]]:
-    """The two programs that are timed; the output's cotangent is given, so nothing is constant."""
+    """The programs that are timed; the output's cotangent is given, so nothing is constant."""
 
-    def gradient(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> Any:
+    def gradient(q: Any, k: Any, v: Any, cotangent: Any, *tangents: Any) -> Any:
+        del tangents
         output, vjp = jax.vjp(fn, q, k, v)
         return output, vjp(cotangent)
 
-    return {"forward": lambda q, k, v, cotangent: fn(q, k, v), "gradient": gradient}
+    def jvp(q: Any, k: Any, v: Any, cotangent: Any, *tangents: Any) -> Any:
+        del cotangent
+        return jax.jvp(fn, (q, k, v), tangents)
+
+    return {"forward": lambda q, k, v, *others: fn(q, k, v), "gradient": gradient, "jvp": jvp}
 
 
 def draw(shape: Shape) -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(0), 4)
+    """Query, key and value, the output's cotangent, and tangents of query, key and value."""
     structs = shape.structs()
-    return tuple(
-        jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, (*structs, structs[0]))
-    )
+    drawn = (*structs, structs[0], *structs)
+    keys = jax.random.split(jax.random.key(0), len(drawn))
+    return tuple(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, drawn))
 
 
 def compile_one(program: Any, arrays: tuple[jax.Array, ...]) -> Any:
@@ -122,37 +128,31 @@ def speed(base: dict[str, Any], run: dict[str, Any]) -> float:
 
 
 def rows(shape: Shape, measured: dict[str, Any]) -> list[list[str]]:
-    """One line a contender: for each pass TFLOP/s, speed beside `jax.nn`'s, and memory."""
+    """One line a contender and pass: TFLOP/s, speed beside `jax.nn`'s, memory, and error."""
     lines = []
     base = measured["results"].get(BASE, {})
     for name, result in measured["results"].items():
-        line = [name]
         for which in PASSES:
             if which not in result:
-                line += [result["errors"][which][:40], "", ""]
+                lines.append([name, which, result["errors"][which][:40], "", "", ""])
                 continue
             seconds = statistics.median(result[which]["seconds"])
             ratio = f"{speed(base[which], result[which]):.2f}" if which in base else ""
             memory = result[which]["temporary_bytes"] / 1e6
-            line += [f"{flops(shape, which) / seconds / 1e12:.3g}", ratio, f"{memory:.1f}"]
-        error = result.get("error")
-        lines.append([*line, "" if error is None else f"{error:.1e}"])
+            error = f"{result['error']:.1e}" if which == "forward" else ""
+            tera = f"{flops(shape, which) / seconds / 1e12:.3g}"
+            lines.append([name, which, tera, ratio, f"{memory:.1f}", error])
     return lines
 
 
-HEADER = [
-    "code",
-    "forward TFLOP/s", "speed / jax.nn", "temporary MB",
-    "with gradient TFLOP/s", "speed / jax.nn", "temporary MB",
-    "relative error",
-]  # fmt: skip
+HEADER = ["code", "pass", "TFLOP/s", "speed / jax.nn", "temporary MB", "relative error"]
 
 
 def picture(shapes: list[Shape], all_measured: list[dict[str, Any]]) -> bytes:
     """Bars of TFLOP/s, a group a shape."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(12, 4.5 * len(PASSES)), layout="constrained")
     names = list(dict.fromkeys(name for m in all_measured for name in m["results"]))
-    for axes, which in zip(figure.subplots(2, 1, sharex=True), PASSES):
+    for axes, which in zip(figure.subplots(len(PASSES), 1, sharex=True), PASSES):
         for index, name in enumerate(names):
             speeds = []
             for shape, measured in zip(shapes, all_measured):
@@ -244,7 +244,8 @@ def main(argv: list[str] | None = None) -> int:
             console.print("\n".join(map(str, shapes)))
             return
         if options.tune is not None:
-            trials = tune(options.tune, shapes, options.rounds, console)
+            plain = [shape for shape in shapes if shape.feature is None]
+            trials = tune(options.tune, plain, options.rounds, console)
             if options.write:
                 write(trials, options.table, console)
             return

@@ -1,14 +1,14 @@
-"""Which tables does the README show? Prints them, or writes them into it.
+"""Which tables do the README and the site show? Prints them, or writes them there.
 
 `python -m experiments.readme_tables [--write]`: the methods, with the bytes measured from the
-arrays of each state, and the measurements, from the files under `experiments/results`.
+arrays of each state, and the measurements, from the files under `experiments/results`. A table
+stands between `<!-- name -->` and `<!-- /name -->`, on whatever page.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -28,64 +28,73 @@ from experiments import (
 from experiments.parts import store
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 RESULTS = ROOT / "experiments" / "results"
 
-WHEN = {
-    "lion": (
-        "[Chen et al. 2023](https://arxiv.org/abs/2302.06675)",
-        "half of Adam's state; large batches; a rate 3 to 10 times below AdamW's",
-    ),
-    "adabelief": (
-        "[Zhuang et al. 2020](https://arxiv.org/abs/2010.07468)",
-        "drop-in for Adam; GANs and small transformers at eps 1e-16, CNNs at 1e-8",
-    ),
-    "adamp": (
-        "[Heo et al. 2021](https://arxiv.org/abs/2006.08217)",
-        "weights followed by normalisation, whose norm Adam lets grow",
-    ),
-    "sgdp": (
-        "[Heo et al. 2021](https://arxiv.org/abs/2006.08217)",
-        "the same where momentum SGD is the baseline",
-    ),
-    "exadam": (
-        "[Adly 2024](https://arxiv.org/abs/2412.20302)",
-        "steps about twice Adam's, growing with time; wants warm-up, a smaller rate and a schedule "
-        "that ends at 0",
-    ),
-    "diffgrad": (
-        "[Dubey et al. 2020](https://arxiv.org/abs/1909.11015)",
-        "small convolutional nets with gradients of order one",
-    ),
-    "muon": (
-        "[Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), "
-        "[Liu et al. 2025](https://arxiv.org/abs/2502.16982)",
-        "hidden matrices of transformers and CNNs; fewest steps, at the price of matrix products",
-    ),
-    "frugal_adamw": (
-        "[Zmushko et al. 2025](https://arxiv.org/abs/2411.07837)",
-        "a quarter of Adam's state (by `density`), the rest moves by its sign; pre-training",
-    ),
-    "galore_adamw": (
-        "[Zhao et al. 2024](https://arxiv.org/abs/2403.03507)",
-        "updates of low rank (here 128 of 512); the published code's rule, not `optax.contrib`'s",
-    ),
-    "dct_adamw": (
-        "[Modoranu et al. 2025](https://arxiv.org/abs/2505.17967)",
-        "the same without a decomposition: columns of a fixed cosine basis",
-    ),
-    "badam": (
-        "[Luo et al. 2024](https://arxiv.org/abs/2404.02827)",
-        "fine-tuning one layer at a time (here 8 equal layers)",
-    ),
-    "clip_coordinates": (
-        "[Pan and Li 2023](https://arxiv.org/abs/2306.00204)",
-        "before SGD on transformers: takes the few largest coordinates back",
-    ),
-    "cautious": (
-        "[Liang et al. 2024](https://arxiv.org/abs/2411.16085)",
-        "around a bare rule: no step where momentum and gradient disagree in sign",
-    ),
+# By purpose: the paper of each method, and when to pick it.
+METHODS = {
+    "for all parameters": {
+        "lion": (
+            "[Chen et al. 2023](https://arxiv.org/abs/2302.06675)",
+            "half of Adam's state; large batches; a rate 3 to 10 times below AdamW's",
+        ),
+        "adabelief": (
+            "[Zhuang et al. 2020](https://arxiv.org/abs/2010.07468)",
+            "drop-in for Adam; GANs and small transformers at eps 1e-16, CNNs at 1e-8",
+        ),
+        "adamp": (
+            "[Heo et al. 2021](https://arxiv.org/abs/2006.08217)",
+            "weights followed by normalisation, whose norm Adam lets grow",
+        ),
+        "sgdp": (
+            "[Heo et al. 2021](https://arxiv.org/abs/2006.08217)",
+            "the same where momentum SGD is the baseline",
+        ),
+        "exadam": (
+            "[Adly 2024](https://arxiv.org/abs/2412.20302)",
+            "steps about twice Adam's, growing with time; wants warm-up, a smaller rate and a "
+            "schedule that ends at 0",
+        ),
+        "diffgrad": (
+            "[Dubey et al. 2020](https://arxiv.org/abs/1909.11015)",
+            "small convolutional nets with gradients of order one",
+        ),
+        "muon": (
+            "[Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), "
+            "[Liu et al. 2025](https://arxiv.org/abs/2502.16982)",
+            "hidden matrices of transformers and CNNs; fewest steps, at the price of matrix "
+            "products",
+        ),
+    },
+    "with state for a part": {
+        "frugal_adamw": (
+            "[Zmushko et al. 2025](https://arxiv.org/abs/2411.07837)",
+            "a quarter of Adam's state (by `density`), the rest moves by its sign; pre-training",
+        ),
+        "galore_adamw": (
+            "[Zhao et al. 2024](https://arxiv.org/abs/2403.03507)",
+            "updates of low rank (here 128 of 512); the published code's rule, not "
+            "`optax.contrib`'s",
+        ),
+        "dct_adamw": (
+            "[Modoranu et al. 2025](https://arxiv.org/abs/2505.17967)",
+            "the same without a decomposition: columns of a fixed cosine basis",
+        ),
+        "badam": (
+            "[Luo et al. 2024](https://arxiv.org/abs/2404.02827)",
+            "fine-tuning one layer at a time (here 8 equal layers)",
+        ),
+    },
+    "around or before another rule": {
+        "clip_coordinates": (
+            "[Pan and Li 2023](https://arxiv.org/abs/2306.00204)",
+            "before SGD on transformers: takes the few largest coordinates back",
+        ),
+        "cautious": (
+            "[Liang et al. 2024](https://arxiv.org/abs/2411.16085)",
+            "around a bare rule: no step where momentum and gradient disagree in sign",
+        ),
+    },
 }
 
 
@@ -97,13 +106,15 @@ def state_bytes_per_parameter(tx: optax.GradientTransformation) -> float:
 
 def methods() -> str:
     lines = [
-        "| method | paper | state, bytes a parameter | when to pick it |",
+        "| method | paper | state, bytes per parameter | when to pick it |",
         "| --- | --- | --: | --- |",
     ]
-    for name, (paper, when) in WHEN.items():
-        # A wrapper has the state of what it wraps.
-        tx = getattr(jaxopt_lab, name)(optax.identity() if name == "cautious" else 0.1)
-        lines.append(f"| `{name}` | {paper} | {state_bytes_per_parameter(tx):.0f} | {when} |")
+    for purpose, rules in METHODS.items():
+        lines.append(f"| *{purpose}* | | | |")
+        for name, (paper, when) in rules.items():
+            # A wrapper has the state of what it wraps.
+            tx = getattr(jaxopt_lab, name)(optax.identity() if name == "cautious" else 0.1)
+            lines.append(f"| `{name}` | {paper} | {state_bytes_per_parameter(tx):.0f} | {when} |")
     return "\n".join(lines)
 
 
@@ -149,12 +160,16 @@ def cost() -> str:
     bench = store.read_json(RESULTS / "bench_update_cpu.json", "bench_update")
     ratios = bench["ratios"] | bench["average_ratios"]
     moved = traffic["bytes_per_parameter"]
-    lines = ["| step | bytes a parameter, H200 | floor | time, CPU |", "| --- | --: | --: | --: |"]
+    lines = [
+        "| step | bytes per parameter, H200 | floor | time, CPU |",
+        "| --- | --: | --: | --: |",
+    ]
     others = (
         "galore_adamw_gram", "products_of_dct", "products_of_galore", "int8_linear_adamw",
         "int8_dynamic_adamw", *bench_update.FUSED, "bfloat16_adamw",
     )  # fmt: skip
-    for name in ("optax.lion", "optax.adabelief", *WHEN, *others):
+    methods = (name for rules in METHODS.values() for name in rules)
+    for name in ("optax.lion", "optax.adabelief", *methods, *others):
         if name in ratios:
             floor = traffic["floor"].get(name, "")
             bytes_moved = f"{moved[name]:.2f}" if name in moved else ""
@@ -179,7 +194,7 @@ def attention() -> str:
     for measured in bench["shapes"]:
         ours, theirs = (measured["results"][name] for name in ("chunked", bench_attention.BASE))
         speeds, memory = [], []
-        for which in bench_attention.PASSES:
+        for which in ("forward", "gradient"):
             speeds.append(f"{bench_attention.speed(theirs[which], ours[which]):.2f}")
             part = theirs[which]["temporary_bytes"] / ours[which]["temporary_bytes"]
             memory.append(f"1/{part:.0f}" if part >= 2 else f"{1 / part:.1f}")
@@ -200,20 +215,23 @@ SECTIONS = {
 
 
 def with_tables(text: str) -> str:
-    """Puts each table between its two marks."""
+    """Puts each table that a page shows between its two marks."""
     for name, table in SECTIONS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"the README has no section {name}")
-        text = pattern.sub(lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text)
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if start in text:
+            before, rest = text.split(start)
+            if end not in rest:
+                raise ValueError(f"the table {name} begins with {start!r} and does not end")
+            text = f"{before}{start}{table()}\n{end}{rest.split(end)[1]}"
     return text
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="write them into README.md")
+    parser.add_argument("--write", action="store_true", help="write them where they stand")
     if parser.parse_args(argv).write:
-        README.write_text(with_tables(README.read_text()))
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text()))
     else:
         print("\n\n".join(table() for table in SECTIONS.values()))
     return 0

@@ -34,15 +34,19 @@ if TYPE_CHECKING:
     from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
     from jaxopt_lab.adapters.corda import corda
     from jaxopt_lab.adapters.covariances import estimate_covariances
+    from jaxopt_lab.adapters.eva import estimate_scatter, eva
     from jaxopt_lab.adapters.factored import factored
+    from jaxopt_lab.adapters.files.kohya import read_kohya_file
+    from jaxopt_lab.adapters.files.mlx import read_mlx_folder
+    from jaxopt_lab.adapters.files.peft import read_peft_folder, write_peft_folder
     from jaxopt_lab.adapters.gradients import estimate_gradients
     from jaxopt_lab.adapters.ist import ist
+    from jaxopt_lab.adapters.join import join_adapters
     from jaxopt_lab.adapters.lora import LoraConfig
     from jaxopt_lab.adapters.lora_ga import lora_ga
     from jaxopt_lab.adapters.lora_plus import lora_plus
     from jaxopt_lab.adapters.miss import MissConfig
     from jaxopt_lab.adapters.olora import olora
-    from jaxopt_lab.adapters.peft_folder import read_peft_folder, write_peft_folder
     from jaxopt_lab.adapters.perp import perp_labels
     from jaxopt_lab.adapters.pissa import pissa
     from jaxopt_lab.adapters.task_arithmetic import task_arithmetic
@@ -126,6 +130,8 @@ __all__ = [
     "error_feedback",
     "estimate_covariances",
     "estimate_gradients",
+    "estimate_scatter",
+    "eva",
     "exadam",
     "factored",
     "frugal",
@@ -139,6 +145,7 @@ __all__ = [
     "init_sharded",
     "inverse_sqrt_schedule",
     "ist",
+    "join_adapters",
     "lion",
     "local_updates",
     "lora_ga",
@@ -154,6 +161,8 @@ __all__ = [
     "powersgd",
     "quantization",
     "quantize_state",
+    "read_kohya_file",
+    "read_mlx_folder",
     "read_peft_folder",
     "record_norms",
     "refined_schedule",

@@ -196,7 +196,7 @@ def canonical_mu_dtype(mu_dtype: Any, name: str = "mu_dtype") -> np.dtype | None
     try:
         dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a floating dtype, got {_shown(mu_dtype)}") from error
+        raise ValueError(f"{name} must be a dtype such as 'bfloat16', got {mu_dtype!r}") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got {dtype}")
     return dtype

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, ManualAxisType, NamedSharding, PartitionSpec
 
@@ -23,6 +24,23 @@ def type_of(x: jax.Array) -> Any:
     """Returns what two arrays must share to be stacked without a change."""
     aval = jax.typeof(x)
     return aval.shape, aval.dtype, str(aval.sharding.spec), str(aval.manual_axis_type)
+
+
+def members(stacked: Any, count: int) -> list[Any]:
+    """Returns `[stacked[0], stacked[1], ...]`, of each array in a tree.
+
+    A place is an operand, and of two numbers, as a compiler would put a single one into the kernel
+    that reads there: so kernels of equal leaves are equal, and XLA translates equal ones once. For
+    arrays of a few numbers: a CPU reads longer ones slower so.
+    """
+    places = lax.optimization_barrier([np.array([place, 0], np.int32) for place in range(count)])
+
+    def member(x: jax.Array, place: jax.Array) -> jax.Array:
+        start = (place[0], *[place[1]] * (x.ndim - 1))
+        found = lax.dynamic_slice(x, start, (1, *x.shape[1:]), allow_negative_indices=False)
+        return found.reshape(x.shape[1:])
+
+    return [jax.tree.map(lambda x, p=place: member(x, p), stacked) for place in places]
 
 
 def varying_axes(x: jax.Array) -> frozenset[Any]:

@@ -76,8 +76,21 @@ class Layouts:
             return True
         if _names.is_query(parts) or _names.is_out(parts):
             # (layers, width, width) or (width, heads, head size), which is hardly square.
-            return sizes[1] != sizes[2] and sizes[0] != sizes[1]
+            return (sizes[1] != sizes[2] and sizes[0] != sizes[1]) or self._is_flax_attention(i)
         return False
+
+    def _is_flax_attention(self, i: int) -> bool:
+        """Whether a kernel is one of the four of Flax's attention, and no stack by their shapes.
+
+        (width, heads, head size) and (heads, head size, width) end and begin alike; stacks would
+        have the same first axis.
+        """
+        place = self.module(i)[:-1]
+        kernels = [self.index.get((*place, n, "kernel")) for n in ("query", "key", "value", "out")]
+        if i not in kernels or None in kernels:
+            return False
+        query, *_, out = (self.shapes[j] for j in kernels if j is not None)
+        return len(query) == len(out) == 3 and query[1:] == out[:2] and query[0] != out[0]
 
     def _are_heads(self, i: int, stack: Axes) -> bool:
         """Whether kernels of attention with three axes have heads, and not layers, in one of them.

@@ -12,10 +12,14 @@ from pallas_kernels.attention.cost import AttentionCost, attention_cost
 from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
+from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
 
 __all__ = [
+    "Alibi",
     "AttentionCost",
     "ChunkedConfig",
+    "RelativePositionBias",
+    "alibi_slopes",
     "attention",
     "attention_cost",
     "decode_attention",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,28 @@ class Device(NamedTuple):
     platform: str  # "cpu", "gpu" or "tpu"
     kind: str  # jax's `device_kind`
     compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU
+    chip: str | None = None  # its name in `targets.CHIPS`, where `as_if_on` said it
+
+
+_SUPPOSED: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
+
+
+@contextlib.contextmanager
+def as_if_on(chip: str | None) -> Iterator[None]:
+    """Lets `device` say that code runs on a chip of `targets.CHIPS`; None changes nothing."""
+    supposed = _SUPPOSED.get()
+    if chip is not None:
+        from pallas_kernels.targets.chips import Gpu, find_chip
+
+        found = find_chip(chip)
+        supposed = Device("tpu", f"TPU {chip}", None, chip)
+        if isinstance(found, Gpu):
+            supposed = Device("gpu", found.description, found.compute_capability, chip)
+    token = _SUPPOSED.set(supposed)
+    try:
+        yield
+    finally:
+        _SUPPOSED.reset(token)
 
 
 def device() -> Device:
@@ -40,6 +64,9 @@ def device() -> Device:
     That is the device that the ambient abstract mesh names, when a program is compiled for a chip
     that is not there; else the default device.
     """
+    supposed = _SUPPOSED.get()
+    if supposed is not None:
+        return supposed
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         platform = "gpu" if abstract.platform in ("cuda", "rocm", "gpu") else abstract.platform

@@ -25,7 +25,10 @@ _PARITY = "tests/adapters/test_parity.py"
 SUITES |= dict.fromkeys(("_task_vectors", "task_arithmetic", "ties", "breadcrumbs"), _MERGING)
 SUITES |= dict.fromkeys(("ist", "perp", "lora_plus"), _TRAINING)
 SUITES |= dict.fromkeys(("pissa", "olora", "lora_ga", "corda", "miss", "dora", "lora"), _PARITY)
-SUITES |= dict.fromkeys(("peft_folder", "plain"), "tests/adapters/test_peft_folder.py")
+SUITES |= dict.fromkeys(("peft", "plain"), "tests/adapters/test_peft_folder.py")
+SUITES |= {"files": "tests/adapters/test_file_layouts.py"}
+SUITES |= dict.fromkeys(("_foreign", "_peft_config", "_places"), "tests/adapters/test_files.py")
+SUITES |= dict.fromkeys(("mlx", "kohya"), "tests/adapters/test_other_libraries.py")
 NEEDED = (
     "pyproject.toml",
     "tests/__init__.py",
@@ -34,6 +37,7 @@ NEEDED = (
     "tests/adapters/__init__.py",
     "tests/adapters/golden.py",
     "tests/adapters/models.py",
+    "tests/adapters/test_files.py",
 )
 
 MUTANTS = [
@@ -150,8 +154,42 @@ MUTANTS = [
     Mutant("lora_plus", "jnp.ndim(leaf) == 1", "False"),
     Mutant("plain", "jnp.concatenate([b, -b_0], -2)", "jnp.concatenate([b, b_0], -2)"),
     Mutant("plain", "math.sqrt(times) if config.use_rslora", "times if config.use_rslora"),
-    Mutant("peft_folder", "transpose(3, 2, 0, 1)", "transpose(3, 2, 1, 0)"),
-    Mutant("peft_folder", "_whole(kernel.scaling * root)", "_whole(kernel.scaling)"),
+    # Files of other libraries
+    Mutant("peft", "scaling * (r**0.5 if config.use_rslora else r)", "scaling * r"),
+    Mutant("_torch_layers", "*window, channels), -1, 1)", "*window, channels), -1, -1)"),
+    Mutant("_torch_layers", "a = np.moveaxis(a, 1, -1)", "pass"),
+    Mutant(
+        "_torch_layers",
+        "np.moveaxis(b.reshape(b.shape[0], -1, count), 2, 0)",
+        "np.moveaxis(b.reshape(b.shape[0], count, -1), 1, 0)",
+    ),
+    Mutant("_torch_layers", "if legacy and fan_in == fan_out:", "if False:"),
+    Mutant(
+        "_torch_layers",
+        "np.stack([b.T for _, b in pairs], axis=-1)",
+        "np.stack([b.T for _, b in pairs], axis=1)",
+    ),
+    Mutant("_pairs", "* (pair.scaling / scaling)", "* 1"),
+    Mutant("_pairs", "*changed[:1]", "*changed[:0]"),
+    Mutant("_pairs", '"^" + exactly([n]): r for', "exactly([n]): r for"),
+    Mutant("_pairs", "rows[index] = pair.magnitude", "pass"),
+    Mutant("_places", "whole = not (place.is_part and its_place.is_part)", "whole = False"),
+    Mutant("_places", "set(rows) & set(its_rows)", "rows == its_rows"),
+    Mutant("_peft_config", 'rf"(.*\\.)?({pattern})$"', 'rf"({pattern})$"'),
+    Mutant("_peft_config", '{"^" + re.escape(name): v', "{re.escape(name): v"),
+    Mutant("_peft_config", "type(value) is type(x)", "True"),
+    Mutant("_peft_tensors", "starts = [0 if shared else", "starts = [0 if True else"),
+    Mutant("_peft_tensors", "np.array_equal(mine.a, first.a)", "True"),
+    Mutant(
+        "_peft_miss", 'block.swapaxes(-1, -2) if config.init_weights == "bat" else block)', "block)"
+    ),
+    Mutant("_peft_whole", "saved = not suffix and", "saved = suffix and"),
+    Mutant("_peft_whole", "[np.argsort(rows)]", ""),
+    Mutant("_peft_whole", "elif not _same(own[piece.index], value):", "elif False:"),
+    Mutant("_foreign", 'adapter_name == "default" and', "False and"),
+    Mutant("mlx", "a, b = a.swapaxes(1, 2), b.swapaxes(1, 2)", "pass"),
+    Mutant("kohya", "Pair(a, b, alpha / r)", "Pair(a, b, alpha)"),
+    Mutant("kohya", "else float(r)", "else 1.0"),
 ]
 
 

@@ -51,8 +51,8 @@ def test_arrows_point_one_way(name):
     package, *inside = pathlib.Path(name).with_suffix("").parts
     outside = {module.split(".")[0] for module in imports(ROOT / name)} - STANDARD - {package}
     if package == "jaxopt_lab":
-        # The file format of another project; nothing else needs it.
-        formats = {"safetensors"} if inside[-1] == "peft_folder" else set()
+        # The file format of other projects; nothing else needs it.
+        formats = {"safetensors"} if inside[-2:] == ["files", "_tensors"] else set()
         assert outside <= {"jax", "optax", "numpy"} | formats
     elif package == "pallas_kernels":
         # Flax's own attention gives the weights that its layers sow; nothing else needs Flax.

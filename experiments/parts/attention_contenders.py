@@ -30,11 +30,35 @@ class Shape:
     head_dim: int
     causal: bool
     dtype: str
+    feature: str | None = None  # "alibi" or "prefix", of a quarter of the keys
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         mask = "causal" if self.causal else "full"
-        return f"{self.batch}x{self.length} h{heads} d{self.head_dim} {mask} {self.dtype}"
+        words = f"{self.batch}x{self.length} h{heads} d{self.head_dim} {mask} {self.dtype}"
+        return words if self.feature is None else f"{words} {self.feature}"
+
+    def arguments(self) -> dict[str, Any]:
+        """What `pallas_kernels.attention` is given beside query, key and value."""
+        given: dict[str, Any] = {"is_causal": self.causal}
+        if self.feature == "alibi":
+            given["bias"] = pallas_kernels.Alibi(pallas_kernels.alibi_slopes(self.heads))
+        elif self.feature == "prefix":
+            given["prefix_lengths"] = self.length // 4
+        return given
+
+    def dense_arguments(self) -> dict[str, Any]:
+        """The same for a code that knows no rule: a bias or a mask over queries and keys."""
+        given: dict[str, Any] = {"is_causal": self.causal}
+        places = jnp.arange(self.length)
+        if self.feature == "alibi":
+            distances = jnp.abs(places[:, None] - places).astype(self.dtype)
+            slopes = pallas_kernels.alibi_slopes(self.heads).astype(self.dtype)
+            given["bias"] = -slopes[None, :, None, None] * distances
+        elif self.feature == "prefix":
+            seen = (places <= places[:, None]) | (places < self.length // 4)
+            given = {"mask": seen[None, None]}
+        return given
 
     def structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Query, key and value, (B, T, N, d)."""
@@ -55,6 +79,7 @@ def shapes(platform: str) -> tuple[Shape, ...]:
                 for dtype in ("float32", "bfloat16")
             ),
             Shape(1, 2048, 8, 2, 128, True, "float32"),
+            *(Shape(1, 4096, 8, 8, 64, True, "float32", x) for x in ("alibi", "prefix")),
         )
     return (
         *(
@@ -64,26 +89,25 @@ def shapes(platform: str) -> tuple[Shape, ...]:
             for causal in (False, True)
         ),
         Shape(4, 4096, 32, 8, 128, True, "bfloat16"),
+        *(Shape(2, 8192, 16, 16, 128, True, "bfloat16", x) for x in ("alibi", "prefix")),
     )
 
 
 def contenders(shape: Shape) -> dict[str, Attention | str]:
     """Returns every code by name, or the reason why it cannot serve `shape` here."""
-    explained = pallas_kernels.explain(*shape.structs(), is_causal=shape.causal)
+    explained = pallas_kernels.explain(*shape.structs(), **shape.arguments())
     found: dict[str, Attention | str] = {}
     for name in ROUTES:
         reason = explained.refusals[name]
         found[name] = reason or functools.partial(
-            pallas_kernels.attention, is_causal=shape.causal, implementation=name
+            pallas_kernels.attention, **shape.arguments(), implementation=name
         )
-    found["jax.nn xla"] = functools.partial(
-        jax.nn.dot_product_attention, is_causal=shape.causal, implementation="xla"
-    )
+    found["jax.nn xla"] = _jax_nn(shape, "xla")
     platform = jax.default_backend()
     if platform == "gpu":
-        found["jax.nn cudnn"] = functools.partial(
-            jax.nn.dot_product_attention, is_causal=shape.causal, implementation="cudnn"
-        )
+        found["jax.nn cudnn"] = _jax_nn(shape, "cudnn")
+    if shape.feature is not None:
+        return found
     found["pallas.ops"] = _shipped(shape, platform)
     if importlib.util.find_spec("tokamax") is None:
         found["tokamax"] = "is not installed"
@@ -92,6 +116,17 @@ def contenders(shape: Shape) -> dict[str, Attention | str]:
 
         found["tokamax"] = functools.partial(tokamax.dot_product_attention, is_causal=shape.causal)
     return found
+
+
+def _jax_nn(shape: Shape, implementation: Any) -> Attention:
+    """`jax.nn`'s function, which makes its dense bias or mask as a part of the program."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            q, k, v, **shape.dense_arguments(), implementation=implementation
+        )
+
+    return attend
 
 
 def _shipped(shape: Shape, platform: str) -> Attention | str:
@@ -123,6 +158,6 @@ def exact(shape: Shape, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     with jax.enable_x64(wider == jnp.float64):
         q, k, v = (x.astype(wider) for x in (q, k, v))
         found = pallas_kernels.attention(
-            q, k, v, is_causal=shape.causal, implementation="chunked", precision="highest"
+            q, k, v, **shape.arguments(), implementation="chunked", precision="highest"
         )
         return found.astype(jnp.float32)

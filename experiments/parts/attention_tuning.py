@@ -80,7 +80,7 @@ def operands(shape: Shape) -> Operands:
 
 def refusals(shape: Shape) -> dict[str, str | None]:
     """Why each route with blocks cannot serve a shape here, or None."""
-    explained = pallas_kernels.explain(*shape.structs(), is_causal=shape.causal)
+    explained = pallas_kernels.explain(*shape.structs(), **shape.arguments())
     return {name: explained.refusals[name] for name in attention_contenders.ROUTES}
 
 

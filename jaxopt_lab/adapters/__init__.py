@@ -15,15 +15,19 @@ from jaxopt_lab.adapters.adapt import (
 from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
 from jaxopt_lab.adapters.corda import corda
 from jaxopt_lab.adapters.covariances import estimate_covariances
+from jaxopt_lab.adapters.eva import estimate_scatter, eva
 from jaxopt_lab.adapters.factored import factored
+from jaxopt_lab.adapters.files.kohya import read_kohya_file
+from jaxopt_lab.adapters.files.mlx import read_mlx_folder
+from jaxopt_lab.adapters.files.peft import read_peft_folder, write_peft_folder
 from jaxopt_lab.adapters.gradients import estimate_gradients
 from jaxopt_lab.adapters.ist import IstState, ist
+from jaxopt_lab.adapters.join import join_adapters
 from jaxopt_lab.adapters.lora import LoraConfig
 from jaxopt_lab.adapters.lora_ga import lora_ga
 from jaxopt_lab.adapters.lora_plus import lora_plus, lora_plus_labels
 from jaxopt_lab.adapters.miss import MissConfig
 from jaxopt_lab.adapters.olora import olora
-from jaxopt_lab.adapters.peft_folder import read_peft_folder, write_peft_folder
 from jaxopt_lab.adapters.perp import PerpConfig, perp_labels
 from jaxopt_lab.adapters.pissa import pissa
 from jaxopt_lab.adapters.plain import to_plain_lora
@@ -46,9 +50,12 @@ __all__ = [
     "corda",
     "estimate_covariances",
     "estimate_gradients",
+    "estimate_scatter",
+    "eva",
     "factored",
     "init_adapters",
     "ist",
+    "join_adapters",
     "lora_ga",
     "lora_plus",
     "lora_plus_labels",
@@ -56,6 +63,8 @@ __all__ = [
     "olora",
     "perp_labels",
     "pissa",
+    "read_kohya_file",
+    "read_mlx_folder",
     "read_peft_folder",
     "task_arithmetic",
     "task_vector",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _matrices
+from jaxopt_lab import _matrices, _names
 
 Factors = dict[str, jax.Array]
 
@@ -38,6 +38,12 @@ class Kernel(NamedTuple):
         """Number of matrices: 1 for a kernel that is no stack."""
         return self._size(self.axes.batch)
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is a table whose rows are looked up, by its name."""
+        parts = _names.parts_of(self.name)
+        return _names.is_table(parts) and _names.words(parts[-1])[0] not in ("kernel", "w")
+
     def matrices(self, x: jax.Array) -> jax.Array:
         """Reshapes a kernel to (matrices, inputs, outputs)."""
         return _matrices.to_matrices(x, self.axes)
@@ -54,6 +60,11 @@ class Kernel(NamedTuple):
             "lora_a": a.reshape((*batch, *inputs, rank)),
             "lora_b": b.reshape((*batch, rank, *outputs)),
         }
+
+    def pair_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of what `pair` makes."""
+        batch, inputs, outputs = (tuple(self.shape[i] for i in group) for group in self.axes)
+        return {"lora_a": (*batch, *inputs, self.r), "lora_b": (*batch, self.r, *outputs)}
 
     def stacks(self, factors: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Undoes `pair`."""
@@ -114,6 +125,39 @@ def lookup(tree: Mapping[str, Any], name: str) -> Any:
             )
         found = found[key]
     return found
+
+
+def check_factors(factors: Any, name: str, shapes: Mapping[str, tuple[int, ...]], who: str) -> None:
+    """Refuses factors of a kernel that are not those of the given names and shapes.
+
+    Raises:
+      ValueError: the message begins with `who` and has the path.
+    """
+    found = factors if isinstance(factors, Mapping) else {"": factors}
+    for factor in [*shapes, *found]:
+        if factor not in found or factor not in shapes or shape_of(found[factor]) != shapes[factor]:
+            has = {key: shown(value) for key, value in found.items()}
+            raise ValueError(
+                f"{who} {_listed(has)} for kernel '{name}', which needs "
+                f"{_listed({k: f'shape {shape}' for k, shape in shapes.items()})}: another rank or "
+                "variant, or other parameters?"
+            )
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """Returns the shape of an array, abstract ones included, or None for anything else."""
+    return getattr(value, "shape", None)
+
+
+def shown(value: Any) -> str:
+    """Returns what to call something in a message that is about shapes."""
+    shape = shape_of(value)
+    return f"a {type(value).__name__}" if shape is None else f"shape {shape}"
+
+
+def _listed(found: Mapping[str, str]) -> str:
+    texts = [f"{name} of {what}" if name else what for name, what in found.items()]
+    return ", ".join(texts) or "nothing"
 
 
 def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:

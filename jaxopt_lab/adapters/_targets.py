@@ -12,19 +12,20 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _matrices, _roles
-from jaxopt_lab.adapters import _kernels
+from jaxopt_lab.adapters import _kernels, _whole
 
 Dims = optax.contrib.MuonDimensionNumbers
 
+_CONVOLUTION = Dims(reduction_axis=(-4, -3, -2), output_axis=(-1,))
 FLAX_KERNELS: dict[str, Dims] = {
     r"query|key|value": Dims(reduction_axis=(-3,), output_axis=(-2, -1)),
     r"out": Dims(reduction_axis=(-3, -2), output_axis=(-1,)),
-    r".*Conv.*|.*conv.*": Dims(reduction_axis=(-4, -3, -2), output_axis=(-1,)),
+    r".*Conv.*|.*conv.*": _CONVOLUTION,
 }
-"""`kernel_axes` of Flax's attention (embed, heads, head size) and its convolutions over images.
+"""`kernel_axes` of Flax's attention (embed, heads, head size) and convolutions (window, in, out).
 
 These are known without it; it serves kernels of which neither neighbours nor shapes say whether
-they are stacks of layers.
+they are stacks of layers. A convolution is over a line, an image or a volume by its number of axes.
 """
 
 
@@ -55,6 +56,8 @@ class Choice(Protocol):
     @property
     def layers_pattern(self) -> str | Sequence[str] | None: ...
     @property
+    def modules_to_save(self) -> Sequence[str] | None: ...
+    @property
     def kernel_axes(self) -> Mapping[str, Any] | None: ...
 
 
@@ -73,15 +76,17 @@ def choose(params: Any, choice: Choice) -> tuple[Target, ...]:
     if choice.layers_to_transform is not None:
         wanted = _as_list(choice.layers_to_transform)
         chosen = {n for n in chosen if _layer(n, choice.layers_pattern) in wanted}
+    # What is trained whole needs no factors; a saved module may be without a kernel.
+    chosen -= _whole.saved(_kernels.named_leaves(params), choice.modules_to_save)
     if not chosen:
         raise ValueError(
-            "no kernel is left: exclude_modules or layers_to_transform take away all that "
-            f"target_modules={choice.target_modules!r} matches"
+            "no kernel is left: exclude_modules, layers_to_transform or modules_to_save take away "
+            f"all that target_modules={choice.target_modules!r} matches"
         )
     axes = choice.kernel_axes or {}
     own = [pattern for pattern in axes if pattern not in FLAX_KERNELS]
     check_patterns(kernels, own, "kernel_axes")
-    return tuple(_target(n, kernel, axes) for n, kernel in kernels.items() if n in chosen)
+    return tuple(target(n, kernel, axes) for n, kernel in kernels.items() if n in chosen)
 
 
 def candidates(params: Any) -> dict[str, Candidate]:
@@ -170,7 +175,8 @@ def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, (int, str)) else list(value)
 
 
-def _target(name: str, kernel: Candidate, kernel_axes: Mapping[str, Any]) -> Target:
+def target(name: str, kernel: Candidate, kernel_axes: Mapping[str, Any]) -> Target:
+    """Returns one kernel with its axes; see `choose`."""
     leaf, role = kernel
     dtype, ndim = jnp.result_type(leaf), jnp.ndim(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -178,6 +184,8 @@ def _target(name: str, kernel: Candidate, kernel_axes: Mapping[str, Any]) -> Tar
     named = {p: spec for p, spec in kernel_axes.items() if FLAX_KERNELS.get(p) != spec}
     spec = by_pattern(name, named, _matrices.specification(role.axes))
     spec = by_pattern(name, kernel_axes, None) if spec is None else spec
+    if spec is _CONVOLUTION and ndim in (3, 5):
+        spec = Dims(tuple(range(-ndim, -1)), (-1,))
     if spec is None:
         raise ValueError(
             f"kernel '{name}' of shape {jnp.shape(leaf)} has {ndim} axes, and which of them are "

@@ -89,12 +89,37 @@ class Handler(Protocol):
         """Returns the array that any other operation is given."""
         ...
 
+    def repeated(self, kernel: Tracked, step: jax.Array) -> Tracked:
+        """Returns a kernel that a scan does not walk over, as one step of the scan has it."""
+        ...
+
     def product(self, product: Dot | Convolution) -> tuple[jax.Array, Mapping[str, Any]] | None:
         """Returns the result and what is to be recorded by name, or None for the usual product."""
         ...
 
 
-Records = dict[str, list[Any]]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What was recorded of a product, (repeats..., stack..., as the handler gave it).
+
+    Attributes:
+      value: a tree of arrays.
+      repeats: number of scans around the product that do not walk over the kernel's layers.
+    """
+
+    value: Any
+    repeats: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def out_of_scan(self, *, walked: bool) -> Record:
+        """Returns the record with the axis that a scan has put in front where it belongs."""
+        if not walked:
+            return Record(self.value, self.repeats + 1)
+        moved = jax.tree.map(lambda x: jnp.moveaxis(x, 0, self.repeats), self.value)
+        return Record(moved, self.repeats)
+
+
+Records = dict[str, list[Record]]
 
 
 def evaluate(
@@ -116,8 +141,7 @@ def evaluate(
       *args: further arguments.
 
     Returns:
-      What `fun` returns, and for each name all that was recorded; what was recorded in a scan has
-      the scan's axis in front.
+      What `fun` returns, and for each name all that was recorded.
     """
     jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(params, *args)
     leaves = _kernels.named_leaves(params)
@@ -162,7 +186,7 @@ def _plain(x: Any, handler: Handler) -> Any:
     return handler.materialise(x) if isinstance(x, Tracked) else x
 
 
-def _record(records: Records, new: Mapping[str, list[Any]]) -> None:
+def _record(records: Records, new: Mapping[str, list[Record]]) -> None:
     for name, values in new.items():
         records.setdefault(name, []).extend(values)
 
@@ -209,7 +233,11 @@ def _scanned(eqn: Any, operands: Sequence[Any], handler: Handler, records: Recor
         for x in operands[num_consts + num_carry :]
     ]
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], Any]:
+    steps = jnp.arange(eqn.params["length"])
+
+    def body(carry: list[Any], of_step: tuple[jax.Array, list[Any]]) -> tuple[list[Any], Any]:
+        step, xs = of_step
+        own = [handler.repeated(x, step) if isinstance(x, Tracked) else x for x in consts]
         # The scan has taken the first axis of everything, and with it the first batch axis.
         xs = [
             dataclasses.replace(x, dims=x.dims[1:], batch=x.batch[1:])
@@ -218,19 +246,21 @@ def _scanned(eqn: Any, operands: Sequence[Any], handler: Handler, records: Recor
             for x in xs
         ]
         inner: Records = {}
-        found = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *xs], handler, inner)
+        found = _evaluate(closed.jaxpr, closed.consts, [*own, *carry, *xs], handler, inner)
         found = [_plain(x, handler) for x in found]
         return found[:num_carry], (found[num_carry:], inner)
 
     carry, (outputs, inner) = jax.lax.scan(
         body,
         carry,
-        stacked,
+        (steps, stacked),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    _record(records, inner)
+    walked = {x.kernel.name for x in stacked if isinstance(x, Tracked)}
+    for name, values in inner.items():
+        _record(records, {name: [one.out_of_scan(walked=name in walked) for one in values]})
     return [*carry, *outputs]
 
 
@@ -275,7 +305,7 @@ def _handled(product: Dot | Convolution, handler: Handler, records: Records) -> 
     if found is None:
         return None
     result, new = found
-    _record(records, {name: [value] for name, value in new.items()})
+    _record(records, {name: [Record(value)] for name, value in new.items()})
     return [result]
 
 

@@ -8,7 +8,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxopt_lab import _compat, _flax, _tree
-from jaxopt_lab.adapters import _kernels
+from jaxopt_lab.adapters import _kernels, _whole
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 
 Initializer = Callable[[Kernel, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """A start of low-rank factors: `(kernel, matrices, key) -> (a, b)`.
 
 `matrices` has shape (matrices, inputs, outputs) and is at least float32; `a` is (matrices, inputs,
-r) and `b` (matrices, r, outputs). What is taken out of the base is `kernel.scaling * a @ b`.
+r) and `b` (matrices, r, outputs). What is taken out of the base is `kernel.scaling * a @ b`; an
+initialiser whose product is zero has an attribute `keeps_base` that is true.
 """
 
 
@@ -40,8 +41,22 @@ class AdapterConfig(Protocol):
         """Dtype of the factors, or None for the widest of float32 and the kernel's."""
         ...
 
+    @property
+    def bias(self) -> _whole.Bias:
+        """Which biases are trained whole."""
+        ...
+
+    @property
+    def modules_to_save(self) -> Sequence[str] | None:
+        """Which modules are trained whole."""
+        ...
+
     def kernels(self, params: Any) -> tuple[Kernel, ...]:
         """Returns the kernels that get an adapter."""
+        ...
+
+    def shapes(self, kernel: Kernel) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each factor of a kernel, by name."""
         ...
 
     def start(
@@ -81,11 +96,13 @@ class AdapterBase:
     Attributes:
       params: the caller's container; the kernels of an initialisation that computes its start
         (PiSSA, OLoRA, CorDA, LoRA-GA) have given up what the first factors add.
-      undo: by kernel, what unmerging needs beside the factors; empty for most.
+      undo: by path, what unmerging needs beside the adapters; empty for most.
       config: the `LoraConfig` or `MissConfig`.
       kernels: the kernels that have adapters, with their axes, rank and scaling.
       merged: whether adapters are part of `params`.
       gave_up: whether the kernels have given up what the first factors added.
+      whole: the paths of the leaves that are trained whole (biases, saved modules). The adapters
+        have their full value, `params` that from before.
     """
 
     params: Any
@@ -94,6 +111,7 @@ class AdapterBase:
     kernels: tuple[Kernel, ...] = dataclasses.field(metadata={"static": True})
     merged: bool = dataclasses.field(default=False, metadata={"static": True})
     gave_up: bool = dataclasses.field(default=False, metadata={"static": True})
+    whole: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 _flax.register(AdapterBase, ["params", "undo"])
@@ -115,7 +133,7 @@ def init_adapters(
     Args:
       params: tree of real floating point parameters: nested dictionaries, Linen's `params`, an NNX
         module or `nnx.state(model, nnx.Param)`.
-      config: a `LoraConfig` or a `MissConfig`.
+      config: a `LoraConfig`, a `PerpConfig` or a `MissConfig`.
       key: random key; what draws nothing does without.
       init: for a `LoraConfig`, a start that is computed: `pissa()`, `olora()`,
         `lora_ga(gradients)`, `corda(covariances)`, or a function of one's own.
@@ -123,11 +141,12 @@ def init_adapters(
     Returns:
       The base, for `apply_adapters`, and the adapters: a tree of nested dictionaries with the paths
       of the kernels, which is what is trained. For LoRA each kernel has `lora_a`, shape (batch...,
-      inputs..., r), and `lora_b`, (batch..., r, outputs...), at least float32.
+      inputs..., r), and `lora_b`, (batch..., r, outputs...), at least float32. Leaves that are
+      trained whole (`bias`, `modules_to_save`) are there as copies of their own shape and dtype.
 
     Raises:
-      ValueError: adapters on adapters; patterns that match nothing, with the nearest paths; a rank
-        above the smaller side of a kernel; axes that are not known.
+      ValueError: adapters on adapters; patterns that match nothing, with the nearest paths; axes
+        that are not known; for a computed start, a rank above the smaller side of a kernel.
       TypeError: a kernel that is not real floating point.
 
     Examples:
@@ -153,9 +172,12 @@ def init_adapters(
             "start others on top"
         )
     kernels = config.kernels(params)
+    names = _whole.leaves(params, config, kernels)
     leaves = _kernels.named_leaves(params)
     adapters: dict[str, Any] = {}
     rests = {}
+    for name, value in _whole.of(params, names, config.adapter_dtype).items():
+        _kernels.insert(adapters, name, value)
     for index, kernel in enumerate(kernels):
         leaf = jnp.asarray(leaves[kernel.name])
         dtype = _tree.compute_dtype(leaf.dtype)
@@ -163,6 +185,7 @@ def init_adapters(
         own = None if key is None else jax.random.fold_in(key, index)
         target = jnp.dtype(config.adapter_dtype or dtype)
         start = config.start(kernel, matrices, own, init)
+        _kernels.check_factors(start, kernel.name, config.shapes(kernel), "the start gives")
         # The kernel gives up what the factors add as they are stored.
         stored = {name: _compat.rounded(x.astype(dtype), target) for name, x in start.items()}
         factors = {name: x.astype(target) for name, x in stored.items()}
@@ -172,7 +195,12 @@ def init_adapters(
             rest = leaf.astype(dtype) - kernel.scaling * change
             rests[kernel.name] = _placed_like(rest.astype(leaf.dtype), leaf)
     base = AdapterBase(
-        _kernels.replace_leaves(params, rests), {}, config, kernels, gave_up=bool(rests)
+        _kernels.replace_leaves(params, rests),
+        {},
+        config,
+        kernels,
+        gave_up=bool(rests),
+        whole=names,
     )
     return base, adapters
 
@@ -193,7 +221,8 @@ def apply_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> Any:
 
     Raises:
       TypeError: `base` is not from `init_adapters`.
-      ValueError: the adapters are merged into the base, or are for other parameters.
+      ValueError: the adapters are merged into the base, or are for other parameters or of another
+        rank; a config with `lora_dropout`.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -206,6 +235,13 @@ def apply_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> Any:
              [2., 2.]], dtype=float32)
     """
     require_apart(base, "apply_adapters")
+    rate = getattr(base.config, "lora_dropout", 0.0)
+    if rate:
+        raise ValueError(
+            f"apply_adapters has no dropout, and the config has lora_dropout={rate}, which acts on "
+            "the inputs of each layer: train with factored(fun)(base, adapters, ..., key=key), and "
+            "evaluate with factored without a key or with merge_adapters"
+        )
     return _edited(base, adapters, base.config.effective)
 
 
@@ -234,11 +270,14 @@ def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBas
              [0., 1.]], dtype=float32)
     """
     require_apart(base, "merge_adapters")
-    undo = {}
     leaves = _kernels.named_leaves(base.params)
+    factors, whole = parts(base, adapters)
+    # A merged base outlives adapters that are donated to a next step.
+    adapters = _kernels.replace_leaves(adapters, {name: jnp.copy(x) for name, x in whole.items()})
+    undo = {name: leaves[name] for name in base.whole}
     for kernel in base.kernels:
-        whole, factors = _operands(kernel, leaves[kernel.name], adapters)
-        found = base.config.undo(kernel, whole, factors)
+        operands = _operands(leaves[kernel.name], factors[kernel.name])
+        found = base.config.undo(kernel, *operands)
         if found is not None:
             undo[kernel.name] = found
     params = _edited(base, adapters, base.config.merged)
@@ -276,29 +315,62 @@ def unmerge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterB
     def restored(kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
         return base.config.restored(kernel, whole, factors, base.undo.get(kernel.name))
 
-    params = _edited(base, adapters, restored)
+    whole = {name: base.undo[name] for name in base.whole}
+    params = _edited(base, adapters, restored, whole)
     return dataclasses.replace(base, params=params, undo={}, merged=False)
+
+
+def parts(
+    base: AdapterBase, adapters: Mapping[str, Any]
+) -> tuple[dict[str, Factors], dict[str, jax.Array]]:
+    """Takes adapters apart, into the factors of each kernel and the leaves that are trained whole.
+
+    Raises:
+      ValueError: something is missing, has another shape, or belongs to nothing in the base; the
+        message has its path.
+    """
+    shapes = {kernel.name: base.config.shapes(kernel) for kernel in base.kernels}
+    factors = {name: _kernels.lookup(adapters, name) for name in shapes}
+    for name, found in factors.items():
+        _kernels.check_factors(found, name, shapes[name], "the adapters have")
+    whole = {name: _kernels.lookup(adapters, name) for name in base.whole}
+    leaves = _kernels.named_leaves(base.params) if whole else {}
+    for name, leaf in whole.items():
+        if _kernels.shape_of(leaf) != jnp.shape(leaves[name]):
+            raise ValueError(
+                f"the adapters have {_kernels.shown(leaf)} at '{name}', which is trained whole and "
+                f"needs shape {jnp.shape(leaves[name])}"
+            )
+    known = {f"{name}/{factor}" for name in factors for factor in factors[name]} | set(whole)
+    for name in _kernels.named_leaves(adapters):
+        if name not in known:
+            raise ValueError(
+                f"the adapters have '{name}', for which the base has no place: were they made with "
+                "another config?"
+            )
+    return factors, whole
 
 
 def _edited(
     base: AdapterBase,
     adapters: Mapping[str, Any],
     rule: Callable[[Kernel, jax.Array, Factors], jax.Array],
+    whole: Mapping[str, jax.Array] | None = None,
 ) -> Any:
+    """Applies `rule` to the kernels and puts `whole`, by default the adapters' own, in place."""
     leaves = _kernels.named_leaves(base.params)
-    new = {}
+    factors, own = parts(base, adapters)
+    new = {n: x.astype(leaves[n].dtype) for n, x in (own if whole is None else whole).items()}
     for kernel in base.kernels:
         leaf = jnp.asarray(leaves[kernel.name])
-        whole, factors = _operands(kernel, leaf, adapters)
-        new[kernel.name] = rule(kernel, whole, factors).astype(leaf.dtype)
+        operands = _operands(leaf, factors[kernel.name])
+        new[kernel.name] = rule(kernel, *operands).astype(leaf.dtype)
     return _kernels.replace_leaves(base.params, new)
 
 
-def _operands(
-    kernel: Kernel, leaf: jax.Array, adapters: Mapping[str, Any]
-) -> tuple[jax.Array, Factors]:
+def _operands(leaf: jax.Array, factors: Factors) -> tuple[jax.Array, Factors]:
     """Returns the kernel and the factors in the dtype that is computed in."""
-    factors = _kernels.lookup(adapters, kernel.name)
+    leaf = jnp.asarray(leaf)
     dtype = _tree.compute_dtype(*(x.dtype for x in [leaf, *factors.values()]))
     return leaf.astype(dtype), {n: x.astype(dtype) for n, x in factors.items()}
 

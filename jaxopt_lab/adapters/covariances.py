@@ -19,7 +19,7 @@ import numpy as np
 from jaxopt_lab import _tree
 from jaxopt_lab.adapters import _trace
 from jaxopt_lab.adapters._kernels import Kernel
-from jaxopt_lab.adapters._trace import Convolution, Dot, Tracked
+from jaxopt_lab.adapters._trace import Convolution, Dot, Record, Tracked
 from jaxopt_lab.adapters.adapt import AdapterConfig
 
 
@@ -92,17 +92,15 @@ def estimate_covariances(
     return {k.name: sums[k.name] / counts[k.name][:, None, None] for k in kernels}
 
 
-def _total(kernel: Kernel, records: list[Any]) -> tuple[jax.Array, jax.Array]:
+def _total(kernel: Kernel, records: list[Record]) -> tuple[jax.Array, jax.Array]:
     """Adds up what was recorded: (matrices, inputs, inputs), and how often, (matrices,)."""
-    moments, counts = [], []
-    stacked = [kernel.shape[axis] for axis in kernel.axes.batch]
-    for moment, count in records:
-        # Scans put their axis in front: layers of a stack, or repeated use of one kernel.
-        extra = count.ndim - len(stacked)
-        moments.append(jnp.sum(moment, range(extra)))
-        counts.append(jnp.sum(count, range(extra)))
     width = kernel.matrix[0]
-    return sum(moments).reshape(-1, width, width), sum(counts).reshape(-1)  # type: ignore[union-attr]
+    sums = [
+        jax.tree.map(lambda x, r=record.repeats: jnp.sum(x, range(r)), record.value)
+        for record in records
+    ]
+    moment, count = jax.tree.map(lambda *parts: sum(parts), *sums)
+    return moment.reshape(-1, width, width), count.reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +108,11 @@ class _Collector:
     def materialise(self, kernel: Tracked) -> jax.Array:
         """Returns the kernel as it is."""
         return kernel.value
+
+    def repeated(self, kernel: Tracked, step: jax.Array) -> Tracked:
+        """Returns the kernel."""
+        del step
+        return kernel
 
     def product(self, product: Dot | Convolution) -> tuple[jax.Array, dict[str, Any]] | None:
         """Records the inputs' second moment, (batch..., inputs, inputs), and 1 for the product."""

@@ -49,7 +49,7 @@ def ist(
     r"""Trains a random fourth of the layers in each step, the important ones more often.
 
     .. math::
-      \rho_k = e^{-\ell_k} - \tfrac{1}{K} \textstyle\sum_j e^{-\ell_j}, \quad
+      \rho_k = e^{-\ell_k} - \tfrac{1}{K} {\textstyle \sum_j e^{-\ell_j}}, \quad
       c_l \leftarrow c_l + \eta\, \rho_k\, p_l (1 - p_l) \text{ for } l \in S_k, \quad
       p = \sigma(c)
 
@@ -58,7 +58,8 @@ def ist(
     those to train with weights :math:`\sigma(-c)`, those to damp with :math:`\sigma(c)`. A layer
     that is not trained has updates of zero, and nothing of its optimizer state changes, neither
     moments nor counters; its part of `inner` is in a `jax.lax.cond`. The choice is data: nothing is
-    compiled again. Gradients are computed for all layers.
+    compiled again. Gradients are computed for all layers. Leaves that are trained whole go with
+    their layer; a probe leaves them as they are, as they have no part that could be damped.
 
     Args:
       inner: transformation of the adapters; each layer has an instance of its own.

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
 from jaxopt_lab import _checks
-from jaxopt_lab.adapters import _kernels, _targets, dora
+from jaxopt_lab.adapters import _starts, _targets, _whole, dora
 from jaxopt_lab.adapters._kernels import Factors, Kernel
+
+TaskType = Literal[
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +47,10 @@ class LoraConfig:
       use_rslora: divide alpha by the root of the rank.
       use_dora: adapt the length of each output unit apart (`dora`); adds `lora_magnitude`, shape
         (batch..., outputs...).
-      init_lora_weights: start of the factors where `init_adapters` is given none: True, "gaussian"
-        (`a` normal with standard deviation 1/r) or "orthogonal" (both factors random with
-        orthogonal ranges, r even).
+      init_lora_weights: start of the factors where `init_adapters` is given none: True; "gaussian"
+        (`a` normal with standard deviation 1/r); "orthogonal" (both factors random with orthogonal
+        ranges, r even); "pissa", "pissa_niter_N" (randomized, N power iterations) and "olora", as
+        `pissa` and `olora`; False, where both factors are random and the function starts changed.
       rank_pattern: other ranks by pattern, as `{"attention.query": 16}`; a pattern is a regular
         expression for the end of the name, from a dot on. The first that matches counts.
       alpha_pattern: other values of alpha, likewise.
@@ -54,12 +59,22 @@ class LoraConfig:
       kernel_axes: by pattern, as `rank_pattern`, which axes of a kernel are inputs and outputs:
         `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)`; all others count
         matrices, each with a pair of its own (scanned layers, experts). By default they follow
-        from names, shapes and neighbours, as `jaxopt_lab.muon_dimension_numbers` describes; what
-        nothing tells must be named.
+        from names, shapes and neighbours, as `jaxopt_lab.muon_dimension_numbers` describes, those
+        of Flax's attention and convolutions among them; what nothing tells must be named.
       adapter_dtype: dtype of the factors; by default the widest of float32 and the kernel's.
+      bias: biases that are trained whole: "none", "all" of the model, or "lora_only", those of the
+        layers with an adapter.
+      modules_to_save: modules that are trained whole, by the end of their dotted name, with all
+        floating leaves in them; kernels in them get no factors. The adapters have them at their own
+        path, as arrays of their own dtype unless `adapter_dtype` names one.
+      task_type: what the model is for, as "CAUSAL_LM"; kept for `write_peft_folder`.
+      lora_dropout: probability with which each input of `a` is zero while training; the others are
+        divided by the rest. It acts on activations, so that only `factored` with a `key` has it.
 
     Raises:
-      ValueError: a number out of range or an unknown start; by `init_adapters`, see there.
+      ValueError: a number out of range, an unknown option or start, dropout with DoRA; by
+        `init_adapters`, see there.
+      TypeError: `modules_to_save` that is no list.
 
     Examples:
       >>> from jaxopt_lab.adapters import LoraConfig
@@ -84,16 +99,27 @@ class LoraConfig:
     layers_pattern: str | Sequence[str] | None = None
     kernel_axes: Mapping[str, Any] | None = None
     adapter_dtype: Any = None
+    bias: _whole.Bias = "none"
+    modules_to_save: Sequence[str] | None = None
+    task_type: TaskType | None = None
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
             _checks.check_positive_integer(r=r)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             _checks.check_positive(lora_alpha=alpha)
-        if self.init_lora_weights not in (True, *_STARTS):
+        _checks.check_flag(use_rslora=self.use_rslora, use_dora=self.use_dora)
+        _starts.check(self.init_lora_weights)
+        _whole.check(self)
+        _checks.canonical_mu_dtype(self.adapter_dtype, "adapter_dtype")
+        if self.task_type is not None:
+            _checks.check_choice(get_args(TaskType), task_type=self.task_type)
+        _checks.check_decay(lora_dropout=self.lora_dropout)
+        if self.lora_dropout and not self.additive:
             raise ValueError(
-                f"init_lora_weights must be True or one of {tuple(_STARTS)}, got "
-                f"{self.init_lora_weights!r}; a computed start is init_adapters(..., init=...)"
+                f"lora_dropout={self.lora_dropout} needs layers that use K + s a b as two products "
+                "(factored); DoRA and PERP use the adapted kernel: set lora_dropout=0"
             )
 
     def __hash__(self) -> int:
@@ -119,30 +145,36 @@ class LoraConfig:
         names = [target.name for target in targets]
         _targets.check_patterns(names, self.rank_pattern, "rank_pattern")
         _targets.check_patterns(names, self.alpha_pattern, "alpha_pattern")
-        found = tuple(
+        return tuple(
             Kernel(t.name, t.shape, t.axes, self.rank(t.name), self.scaling(t.name))
             for t in targets
         )
-        for kernel in found:
-            if kernel.r > min(kernel.matrix):
-                raise ValueError(
-                    f"rank {kernel.r} is above the smaller side of kernel '{kernel.name}', whose "
-                    f"{kernel.matrix[0]} inputs and {kernel.matrix[1]} outputs allow at most "
-                    f"{min(kernel.matrix)}; use rank_pattern or exclude_modules"
-                )
-        return found
+
+    def shapes(self, kernel: Kernel) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each factor of a kernel."""
+        shapes = kernel.pair_shapes()
+        if self.use_dora:
+            shapes["lora_magnitude"] = tuple(kernel.shape[i] for i in sum(kernel.axes[::2], ()))
+        return shapes
 
     def changes_base(self, init: Any) -> bool:
         """Whether the base gives up what the first factors add."""
-        return init is not None
+        init = _starts.computed(self.init_lora_weights) if init is None else init
+        return init is not None and not getattr(init, "keeps_base", False)
 
     def start(self, kernel: Kernel, matrices: jax.Array, key: Any, init: Any) -> Factors:
         """Returns the first factors of one kernel."""
+        init = _starts.computed(self.init_lora_weights) if init is None else init
         if init is None:
             if key is None:
                 raise ValueError("init_adapters needs a key to draw the factors of LoRA")
-            name = "uniform" if self.init_lora_weights is True else str(self.init_lora_weights)
-            init = _STARTS[name]
+            init = _starts.drawn(self.init_lora_weights)
+        elif kernel.r > min(kernel.matrix) and self.changes_base(init):
+            raise ValueError(
+                f"rank {kernel.r} is above the smaller side of kernel '{kernel.name}', whose "
+                f"{kernel.matrix[0]} inputs and {kernel.matrix[1]} outputs give a computed start "
+                f"at most {min(kernel.matrix)} directions; use rank_pattern or exclude_modules"
+            )
         a, b = init(kernel, matrices, key)
         factors = kernel.pair(a, b)
         if self.use_dora:
@@ -177,41 +209,26 @@ class LoraConfig:
         return dora.rescaled(kernel, changed, factors["lora_magnitude"])
 
 
-def _uniform(kernel: Kernel, matrices: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    count, fan_in, fan_out = matrices.shape
-    if kernel.name.split("/")[-1] == "embedding":
-        # The factor that is looked up starts at zero: an adapted embedding costs no rounding.
-        b = jax.random.normal(key, (count, kernel.r, fan_out), matrices.dtype)
-        return jnp.zeros((count, fan_in, kernel.r), matrices.dtype), b
-    bound = 1 / math.sqrt(fan_in)
-    a = jax.random.uniform(key, (count, fan_in, kernel.r), matrices.dtype, -bound, bound)
-    return a, jnp.zeros((count, kernel.r, fan_out), matrices.dtype)
+def of_kernels(
+    config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> LoraConfig:
+    """Returns the config that chooses just the given kernels, with the given ranks and alphas.
 
-
-def _gaussian(kernel: Kernel, matrices: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    count, fan_in, fan_out = matrices.shape
-    a = jax.random.normal(key, (count, fan_in, kernel.r), matrices.dtype) / kernel.r
-    return a, jnp.zeros((count, kernel.r, fan_out), matrices.dtype)
-
-
-def _orthogonal(kernel: Kernel, matrices: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    count, fan_in, fan_out = matrices.shape
-    if kernel.r % 2:
-        raise ValueError(
-            f"init_lora_weights='orthogonal' halves the rank, which must be even; kernel "
-            f"'{kernel.name}' has r={kernel.r}"
-        )
-    rotation, left, right = jax.random.split(key, 3)
-    half, dtype = kernel.r // 2, matrices.dtype
-    q = jnp.linalg.qr(jax.random.normal(rotation, (count, kernel.r, kernel.r), dtype))[0]
-    a = _kernels.product(jax.random.normal(left, (count, fan_in, half), dtype), q[:, 0::2])
-    odd = jnp.swapaxes(q[:, 1::2], -1, -2)
-    b = _kernels.product(odd, jax.random.normal(right, (count, half, fan_out), dtype))
-    return a / 10, b / 10
-
-
-_STARTS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "uniform": _uniform,
-    "gaussian": _gaussian,
-    "orthogonal": _orthogonal,
-}
+    Args:
+      config: all else.
+      ranks: by the kernel's path, at least one.
+      alphas: likewise.
+    """
+    # From the first name on: "head" is not to mean "model.head" too.
+    names = {name: re.escape(name.replace("/", ".")) for name in ranks}
+    return dataclasses.replace(
+        config,
+        target_modules="|".join(names.values()),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        r=max(ranks.values()),
+        rank_pattern={f"^{own}": ranks[name] for name, own in names.items()},
+        alpha_pattern={f"^{own}": alphas[name] for name, own in names.items()},
+        init_lora_weights=True,
+    )

@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _checks, _hyperparams
+from jaxopt_lab import _checks, _hyperparams, _names
+from jaxopt_lab.adapters import _kernels
 
 
 def lora_plus_labels(adapters: Any) -> Any:
     """Labels adapters for `optax.partition`: "b" for what learns faster, "a" for the rest.
 
-    As in the authors' code "b" is `lora_b` and everything with one axis (DoRA's magnitudes, biases
-    and norms that are trained beside the adapters).
+    As in the authors' code "b" is `lora_b` and everything that is a vector (DoRA's magnitudes, and
+    biases and norms that are trained whole, those of heads and stacks too); kernels and embeddings
+    that are trained whole are "a".
 
     Args:
       adapters: from `init_adapters`, or any tree.
@@ -40,8 +42,10 @@ def lora_plus_labels(adapters: Any) -> Any:
     """
 
     def label(path: tuple[Any, ...], leaf: Any) -> str:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return "b" if name in ("lora_b", "lora_magnitude") or jnp.ndim(leaf) == 1 else "a"
+        name = _kernels.leaf_name(path)
+        if name.split("/")[-1] in ("lora_b", "lora_magnitude") or jnp.ndim(leaf) == 1:
+            return "b"
+        return "b" if _names.is_vector(_names.parts_of(name)) else "a"
 
     return jax.tree_util.tree_map_with_path(label, adapters)
 

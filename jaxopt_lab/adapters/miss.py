@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_lab import _checks
-from jaxopt_lab.adapters import _kernels, _targets
+from jaxopt_lab.adapters import _kernels, _targets, _whole
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 
 
@@ -45,6 +45,8 @@ class MissConfig:
       layers_pattern: see `LoraConfig`.
       kernel_axes: see `LoraConfig`.
       adapter_dtype: see `LoraConfig`.
+      bias: see `LoraConfig`.
+      modules_to_save: see `LoraConfig`.
 
     Raises:
       ValueError: an unknown variant; at init, sides that r or mini_r do not divide, or
@@ -72,9 +74,13 @@ class MissConfig:
     layers_pattern: str | Sequence[str] | None = None
     kernel_axes: Mapping[str, Any] | None = None
     adapter_dtype: Any = None
+    bias: _whole.Bias = "none"
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         _checks.check_positive_integer(r=self.r, mini_r=self.mini_r)
+        _whole.check(self)
+        _checks.canonical_mu_dtype(self.adapter_dtype, "adapter_dtype")
         if self.init_weights not in (True, "mini", "bat"):
             raise ValueError(
                 f"init_weights must be True, 'mini' or 'bat', got {self.init_weights!r}"
@@ -93,7 +99,7 @@ class MissConfig:
         targets = _targets.choose(params, self)
         found = tuple(Kernel(t.name, t.shape, t.axes, self.r, 1.0) for t in targets)
         for kernel in found:
-            self._check(kernel)
+            self.check(kernel)
         return found
 
     def changes_base(self, init: Any) -> bool:
@@ -106,14 +112,17 @@ class MissConfig:
         del key
         if init is not None:
             raise ValueError("init is a start of low-rank factors; a MissConfig starts at zero")
-        fan_out = matrices.shape[-1]
+        return {name: jnp.zeros(s, matrices.dtype) for name, s in self.shapes(kernel).items()}
+
+    def shapes(self, kernel: Kernel) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of the block."""
+        fan_out = kernel.matrix[1]
         shape = {
             True: (kernel.r, fan_out),
             "mini": (kernel.r, self.mini_r),
             "bat": (fan_out // kernel.r, kernel.r, kernel.r),
         }[self.init_weights]
-        batch = [kernel.shape[i] for i in kernel.axes.batch]
-        return {"miss_block": jnp.zeros((*batch, *shape), matrices.dtype)}
+        return {"miss_block": (*(kernel.shape[i] for i in kernel.axes.batch), *shape)}
 
     def effective(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
         """Returns K'."""
@@ -158,7 +167,8 @@ class MissConfig:
             block = jnp.tile(block, (1, 1, fan_out // self.mini_r))
         return jnp.tile(block, (1, -(-fan_in // kernel.r), 1))[:, :fan_in]
 
-    def _check(self, kernel: Kernel) -> None:
+    def check(self, kernel: Kernel) -> None:
+        """Refuses sides that the block does not fit."""
         fan_in, fan_out = kernel.matrix
         sizes = f"kernel '{kernel.name}' with {fan_in} inputs and {fan_out} outputs"
         if self.r > fan_in:

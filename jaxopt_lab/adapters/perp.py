@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_lab import _names
-from jaxopt_lab.adapters import _kernels
+from jaxopt_lab.adapters import _kernels, _starts
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 from jaxopt_lab.adapters.lora import LoraConfig
 
@@ -45,7 +45,7 @@ class PerpConfig(LoraConfig):
       lora_alpha: 32 by default.
 
     Raises:
-      ValueError: an unknown form, or DoRA, and what `LoraConfig` raises.
+      ValueError: an unknown form, a computed start, or DoRA, and what `LoraConfig` raises.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -71,6 +71,7 @@ class PerpConfig(LoraConfig):
             raise ValueError(f"form must be one of {_FORMS}, got {self.form!r}")
         if self.use_dora:
             raise ValueError("use_dora rescales kernels as a whole; PerpConfig has no such form")
+        self.changes_base(_starts.computed(self.init_lora_weights))
 
     __hash__ = LoraConfig.__hash__
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxopt_lab import _tree
 from jaxopt_lab.adapters import _kernels
-from jaxopt_lab.adapters.adapt import AdapterBase, require_apart
+from jaxopt_lab.adapters.adapt import AdapterBase, parts, require_apart
 from jaxopt_lab.adapters.lora import LoraConfig
 
 
@@ -63,27 +63,24 @@ def to_plain_lora(
     new: dict[str, Any] = {}
     restored = {}
     leaves = _kernels.named_leaves(base.params)
+    (factors, whole), (first, _) = parts(base, adapters), parts(base, initial)
+    for name, value in whole.items():
+        _kernels.insert(new, name, value)
     for kernel in base.kernels:
-        (a, b), (a_0, b_0) = (
-            kernel.stacks(_kernels.lookup(tree, kernel.name)) for tree in (adapters, initial)
-        )
-        if a.shape != a_0.shape:
-            raise ValueError(
-                f"the adapters of kernel '{kernel.name}' have rank {a.shape[-1]}, the initial ones "
-                f"{a_0.shape[-1]}"
-            )
-        factors = kernel.pair(jnp.concatenate([a, a_0], -1), jnp.concatenate([b, -b_0], -2))
-        _kernels.insert(new, kernel.name, factors)
+        (a, b), (a_0, b_0) = (kernel.stacks(tree[kernel.name]) for tree in (factors, first))
+        pair = kernel.pair(jnp.concatenate([a, a_0], -1), jnp.concatenate([b, -b_0], -2))
+        _kernels.insert(new, kernel.name, pair)
         leaf = jnp.asarray(leaves[kernel.name])
         dtype = _tree.compute_dtype(leaf.dtype, a_0.dtype)
-        first = {name: x.astype(dtype) for name, x in _kernels.lookup(initial, kernel.name).items()}
-        whole = leaf.astype(dtype) + kernel.scaling * kernel.change(first)
-        restored[kernel.name] = whole.astype(leaf.dtype)
+        start = {name: x.astype(dtype) for name, x in first[kernel.name].items()}
+        kernel_before = leaf.astype(dtype) + kernel.scaling * kernel.change(start)
+        restored[kernel.name] = kernel_before.astype(leaf.dtype)
     original = AdapterBase(
         _kernels.replace_leaves(base.params, restored),
         {},
         _of_rank(config, 2),
         tuple(kernel._replace(r=2 * kernel.r) for kernel in base.kernels),
+        whole=base.whole,
     )
     return original, new
 

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxopt_lab.adapters import _kernels
-from jaxopt_lab.adapters.adapt import AdapterBase
+from jaxopt_lab.adapters.adapt import AdapterBase, parts
 
 
 class TrainableParameters(NamedTuple):
@@ -39,10 +38,11 @@ def trainable_parameters(base: AdapterBase, adapters: Mapping[str, Any]) -> Trai
       adapters: the factors, likewise.
 
     Returns:
-      The counts; printed they are a table with a line for each kernel.
+      The counts; printed they are a table with a line for each kernel, and for each leaf that is
+      trained whole.
 
     Raises:
-      ValueError: the adapters are for other parameters.
+      ValueError: the adapters are for other parameters or of another rank.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -56,9 +56,9 @@ def trainable_parameters(base: AdapterBase, adapters: Mapping[str, Any]) -> Trai
       trained: 28 beside 54 of the base (51.852%)
     """
     rows, trained = [], 0
+    factors, whole = parts(base, adapters)
     for kernel in base.kernels:
-        factors = jax.tree.leaves(_kernels.lookup(adapters, kernel.name))
-        count = sum(x.size for x in factors)
+        count = sum(x.size for x in factors[kernel.name].values())
         trained += count
         fan_in, fan_out = kernel.matrix
         rows.append(
@@ -71,5 +71,8 @@ def trainable_parameters(base: AdapterBase, adapters: Mapping[str, Any]) -> Trai
                 f"{count:,}",
             )
         )
+    for name, leaf in whole.items():
+        trained += leaf.size
+        rows.append((name, "-", "whole", "-", "-", f"{leaf.size:,}"))
     total = sum(x.size for x in jax.tree.leaves(base.params))
     return TrainableParameters(trained, total, tuple(rows))

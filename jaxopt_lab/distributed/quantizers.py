@@ -119,7 +119,7 @@ def sign(scale: Literal["l1", "l2"] = "l1") -> Sign:
 
     With the L1 scale, :math:`\|C(x) - x\|^2 = \|x\|_2^2 - \|x\|_1^2 / d`, so that the compressor is
     contractive for every vector. With the L2 scale the norm is kept and the error of a vector with
-    few entries is up to 2 |x|: 1-bit Adam uses it on momenta, which have many.
+    few entries is up to :math:`2 \|x\|`: 1-bit Adam uses it on momenta, which have many.
 
     Args:
       scale: "l1" or "l2".

@@ -126,7 +126,7 @@ def wire_bytes(
     Args:
       fn: the function, with its `shard_map` or `pmap` inside. Under `vmap` nothing is sent, and
         nothing is counted.
-      *args: its arguments; `jax.ShapeDtypeStruct`s will do.
+      *args: its arguments; structs (`jax.ShapeDtypeStruct`) will do.
       axis_sizes: to count for one replica's function without a mesh of so many devices: the mapped
         axes that it is written for, and how many replicas each has.
       **kwargs: its keyword arguments.

@@ -1,7 +1,8 @@
 """Compact optimizer state, and bfloat16 parameters that do not lose small updates."""
 
+from jaxopt_lab.quantization._dynamic import dynamic_code
 from jaxopt_lab.quantization._leaves import QuantizedState
-from jaxopt_lab.quantization.codecs import Codec, bfloat16, dynamic_code, int8
+from jaxopt_lab.quantization.codecs import Codec, bfloat16, int8
 from jaxopt_lab.quantization.conversion import decode_state, encode_state
 from jaxopt_lab.quantization.fused_step import fused_step
 from jaxopt_lab.quantization.quantize_state import quantize_state

@@ -32,10 +32,13 @@ _KERNEL_WARPS = 4
 
 
 class Step(NamedTuple):
-    """What is done to matrices, tile by tile; a row of a tile is a block."""
+    """What is done to matrices, tile by tile; a row of a tile is a block.
 
-    compute: Callable[[Sequence[jax.Array], Sequence[jax.Array]], Any]  # of scalars and tiles
-    write: Callable[[Any], Sequence[jax.Array]]  # elementwise, of its result; the new tiles
+    Both functions are told at last whether they may look up in tables, which kernels cannot.
+    """
+
+    compute: Callable[[Sequence[jax.Array], Sequence[jax.Array], bool], Any]  # of scalars and tiles
+    write: Callable[[Any, bool], Sequence[jax.Array]]  # elementwise, of its result; the new tiles
     changed: Sequence[int]  # which of the arrays the new tiles belong to
     tiling: Tiling  # of all arrays
 
@@ -84,6 +87,9 @@ def _loop(step: Step, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array])
     tiling, changed = step.tiling, step.changed
     is_matrix = list(map(step.is_matrix, arrays))
 
+    def compute(scalars: Sequence[jax.Array], tiles: Sequence[jax.Array]) -> Any:
+        return step.compute(scalars, tiles, True)
+
     def turn(row: Any, block: Any, rows: int, width: int, new: list[jax.Array]) -> list[jax.Array]:
         now = dict(enumerate(arrays)) | dict(zip(changed, new))
         places = [(row, block * tiling.block_size) if m else (row, block) for m in is_matrix]
@@ -93,24 +99,27 @@ def _loop(step: Step, scalars: Sequence[jax.Array], arrays: Sequence[jax.Array])
         # before anything is written. Else XLA would copy whole arrays in each turn.
         found = _compat.cond(
             row >= 0,
-            lambda: step.compute(scalars, tiles),
-            lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(step.compute, scalars, tiles)),
+            lambda: compute(scalars, tiles),
+            lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, scalars, tiles)),
         )
-        written = zip(changed, new, step.write(found))
+        written = zip(changed, new, step.write(found, True))
         return [lax.dynamic_update_slice(x, tile, places[i]) for i, x, tile in written]
 
     def turns(first: Any, rows: int, new: list[jax.Array]) -> list[jax.Array]:
-        def whole(block: Any, new: list[jax.Array]) -> list[jax.Array]:
+        def whole_block(block: Any, new: list[jax.Array]) -> list[jax.Array]:
             return turn(first, block, rows, tiling.block_size, new)
 
         if tiling.whole > 1:
-            new = _compat.fori_loop(0, tiling.whole, whole, new)
+            new = _compat.fori_loop(0, tiling.whole, whole_block, new)
         elif tiling.whole:
-            new = whole(0, new)
+            new = whole_block(0, new)
         rest = tiling.length % tiling.block_size
         return turn(first, tiling.whole, rows, rest, new) if rest else new
 
-    rows = min(_LOOP_BLOCKS, tiling.rows)
+    # Without a rest, if that costs not too many turns: it would be the whole step once more.
+    most = min(_LOOP_BLOCKS, tiling.rows)
+    whole = max(rows for rows in range(1, most + 1) if tiling.rows % rows == 0)
+    rows = whole if 2 * whole > most else most
     new = [arrays[i] for i in changed]
     new = _compat.fori_loop(0, tiling.rows // rows, lambda i, new: turns(i * rows, rows, new), new)
     rest = tiling.rows % rows
@@ -132,7 +141,8 @@ def _whole(
         if not last:
             widths = [tiling.block_size if m else 1 for m in is_matrix]
             tiles = [x.reshape(-1, width) for x, width in zip(tiles, widths)]
-        for parts, x in zip(new, step.write(step.compute(scalars, tiles))):
+        found = step.compute(scalars, tiles, False)
+        for parts, x in zip(new, step.write(found, False)):
             parts.append(x.reshape(tiling.rows, -1))
     return [jnp.concatenate(parts, axis=1) for parts in new]
 
@@ -163,7 +173,8 @@ def _kernel(
     def body(*refs: Any) -> None:
         of_scalars, of_arrays = refs[: len(given)], refs[len(given) : -len(changed)]
         values = [ref[0] != 0 if b else ref[0] for ref, b in zip(of_scalars, is_bool)]
-        written = step.write(step.compute(values, [ref[...] for ref in of_arrays]))
+        found = step.compute(values, [ref[...] for ref in of_arrays], False)
+        written = step.write(found, False)
         for ref, value in zip(refs[-len(changed) :], written):
             ref[...] = value
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _checks, _flax, _tree
+from jaxopt_lab import _checks, _compat, _flax, _tree
 from jaxopt_lab.quantization.codecs import Bfloat16, Codec, Int8, bfloat16, int8
 from jaxopt_lab.quantization.rounding import noise_seeds
 
@@ -374,7 +374,8 @@ def _seeds(
     if not chosen:
         return {}
     seeds = jax.vmap(lambda i: noise_seeds(jax.random.fold_in(key, i)))(np.asarray(chosen))
-    return {i: {"seeds": seeds[place]} for place, i in enumerate(chosen)}
+    each = _compat.members(seeds, len(chosen))
+    return {i: {"seeds": own} for i, own in zip(chosen, each)}
 
 
 def _scales(

@@ -11,15 +11,21 @@ section 2.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxopt_lab import _checks, _compat
+from jaxopt_lab.quantization._dynamic import (
+    compute_levels,
+    levels_by_table,
+    levels_of,
+    nearest,
+    nearest_by_table,
+    round_to_integer,
+)
 from jaxopt_lab.quantization.rounding import round_seeded, stochastic_round
 
 Code = Literal["dynamic", "linear"]
@@ -139,8 +145,7 @@ class Int8:
         """
         del key
         scales = self.scales(x) if scales is None else scales
-        x = self._floats(x)
-        return Blocks(self._entrywise(self._codes, x, *self._divisors(scales)), scales)
+        return Blocks(self._entrywise(self._codes, self._floats(x), scales), scales)
 
     def decode(self, encoded: Blocks, dtype: Any) -> jax.Array:
         """Returns the array of dtype `dtype` that `encoded` stands for.
@@ -156,10 +161,15 @@ class Int8:
                 f"(block_size {self.block_size}), got shape {scales.shape}: was one of them split "
                 "over devices?"
             )
-        return self._entrywise(self._values, codes, *self._factors(scales)).astype(dtype)
 
-    # Of tiles: what `scales`, `encode` and `decode` do, of operations that kernels have. A row of a
-    # tile is a block, whole or the rest of an array's row; its scales have shape (rows, 1).
+        def decoded(codes: Any, scales: Any, spread: Any, tables: bool) -> jax.Array:
+            return self._values(codes, scales, spread, levels_by_table if tables else levels_of)
+
+        return self._entrywise(decoded, codes, scales).astype(dtype)
+
+    # Of tiles: what `scales`, `encode` and `decode` do, without tables of operations that kernels
+    # have. A row of a tile is a block, whole or the rest of an array's row; its scales have shape
+    # (rows, 1).
 
     def tiling(self, shape: tuple[int, ...]) -> Tiling:
         """Returns the blocks of an array as a matrix; if all are whole, each is a row of it."""
@@ -169,71 +179,67 @@ class Int8:
             return Tiling(rows * count, self.block_size, 1, self.block_size)
         return Tiling(rows, length, count, self.block_size)
 
-    def measure_tile(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the scales of a floating tile, and what its codes need."""
-        x = self._floats(x)
+    def measure_tile(self, x: jax.Array) -> jax.Array:
+        """Returns the scales of a floating tile."""
+        x = self._floats(x) if self._signed else jnp.maximum(self._floats(x), 0)
         if self._signed and self.code == "dynamic":
             high, low = jnp.max(x, -1, keepdims=True), jnp.min(x, -1, keepdims=True)
             nan = _compat.has_nan(x, -1, keepdims=True)
-            scales = jnp.where(nan, jnp.nan, self._scale(jnp.maximum(high, 0), low))
-        else:
-            size = _compat.max_magnitude(x, -1, keepdims=True)
-            scales = self._scale(size, -size)
-        return scales, *self._divisors(scales)
+            return jnp.where(nan, jnp.nan, self._scale(jnp.maximum(high, 0), low))
+        size = _compat.max_magnitude(x, -1, keepdims=True)
+        return self._scale(size, -size)
 
-    def encode_tile(self, x: jax.Array, scales: jax.Array, *divisors: jax.Array) -> Blocks:
+    def encode_tile(self, x: jax.Array, scales: jax.Array, tables: bool) -> Blocks:
         """Encodes a floating tile, given what `measure_tile` returned."""
-        return Blocks(self._codes(self._floats(x), *divisors), scales)
+        return Blocks(self._codes(self._floats(x), scales, lambda value: value, tables), scales)
 
-    def decode_tile(self, encoded: Blocks, dtype: Any) -> jax.Array:
+    def decode_tile(self, encoded: Blocks, dtype: Any, tables: bool) -> jax.Array:
         """Decodes what `encode_tile` returned."""
         codes, scales = encoded
+        levels = levels_by_table if tables else compute_levels
+        return self._values(codes, scales, lambda value: value, levels).astype(dtype)
+
+    def _codes(self, x: Any, scales: Any, spread: Any, tables: bool) -> jax.Array:
+        """Returns the codes of entries; `spread` gives each entry what its block has."""
+        # 4 / scale is a normal number for each scale that is one.
+        inverse = 4 / jnp.where(scales == 0, 1, scales)
         dynamic = self.code == "dynamic"
-        levels = _dynamic_levels(codes, self._signed) if dynamic else codes.astype(jnp.float32)
-        unit, scales = self._factors(scales)
-        return ((levels * unit) * scales).astype(dtype)
+        if dynamic and tables:
+            codes = nearest_by_table(x, spread(inverse), self._signed)
+        else:
+            # Infinity times _TINY is infinite and every other number times _TINY**2 too small for a
+            # code. With their dtype: where values pass through a branch, a Python number's is not
+            # weak any more, and with x64 it is float64.
+            infinite = jnp.isinf(scales)
+            inverse = jnp.where(infinite, jnp.sign(scales) * _TINY, inverse)
+            unit = jnp.where(infinite, jnp.float32(_TINY), jnp.float32(self._top / 4))
+            units = (x * spread(inverse)) * spread(unit)
+            codes = nearest(units, self._signed) if dynamic else self._nearest_linear(units)
+        codes = codes.astype(jnp.int8 if self._signed and not dynamic else jnp.uint8)
+        if self._signed:
+            return codes
+        # A positive entry does not become zero.
+        least = jnp.minimum(x, spread(scales)) > 0
+        return jnp.maximum(codes, least.astype(jnp.uint8))
 
-    def _divisors(self, scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns two factors that make units of entries, and the least code of a positive one."""
-        infinite = jnp.isinf(scales)
-        zero = scales == 0
-        # 4 / scale is a normal number for each scale that is one; infinity times _TINY is infinite
-        # and every other number times _TINY**2 too small for a code. No infinity of our own: the
-        # setting debug_infs would find it.
-        inverse = jnp.where(zero, 0, 4 / jnp.where(zero, 1, scales))
-        inverse = jnp.where(infinite, jnp.sign(scales) * _TINY, inverse)
-        # With their dtype: where values pass through a branch, a Python number's is not weak any
-        # more, and with x64 it is float64.
-        unit = jnp.where(infinite, jnp.float32(_TINY), jnp.float32(self._top / 4))
-        return inverse, unit, jnp.where(zero, jnp.float32(0), jnp.float32(1))
+    def _nearest_linear(self, units: jax.Array) -> jax.Array:
+        # NaN, which is less than nothing, gets a code that is not zero.
+        low = -self._top if self._signed else 0
+        units = jnp.where(units < self._top, jnp.maximum(units, low), self._top)
+        return round_to_integer(units)
 
-    def _factors(self, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Zero is a code of its own also below a scale that is infinite. Two factors for each block,
-        # because a compiler would merge a constant with the scale and round the product.
+    def _values(self, codes: Any, scales: Any, spread: Any, dynamic_levels: Any) -> jax.Array:
+        """Returns what codes stand for; `spread` gives each entry what its block has."""
+        if self.code == "dynamic":
+            levels = dynamic_levels(codes, self._signed)
+            # Also below a scale that is infinite.
+            return jnp.where(levels == 0, 0, levels * spread(scales))
+        # Two factors for each block, because a compiler would merge a constant with the scale and
+        # round the product.
         infinite = jnp.isinf(scales)
         unit = jnp.where(infinite, jnp.float32(_HUGE), jnp.float32(1 / self._top))
-        return unit, jnp.where(infinite, jnp.sign(scales) * _HUGE, scales)
-
-    def _codes(self, x: Any, inverse: Any, unit: Any, least: Any) -> jax.Array:
-        units = (x * inverse) * unit
-        if self.code == "dynamic":
-            return _nearest_dynamic(units, x > 0, least, self._signed)
-        low = -self._top if self._signed else jnp.where(x > 0, least, 0)
-        codes = _round(jnp.clip(units, low, self._top))
-        return codes.astype(jnp.int8 if self._signed else jnp.uint8)
-
-    def _values(self, codes: Any, unit: Any, scales: Any) -> jax.Array:
-        dynamic = self.code == "dynamic"
-        levels = self._dynamic_levels(codes) if dynamic else codes.astype(jnp.float32)
-        return (levels * unit) * scales
-
-    def _dynamic_levels(self, codes: jax.Array) -> jax.Array:
-        # Only a GPU looks up as fast as it reads, and fuses more of what follows.
-        return _compat.platform_dependent(
-            codes,
-            cuda=lambda codes: jnp.asarray(dynamic_code(self._signed))[codes.astype(jnp.int32)],
-            default=lambda codes: _dynamic_levels(codes, self._signed),
-        )
+        scales = jnp.where(infinite, jnp.sign(scales) * _HUGE, scales)
+        return (codes.astype(jnp.float32) * spread(unit)) * spread(scales)
 
     @property
     def _signed(self) -> bool:
@@ -256,10 +262,12 @@ class Int8:
     def _floats(self, x: jax.Array) -> jax.Array:
         # Codes have no derivative; that of the scales alone would be misleading.
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
-        return x if self._signed else jnp.maximum(x, 0)
+        # With dynamic levels what is negative goes later: a CPU then writes a new second moment
+        # once, where it would look up the old one in each kernel that reads the new.
+        return x if self._signed or self.code == "dynamic" else jnp.maximum(x, 0)
 
-    def _entrywise(self, fn: Any, x: jax.Array, *values: jax.Array) -> jax.Array:
-        """Returns `fn(entry, *values of its block)` for each entry of `x`.
+    def _entrywise(self, fn: Any, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """Returns `fn(entries, scales, spread, tables)`, which works entry by entry.
 
         Both forms compute the same. On a CPU, blocks as an axis of their own would keep XLA from
         working in place; on a GPU it fuses that form into fewer kernels.
@@ -268,27 +276,29 @@ class Int8:
         padded = count * self.block_size
         like, x = x, _compat.unshard(x)
 
-        def flat(x: jax.Array, *values: jax.Array) -> jax.Array:
+        def flat(x: jax.Array, scales: jax.Array) -> jax.Array:
             def spread(value: jax.Array) -> jax.Array:
-                blocks = jnp.broadcast_to(value[..., None], (*leading, count, self.block_size))
-                return blocks.reshape(*leading, padded)[..., :length].reshape(x.shape)
+                shape = (*leading, count, self.block_size)
+                blocks = jax.lax.broadcast_in_dim(value, shape, range(value.ndim))
+                rows = blocks.reshape(*leading, padded)
+                return (rows[..., :length] if padded > length else rows).reshape(x.shape)
 
-            return fn(x, *map(spread, values))
+            return fn(x, scales, spread, tables=True)
 
-        def blocked(x: jax.Array, *values: jax.Array) -> jax.Array:
+        def blocked(x: jax.Array, scales: jax.Array) -> jax.Array:
             rows = x.reshape(*leading, length)
             if padded > length:
                 rows = jnp.pad(rows, [(0, 0)] * len(leading) + [(0, padded - length)])
             blocks = rows.reshape(*leading, count, self.block_size)
-            found = fn(blocks, *(value[..., None] for value in values))
+            found = fn(blocks, scales, lambda value: value[..., None], tables=False)
             return found.reshape(*leading, padded)[..., :length].reshape(x.shape)
 
-        values = tuple(map(_compat.unshard, values))
-        found = _compat.platform_dependent(x, *values, cpu=flat, default=blocked)
+        found = _compat.platform_dependent(x, _compat.unshard(scales), cpu=flat, default=blocked)
         return _compat.reshard_like(found, like)
 
     def _largest(self, blocks: jax.Array) -> jax.Array:
-        # One reduction of two operands: a CPU fuses it with what makes the entries, but not two.
+        # One reduction of two operands: a CPU fuses it with what makes the entries, but not two,
+        # nor one of one operand, which it leaves to a library.
         high, low = jax.lax.reduce(
             (blocks, blocks),
             (jnp.float32(0), jnp.float32(0)),
@@ -300,62 +310,12 @@ class Int8:
     def _scale(self, high: jax.Array, low: jax.Array) -> jax.Array:
         # The dynamic levels have 1 and lack -1: the largest entry gives the scale its sign. The
         # linear ones have both, and two entries can round to them.
-        scale = jnp.where(high >= -low, high, low if self.code == "dynamic" else -low)
+        if not self._signed:
+            scale = jnp.maximum(high, low)
+        else:
+            scale = jnp.where(high >= -low, high, low if self.code == "dynamic" else -low)
         # The quotient of numbers below it is unreliable where a device flushes them to zero.
         return jnp.where(jnp.abs(scale) <= _TINY, 0, scale)
-
-
-def _round(x: jax.Array) -> jax.Array:
-    """Rounds to nearest, ties to even; a conversion of floating numbers would saturate first."""
-    return jax.lax.bitcast_convert_type(x + 1.5 * 2**23, jnp.int32)
-
-
-def _nearest_dynamic(units: Any, positive: Any, least: Any, signed: bool) -> jax.Array:
-    """Returns indices of the nearest levels in `dynamic_code`; arithmetic vectorises, search not.
-
-    The number in units of its decade's lower end, less 1, times cells / 9, is a position in cells
-    from there. The middle between the last level of a decade and the first of the next is 0.2.
-    """
-    book = dynamic_code(signed=signed).astype(np.float64)
-    book = book[book >= 0]
-    size = jnp.abs(units)
-    lead, cells = size, jnp.float32(64 if signed else 128)
-    for step in (4, 2, 1):
-        lower = lead < 10.0**-step
-        lead = jnp.where(lower, lead * 10.0**step, lead)
-        cells = jnp.where(lower, cells * 0.5**step, cells)
-    position = (lead * 10 - 1) * (cells / 9)
-    first = 1 if signed else 2
-    inside = jnp.where(position < 0.2, -1, jnp.minimum(jnp.floor(position), cells - 1))
-    index = jnp.maximum(cells - first + 1 + inside, 1)
-    index = jnp.where(size >= float((book[-2] + 1) / 2), len(book) - 1.0, index)
-    index = jnp.where(size < float(book[1] / 2), 0, index)
-    if signed:
-        index = 127 + jnp.where(units < 0, -index, index)
-    else:
-        index = jnp.maximum(index, jnp.where(positive, least, 0))
-    return _round(index).astype(jnp.uint8)
-
-
-def _dynamic_levels(codes: jax.Array, signed: bool) -> jax.Array:
-    """Returns `dynamic_code(signed)[codes]` to the last bits, without a look-up an entry.
-
-    Of index + first - 1 = first * 2**k + cell, exponent and mantissa are the decade k and the place
-    in it.
-    """
-    first = 1 if signed else 2
-    offset = codes.astype(jnp.int32) - (127 if signed else 0)
-    index = jnp.abs(offset)
-    bits = jax.lax.bitcast_convert_type((index + (first - 1)).astype(jnp.float32), jnp.int32)
-    decade = (bits >> 23) - (127 + first - 1)
-    place = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | (127 << 23), jnp.float32)
-    half_cell = jax.lax.bitcast_convert_type(((127 - first + 1) - decade) << 23, jnp.float32)
-    power = jnp.where(decade & 4 != 0, 1e-3, 1e-7)
-    power = power * jnp.where(decade & 2 != 0, 100.0, 1.0) * jnp.where(decade & 1 != 0, 10.0, 1.0)
-    levels = power * (9 * place - 8 + 4.5 * half_cell)
-    levels = jnp.where(index == (128 if signed else 255), 1, levels)
-    levels = jnp.where(index == 0, 0, levels)
-    return jnp.where(offset < 0, -levels, levels)
 
 
 def int8(block_size: int = 256, code: Code = "dynamic", signed: bool | None = None) -> Int8:
@@ -410,36 +370,3 @@ def int8(block_size: int = 256, code: Code = "dynamic", signed: bool | None = No
     if signed is not None and not isinstance(signed, bool):
         raise TypeError(f"signed must be True, False or None, got {signed!r}")
     return Int8(int(block_size), code, signed)
-
-
-@functools.cache
-def dynamic_code(signed: bool) -> np.ndarray:
-    r"""The 256 levels of the dynamic-exponent code: finer steps for larger numbers.
-
-    For each decade :math:`[10^{k-7}, 10^{k-6}]`, :math:`k = 0 \dots 6`, the levels are the centres
-    of :math:`2^k` equal cells (:math:`2^{k+1}` without a sign); then come their negatives, 0 and 1.
-    In a byte this is a sign, a run of zeros that gives the decade, a one, and the cell's number in
-    the bits that are left.
-
-    Args:
-      signed: from -1 to 1 (-1 itself is no level), or from 0 to 1.
-
-    Returns:
-      A float32 array of shape (256,), strictly increasing.
-
-    Examples:
-      >>> dynamic_code(signed=False)[[0, 1, 128, 255]]
-      array([0.0000000e+00, 3.2500000e-07, 1.1054687e-01, 1.0000000e+00],
-            dtype=float32)
-    """
-    positive = []
-    for k in range(7):
-        cells = 2 ** (k if signed else k + 1)
-        centres = 0.1 + 0.9 * (np.arange(cells) + 0.5) / cells
-        positive.append(centres * 10.0 ** (k - 6))
-    levels = np.concatenate([*positive, [0.0, 1.0]])
-    if signed:
-        levels = np.concatenate([levels, *[-decade for decade in positive]])
-    book = np.sort(levels).astype(np.float32)
-    book.setflags(write=False)
-    return book

@@ -145,17 +145,17 @@ def _in_parts(
     leaves = {source: leaves.get(source, program.values[source]) for source in sources}
     matrices = {source: _matrices(leaf, tiling) for source, leaf in leaves.items()}
 
-    def compute(scalar_values: Any, parts: Any) -> list[tuple[jax.Array, ...]]:
+    def compute(scalar_values: Any, parts: Any, tables: bool) -> list[tuple[jax.Array, ...]]:
         known = dict(zip(scalars, scalar_values))
         parts = iter(parts)
         for source, leaf in leaves.items():
-            known[source] = _read(leaf, [next(parts) for _ in matrices[source]])
+            known[source] = _read(leaf, [next(parts) for _ in matrices[source]], tables)
         shape = known[sources[0]].shape
         values = _elementwise.evaluate(program, equations, known, shape)
         return [_measured(before[i], values[out]) for i, out in outputs.items()]
 
-    def write(found: Any) -> list[jax.Array]:
-        return [x for i, own in zip(outputs, found) for x in _written(before[i], own)]
+    def write(found: Any, tables: bool) -> list[jax.Array]:
+        return [x for i, own in zip(outputs, found) for x in _written(before[i], own, tables)]
 
     places = iter(range(sum(map(len, matrices.values()))))
     places = {source: [next(places) for _ in parts] for source, parts in matrices.items()}
@@ -194,18 +194,18 @@ def _matrices(leaf: Any, tiling: Tiling) -> list[jax.Array]:
     return [codes.reshape(shape), scales.reshape(tiling.rows, tiling.blocks)]
 
 
-def _read(leaf: Any, parts: list[jax.Array]) -> jax.Array:
+def _read(leaf: Any, parts: list[jax.Array], tables: bool) -> jax.Array:
     if not _leaves.is_encoded(leaf):
         return parts[0]
-    return leaf.codec.decode_tile(Blocks(*parts), leaf.encoding.dtype)
+    return leaf.codec.decode_tile(Blocks(*parts), leaf.encoding.dtype, tables)
 
 
 def _measured(leaf: Any, value: jax.Array) -> tuple[jax.Array, ...]:
-    return (value, *leaf.codec.measure_tile(value)) if _leaves.is_encoded(leaf) else (value,)
+    return (value, leaf.codec.measure_tile(value)) if _leaves.is_encoded(leaf) else (value,)
 
 
-def _written(leaf: Any, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return leaf.codec.encode_tile(*found) if _leaves.is_encoded(leaf) else found
+def _written(leaf: Any, found: tuple[jax.Array, ...], tables: bool) -> tuple[jax.Array, ...]:
+    return leaf.codec.encode_tile(*found, tables) if _leaves.is_encoded(leaf) else found
 
 
 def _restored(leaf: Any, arrays: Iterator[jax.Array]) -> Any:

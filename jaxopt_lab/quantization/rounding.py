@@ -80,14 +80,15 @@ def _noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     noise = jnp.full(shape, seeds[0])
     for axis in range(len(shape)):
         noise = _mix(noise ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis))
+        noise = noise ^ (noise >> 16)
     return _mix(noise ^ seeds[1]) >> 16
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    # The finaliser of MurmurHash3: each input bit flips each output bit with probability 1/2.
+    # The finaliser of MurmurHash3, but for its last line, `x ^ (x >> 16)`, which leaves the high
+    # bits as they are: each input bit flips each output bit with probability 1/2.
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    return (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
 
 
 @jax.custom_jvp

@@ -82,16 +82,16 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     rows are not whole on every device where the parameter is split by rows. For a parameter
     (in, out) with `PartitionSpec("x", "y")`
 
-    ==============================  ===========  =======================
-    leaf                            shape        specification
-    ==============================  ===========  =======================
-    sums over columns               (in,)        ("x",)
-    sums over rows                  (out,)       ("y",)
-    moments of k directions         (k, out)     (None, ("y", "x"))
-    where x y does not divide out   (k, out)     ("x", "y")
-    scales of n blocks, see below   (in, n)      ("x", "y")
-    history of k steps              (k, in, out) (None, "x", "y")
-    ==============================  ===========  =======================
+    ==============================  ============  =======================
+    leaf                            shape         specification
+    ==============================  ============  =======================
+    sums over columns               (in,)         ("x",)
+    sums over rows                  (out,)        ("y",)
+    moments of k directions         (k, out)      (None, ("y", "x"))
+    where x y does not divide out   (k, out)      ("x", "y")
+    scales of n blocks, see below   (in, n)       ("x", "y")
+    history of k steps              (k, in, out)  (None, "x", "y")
+    ==============================  ============  =======================
 
     Where several places fit a shorter leaf, as the sums of a square matrix, the leaves of this
     shape take them in turn, in the order of the state; a longer leaf has its extra dimensions in

@@ -95,8 +95,11 @@ def radial_parts(
             groups[shape, of, _compat.type_of(found[0])].append(index)
     results: list[Radial | None] = [None] * len(sums)
     for (shape, of, _), alike in groups.items():
-        for first in range(0, len(alike), _AT_ONCE):
-            members = alike[first : first + _AT_ONCE]
+        # As many at once each time, where that is possible, as XLA translates equal kernels once:
+        # that of a leaf depends on the number and on its place among them.
+        at_once = math.ceil(len(alike) / math.ceil(len(alike) / _AT_ONCE))
+        for first in range(0, len(alike), at_once):
+            members = alike[first : first + at_once]
             stacked = jnp.stack([x for index in members for x in sums[index]])
             stacked = stacked.reshape(len(members), -1, *stacked.shape[1:])
             # Behind the barriers XLA neither merges the sums over a layer into the large ones nor

@@ -6,17 +6,18 @@ Every error is raised while tracing and names the argument, what was found and w
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from pallas_kernels.attention import dropout
+from pallas_kernels.attention import dropout, integers, options
+from pallas_kernels.attention.integers import number_or_entries, per_entry
 from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.placement import Leading
+from pallas_kernels.attention.position_bias import RULES, diagonals_of
 from pallas_kernels.attention.problem import Operands, Settings, wide
 
 
@@ -25,16 +26,15 @@ class Canonical(NamedTuple):
 
     settings: Settings
     operands: Operands
-    leading: tuple[int, ...]  # the axes before (T, N, d), which became one batch axis
+    leading: Leading  # the axes before (T, N, d), which became one batch axis
 
     def output(self, x: jax.Array) -> jax.Array:
         """Gives the axes (B, T, N, dv) their leading ones back."""
-        return x.reshape(*self.leading, *x.shape[1:]) if len(self.leading) != 1 else x
+        return self.leading.split(x)
 
     def residual(self, lse: jax.Array) -> jax.Array:
         """Turns a route's lse (B, N, T) into the public (..., T, N)."""
-        lse = lse.transpose(0, 2, 1)
-        return lse.reshape(*self.leading, *lse.shape[1:]) if len(self.leading) != 1 else lse
+        return self.leading.split(lse.transpose(0, 2, 1))
 
 
 def canonical(
@@ -48,6 +48,8 @@ def canonical(
     is_causal: bool,
     query_seq_lengths: Any,
     key_value_seq_lengths: Any,
+    key_value_start: Any = None,
+    prefix_lengths: Any = None,
     local_window_size: Any,
     logits_soft_cap: float | None,
     sinks: Any,
@@ -60,24 +62,26 @@ def canonical(
     config: Any,
     interpret: Any,
     broadcast_dropout: bool = False,
+    axis_size: int = 1,
+    key_positions: jax.Array | None = None,
 ) -> Canonical:
     """Returns the call in canonical form; see `attention` for the arguments.
 
-    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can.
+    `broadcast_dropout` gives all batch entries and heads one dropout mask, as Flax can. Where query
+    and key are slices of a sequence over `axis_size` devices, lengths, bias by rule and the columns
+    of the mask are over all of it, and these keys are at `key_positions`.
 
     Raises:
       ValueError: A shape or a value is wrong.
       TypeError: A dtype is wrong.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    leading = _check_shapes(query, key, value)
+    _check_shapes(query, key, value)
     _check_dtypes(query, key, value)
-    batch = math.prod(leading)
+    leading = Leading.of(query, query.ndim - 3)
     t, n, d = query.shape[-3:]
     s, k = key.shape[-3:-1]
-    query, key, value = (
-        x if len(leading) == 1 else x.reshape(batch, *x.shape[-3:]) for x in (query, key, value)
-    )
+    query, key, value = (leading.merge(x) for x in (query, key, value))
     sizes = _Shape(leading, t, s, n, k)
 
     if mask is not None:
@@ -87,35 +91,64 @@ def canonical(
                 f"mask has dtype {mask.dtype}; expected bool, True where attention is allowed "
                 "(for a mask of zeros and ones: mask != 0)"
             )
-        mask = _four(mask, "mask", sizes)
+        mask = _four(mask, "mask", sizes._replace(keys=s * axis_size))
+    rule, bias = (bias, None) if isinstance(bias, RULES) else (None, bias)
+    if rule is not None:
+        rule.check(n)
+    if isinstance(bias, (str, type)):
+        kinds = ", ".join(kind.__name__ for kind in RULES)
+        raise TypeError(
+            f"bias is {bias!r}; expected an array, or one of {kinds} made of its numbers"
+        )
     if bias is not None:
         bias = jnp.asarray(bias)
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise TypeError(f"bias has dtype {bias.dtype}; expected a floating dtype")
         bias = _four(bias, "bias", sizes)
-    left, right = _window(local_window_size, is_causal)
-    offset, offsets = _offset(query_offset, leading)
+    left, right = options.window(local_window_size, is_causal)
+    offset, offsets = number_or_entries("query_offset", query_offset, leading, -integers.FAR)
+    start, starts = number_or_entries("key_value_start", key_value_start, leading, 0)
+    prefix, prefix_lengths = number_or_entries("prefix_lengths", prefix_lengths, leading, 0)
+    if right is None and (prefix or prefix_lengths is not None):
+        raise ValueError(
+            "prefix_lengths was given where nothing is hidden on the right; expected "
+            "is_causal=True or a local_window_size with a right side"
+        )
+    start, prefix, distance = (
+        max(low, min(x, integers.FAR))
+        for x, low in ((start, 0), (prefix, 0), (offset, -integers.FAR))
+    )
+    if offsets is None:
+        left, right, offset = integers.narrowed(left, right, offset, t * axis_size, s * axis_size)
+    else:
+        left = integers.narrowed_from_anywhere(left, t)
+        right = integers.narrowed_from_anywhere(right, s)
     ids = _segment_ids(query_segment_ids, key_value_segment_ids, sizes)
     q_lengths = _lengths("query_seq_lengths", query_seq_lengths, leading)
     kv_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, leading)
     # What is beyond a length may be anything, NaN included, and 0 * NaN is NaN in a product.
     query = _zero_beyond(query, q_lengths)
-    key, value = _zero_beyond(key, kv_lengths), _zero_beyond(value, kv_lengths)
+    key, value = (_zero_beyond(x, kv_lengths, key_positions) for x in (key, value))
+    key, value = (_zero_before(x, start, starts) for x in (key, value))
 
     if sinks is not None:
         sinks = jnp.asarray(sinks)
         if sinks.shape != (n,):
             raise ValueError(f"sinks has shape {sinks.shape}; expected ({n},), one for each head")
         sinks = sinks.astype(wide(query.dtype))
-    rate, seeds = _dropout(dropout_rate, dropout_rng, batch, n, broadcast_dropout)
+    rate, seeds = _dropout(dropout_rate, dropout_rng, leading, n, broadcast_dropout)
     settings = Settings(
-        scale=d**-0.5 if scale is None else _number("scale", scale),
-        soft_cap=_soft_cap(logits_soft_cap),
+        scale=d**-0.5 if scale is None else options.number("scale", scale),
+        soft_cap=options.soft_cap(logits_soft_cap),
         dropout_rate=rate,
-        precision=_hashable("precision", precision),
-        config=_hashable("config", config),
+        precision=options.hashable("precision", precision),
+        config=options.hashable("config", config),
         interpret=False if interpret is None else interpret,
     )
+    diagonals = None
+    if rule is not None:
+        whole = (t * axis_size, s * axis_size)
+        diagonals = diagonals_of(rule, *whole, distance, offsets, wide(query.dtype))
     operands = Operands(
         query=query,
         key=key,
@@ -132,21 +165,26 @@ def canonical(
             query_segment_ids=ids[0],
             key_value_segment_ids=ids[1],
             dense=mask,
+            start=start,
+            starts=starts,
+            prefix=prefix,
+            prefix_lengths=prefix_lengths,
         ),
         seeds=seeds,
+        diagonals=diagonals,
     )
     return Canonical(settings, operands, leading)
 
 
 class _Shape(NamedTuple):
-    leading: tuple[int, ...]
+    leading: Leading
     queries: int
     keys: int
     heads: int
     kv_heads: int
 
 
-def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[int, ...]:
+def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 3:
             raise ValueError(
@@ -170,13 +208,19 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[i
         )
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads == 0 or heads % kv_heads:
-        swapped = query.shape[-3] and key.shape[-3] and query.shape[-3] % key.shape[-3] == 0
+        length, kv_length = query.shape[-3], key.shape[-3]
+        swapped = ""
+        if kv_heads and length % kv_heads == 0 and heads == kv_length:
+            swapped = "query"
+        elif kv_length and heads % kv_length == 0 and kv_heads == length:
+            swapped = "key and value"
+        elif kv_length and length != kv_length and length % kv_length == 0:
+            swapped = "query, key and value"
         raise ValueError(
             f"query has {heads} heads, key and value have {kv_heads}; expected a multiple of "
             f"theirs; got shapes {query.shape} and {key.shape}"
-            + ("; it looks like heads and length are swapped" if swapped else "")
+            + (f"; it looks like heads and length are swapped in {swapped}" if swapped else "")
         )
-    return query.shape[:-3]
 
 
 def _check_dtypes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
@@ -191,12 +235,13 @@ def _check_dtypes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 
 def _four(x: jax.Array, name: str, sizes: _Shape) -> jax.Array:
     """Gives a mask or bias the axes (B or 1, N or 1, T or 1, S or 1)."""
-    full = (*sizes.leading, sizes.heads, sizes.queries, sizes.keys)
+    leading = sizes.leading
+    full = (*leading.shape, sizes.heads, sizes.queries, sizes.keys)
     if len(full) == 3:
-        full = (1, *full)  # the batch axis that an unbatched query gets
+        leading, full = Leading((1,)), (1, *full)  # the batch axis that an unbatched query gets
     shape = (1,) * (len(full) - x.ndim) + x.shape
     if len(shape) != len(full) or any(a not in (1, b) for a, b in zip(shape, full)):
-        swapped = (*sizes.leading, sizes.queries, sizes.heads, sizes.keys)
+        swapped = (*full[:-3], sizes.queries, sizes.heads, sizes.keys)
         hint = ""
         if x.ndim == len(full) and _swapped(x.shape[-3:], swapped[-3:]):
             hint = "; it looks like heads and length are swapped in query, key and value"
@@ -204,11 +249,9 @@ def _four(x: jax.Array, name: str, sizes: _Shape) -> jax.Array:
             f"{name} has shape {x.shape}; expected one that broadcasts to "
             f"[batch, heads, queries, keys] = {full}{hint}"
         )
-    leading, rest = shape[:-3], shape[-3:]
-    if any(a != 1 for a in leading) and leading != full[:-3]:
-        leading = full[:-3]
-        x = jnp.broadcast_to(x.reshape(shape), (*leading, *rest))
-    return x.reshape(math.prod(leading), *rest)
+    if all(a == 1 for a in shape[:-3]):
+        return x.reshape(1, *shape[-3:])
+    return leading.merge(jnp.broadcast_to(x.reshape(shape), (*full[:-3], *shape[-3:])))
 
 
 def _swapped(shape: Sequence[int], swapped: Sequence[int]) -> bool:
@@ -216,44 +259,8 @@ def _swapped(shape: Sequence[int], swapped: Sequence[int]) -> bool:
     return all(a in (1, b) for a, b in zip(shape[:2], swapped[:2])) and shape[:2] != (1, 1)
 
 
-def _window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
-    if not isinstance(is_causal, (bool, np.bool_)):
-        raise TypeError(f"is_causal={is_causal!r}; expected True or False, known while tracing")
-    pair = size if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2:
-        raise ValueError(f"local_window_size={size!r}; expected a number or (left, right)")
-    for x in pair:
-        if x is not None and (not isinstance(x, numbers.Integral) or x < 0):
-            raise ValueError(
-                f"local_window_size={size!r}; expected integers of at least 0, keys before and "
-                "after a query's own position, known while tracing"
-            )
-    left, right = (None if x is None else int(x) for x in pair)
-    return left, 0 if is_causal else right
-
-
-def _offset(offset: Any, leading: tuple[int, ...]) -> tuple[int, jax.Array | None]:
-    if offset is None:
-        return 0, None
-    if isinstance(offset, numbers.Integral):
-        return int(offset), None
-    return 0, _per_entry("query_offset", offset, leading)
-
-
-def _lengths(name: str, lengths: Any, leading: tuple[int, ...]) -> jax.Array | None:
-    return None if lengths is None else _per_entry(name, lengths, leading)
-
-
-def _per_entry(name: str, values: Any, leading: tuple[int, ...]) -> jax.Array:
-    """Returns one int32 for each batch entry."""
-    values = jnp.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name} has dtype {values.dtype}; expected integers")
-    if values.shape != leading and values.shape != (math.prod(leading),):
-        raise ValueError(
-            f"{name} has shape {values.shape}; expected {leading}, one number for each batch entry"
-        )
-    return values.reshape(-1).astype(jnp.int32)
+def _lengths(name: str, lengths: Any, leading: Leading) -> jax.Array | None:
+    return None if lengths is None else per_entry(name, lengths, leading, 0)
 
 
 def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]:
@@ -267,69 +274,55 @@ def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]
                 "expected segment ids for both (given alone, one serves for both)"
             )
         query_ids = key_ids = query_ids if key_ids is None else key_ids
-    checked = []
+    checked, merge = [], sizes.leading.merge
     for name, ids, length in (
         ("query_segment_ids", query_ids, sizes.queries),
         ("key_value_segment_ids", key_ids, sizes.keys),
     ):
-        ids = jnp.asarray(ids)
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"{name} has dtype {ids.dtype}; expected integers")
-        if ids.shape != (*sizes.leading, length):
+        ids = integers.as_integers(name, ids)
+        expected = (*sizes.leading.shape, length)
+        if ids.shape != expected:
             heads = sizes.heads if name.startswith("query") else sizes.kv_heads
-            swapped = ids.shape == (*sizes.leading, heads)
+            swapped = ids.shape == (*expected[:-1], heads)
             raise ValueError(
-                f"{name} has shape {ids.shape}; expected {(*sizes.leading, length)}"
+                f"{name} has shape {ids.shape}; expected {expected}"
                 + ("; it looks like heads and length are swapped" if swapped else "")
             )
-        checked.append(ids.reshape(math.prod(sizes.leading), length).astype(jnp.int32))
-    return checked[0], checked[1]
+        checked.append(ids.reshape(-1, length) if isinstance(ids, np.ndarray) else merge(ids))
+    return integers.same_ids(*checked)
 
 
-def _zero_beyond(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+def _zero_beyond(
+    x: jax.Array, lengths: jax.Array | None, positions: jax.Array | None = None
+) -> jax.Array:
     if lengths is None:
         return x
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32) if positions is None else positions
+    valid = positions[None, :] < lengths[:, None]
     return jnp.where(valid[:, :, None, None], x, 0)
 
 
+def _zero_before(x: jax.Array, start: int, starts: jax.Array | None) -> jax.Array:
+    if starts is None:
+        return x.at[:, :start].set(0) if start > 0 else x
+    before = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < starts[:, None]
+    return jnp.where(before[:, :, None, None], 0, x)
+
+
 def _dropout(
-    rate: Any, key: Any, batch: int, heads: int, broadcast: bool
+    rate: Any, key: Any, leading: Leading, heads: int, broadcast: bool
 ) -> tuple[float, jax.Array | None]:
-    rate = _number("dropout_rate", rate)
+    rate = options.number("dropout_rate", rate)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate}; expected a probability in [0, 1)")
     if rate == 0:
         return 0.0, None
     if key is None:
         raise ValueError(f"dropout_rng is missing; expected a key, since dropout_rate={rate}")
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"dropout_rng is of type {type(key).__name__}; expected a PRNG key")
+    batch = math.prod(leading.shape)
     if broadcast:
         return rate, jnp.broadcast_to(dropout.seeds(key, 1, 1), (batch, heads))
-    return rate, dropout.seeds(key, batch, heads)
-
-
-def _soft_cap(cap: Any) -> float | None:
-    if cap is None:
-        return None
-    cap = _number("logits_soft_cap", cap)
-    if not cap > 0:
-        raise ValueError(f"logits_soft_cap={cap}; expected a positive number or None")
-    return cap
-
-
-def _number(name: str, value: Any) -> float:
-    concrete = isinstance(value, (numbers.Real, np.ndarray, jax.Array))
-    if not concrete or isinstance(value, Tracer):
-        raise TypeError(f"{name}={value!r}; expected a number that is known while tracing")
-    value = float(value)
-    if math.isnan(value):
-        raise ValueError(f"{name} is NaN")
-    return value
-
-
-def _hashable(name: str, value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError as error:
-        raise TypeError(f"{name}={value!r} is not hashable; expected a static value") from error
-    return value
+    seeds = dropout.seeds(key, batch, heads).reshape(*leading.shape, heads)
+    return rate, leading.merge(seeds)

@@ -10,7 +10,7 @@ Backward, for each block of keys, over the blocks of queries that see it:
 
     p = exp(z - lse);   ds = p (dO v^T - delta);   dv += p^T dO;   dk += ds^T q;   dq += ds k
 
-The route ``"chunked"``: what a CPU runs, and what every device falls back to. Differentiable once.
+The route ``"chunked"``: what a CPU runs, and what every device falls back to.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
-from pallas_kernels.attention import dropout
+from pallas_kernels.attention import dropout, toeplitz
 from pallas_kernels.attention.chunks import (
     Arranged,
     Blocks,
     ChunkedConfig,
     add_summed,
     arrange,
+    band,
+    bias_gradient_of,
     choices,
     choose_blocks,
+    einsum,
     from_steps,
     heads_first,
+    keys_and_values,
     pad,
     part,
     position,
@@ -65,7 +69,7 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
     size = operands.sizes
     blocks = choose_blocks(settings, operands)
     x = arrange(operands, blocks)
-    precise = functools.partial(_einsum, settings)
+    precise = functools.partial(einsum, settings)
     dtype = wide(operands.query.dtype)
     query = pad(operands.query, 1, blocks.q)
     nq = query.shape[1] // blocks.q
@@ -82,12 +86,12 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
         rows = part(query, (b, q0, k * size.group), (blocks.batch, blocks.q, heads))
         rows = heads_first(rows, blocks.heads, blocks.q)
         limits = part(x.limits, (b,), (blocks.batch,))
-        span = _widest(keys_of_rows(operands.mask, Limits(*limits.T), q0, q0 + blocks.q - 1))
+        span = widest(keys_of_rows(operands.mask, Limits(*limits.T), q0, q0 + blocks.q - 1))
 
         def tile(j: jax.Array, carry: Any, hides: bool) -> tuple[Any, None]:
             m, total, o = carry
-            keys, values = _keys_and_values(x, b, k, j, blocks)
-            z, _, _, kept = _scores(settings, operands, x, blocks, rows, keys, (b, k, i, j), hides)
+            keys, values = keys_and_values(x, b, k, j, blocks)
+            z, _, _, kept = scores(settings, operands, x, blocks, rows, keys, (b, k, i, j), hides)
             m_new = jnp.maximum(m, z.max(axis=-1))
             shift = jnp.where(m_new == -jnp.inf, 0, m_new)
             a = jnp.exp(m - shift)
@@ -106,8 +110,8 @@ def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Arra
             m, total = jnp.broadcast_to(sink, shape), jnp.ones(shape, dtype)
         carry = m, total, jnp.zeros((*shape, size.value_dim), dtype)
         carry = tuple(_compat.vary_like(c, *jax.tree.leaves(operands)) for c in carry)
-        kind = functools.partial(_kind, x, blocks, span, b, k, i)
-        (m, total, o), _ = _over_tiles(
+        kind = functools.partial(tile_kind, x, blocks, span, b, k, i)
+        (m, total, o), _ = over_tiles(
             tile, kind, span, blocks.kv, x.key.shape[2], carry, skips=x.kinds is not None
         )
         empty = total == 0
@@ -135,7 +139,7 @@ def backward(
     size = operands.sizes
     blocks = choose_blocks(settings, operands)
     x = arrange(operands, blocks)
-    precise = functools.partial(_einsum, settings)
+    precise = functools.partial(einsum, settings)
     query = heads_first(operands.query, size.kv_heads, blocks.q)
     compute = query.dtype if _compat.device().platform != "cpu" else lse.dtype
     split = (size.batch, size.kv_heads, size.group, size.queries)
@@ -152,15 +156,15 @@ def backward(
 
         def key_step(totals: Any, j: jax.Array) -> tuple[Any, Any]:
             k0 = j * blocks.kv
-            keys, values = _keys_and_values(x, b, k, j, blocks)
-            span = _widest(rows_of_keys(operands.mask, Limits(*limits.T), k0, k0 + blocks.kv - 1))
+            keys, values = keys_and_values(x, b, k, j, blocks)
+            span = widest(rows_of_keys(operands.mask, Limits(*limits.T), k0, k0 + blocks.kv - 1))
 
             def tile(i: jax.Array, carry: Any, hides: bool) -> Any:
                 d_key, d_value = carry
                 q0 = i * blocks.q
                 take = lambda a: part(a, (b, k, 0, q0), (*per_step, blocks.q))  # noqa: E731
                 rows, d_o = take(query), take(cotangent).astype(compute)
-                z, slope, seen, kept = _scores(
+                z, slope, seen, kept = scores(
                     settings, operands, x, blocks, rows, keys, (b, k, i, j), hides
                 )
                 p = jnp.exp(z - take(lse)[..., None])
@@ -182,14 +186,17 @@ def backward(
             def add(i: jax.Array, totals: Any, found: Any) -> Any:
                 (d_query, d_bias), (d_rows, d_scores), q0 = totals, found, i * blocks.q
                 d_query = add_summed(d_query, d_rows, (0, 0, 0, q0, 0))
-                if d_bias is not None:
+                if x.diagonals is not None and d_bias is not None:
+                    corner, _ = band(x.diagonals, blocks, (b, k, i, j), size.queries)
+                    d_bias = add_summed(d_bias, toeplitz.sums(d_scores)[..., None, :], corner)
+                elif d_bias is not None:
                     d_bias = add_summed(d_bias, d_scores, (b, k, 0, q0, k0))
                 return d_query, d_bias
 
             d_key, d_value = (jnp.zeros(a.mT.shape, lse.dtype) for a in (keys, values))
             d_key, d_value = (_compat.vary_like(a, *varying) for a in (d_key, d_value))
-            kind = functools.partial(_kind, x, blocks, span, b, k, swap=j)
-            (d_key, d_value), totals = _over_tiles(
+            kind = functools.partial(tile_kind, x, blocks, span, b, k, swap=j)
+            (d_key, d_value), totals = over_tiles(
                 tile,
                 kind,
                 span,
@@ -213,8 +220,8 @@ def backward(
     varying = (*jax.tree.leaves(operands), cotangent, delta, lse)
     d_bias = None
     if bias_gradient:
-        assert x.bias is not None
-        d_bias = _compat.vary_like(jnp.zeros(x.bias.shape, lse.dtype), *varying)
+        shape = jax.eval_shape(lambda: x.diagonals if x.bias is None else x.bias).shape
+        d_bias = _compat.vary_like(jnp.zeros(shape, lse.dtype), *varying)
     groups = (size.batch // blocks.batch) * (size.kv_heads // blocks.heads)
     d_bias, (d_query, d_key, d_value) = lax.scan(
         head_step, d_bias, jnp.arange(groups, dtype=jnp.int32)
@@ -224,10 +231,8 @@ def backward(
         from_steps(a.reshape(-1, *a.shape[2:])[:, :, :, None], size, blocks, nk)[:, : size.keys]
         for a in (d_key, d_value)
     )
-    if operands.bias is not None and d_bias is not None:
-        shape = operands.bias.shape
-        d_bias = d_bias[..., : shape[2], : shape[3]].reshape(shape).astype(operands.bias.dtype)
-    return Gradients(d_query, d_key, d_value, d_bias)
+    of_bias = {} if d_bias is None else bias_gradient_of(d_bias, operands, blocks)
+    return Gradients(d_query, d_key, d_value, **of_bias)
 
 
 def refusal(settings: Settings, operands: Operands, device: _compat.Device) -> str | None:
@@ -239,24 +244,7 @@ def refusal(settings: Settings, operands: Operands, device: _compat.Device) -> s
 ROUTE = Route("chunked", forward, backward, refusal, ChunkedConfig, choices)
 
 
-def _keys_and_values(
-    x: Arranged, b: Any, k: Any, j: jax.Array, blocks: Blocks
-) -> tuple[jax.Array, jax.Array]:
-    """Returns a block of keys and of values, in float32 on a CPU, which multiplies nothing less."""
-    start, size = (b, k, j * blocks.kv), (blocks.batch, blocks.heads, blocks.kv)
-    keys, values = part(x.key, start, size), part(x.value, start, size)
-    if _compat.device().platform == "cpu":
-        dtype = wide(keys.dtype)
-        return keys.astype(dtype), values.astype(dtype)
-    return keys, values
-
-
-def _einsum(settings: Settings, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    dtype = wide(a.dtype)
-    return jnp.einsum(subscripts, a, b, precision=settings.precision, preferred_element_type=dtype)
-
-
-def _scores(
+def scores(
     settings: Settings,
     operands: Operands,
     x: Arranged,
@@ -273,16 +261,22 @@ def _scores(
     size = (blocks.batch, blocks.heads, group, blocks.q, blocks.kv)
     rows = rows.astype(keys.dtype)
     exact = wide(keys.dtype) == keys.dtype  # else the scaled rows would be rounded
-    z = _einsum(settings, "bkgtd,bksd->bkgts", settings.scale * rows if exact else rows, keys)
+    z = einsum(settings, "bkgtd,bksd->bkgts", settings.scale * rows if exact else rows, keys)
     z = z if exact else settings.scale * z
     if x.bias is not None:
         z += part(x.bias, start, size).astype(z.dtype)
+    if x.diagonals is not None:
+        of_tile = part(x.diagonals, *band(x.diagonals, blocks, position, operands.sizes.queries))
+        z += toeplitz.tile(of_tile[..., 0, :], blocks.q, blocks.kv).astype(z.dtype)
     slope = 1
     if settings.soft_cap is not None:
         tanh = jnp.tanh(z / settings.soft_cap)
-        z, slope = settings.soft_cap * tanh, 1 - tanh * tanh
-    q_positions = (i * blocks.q + jnp.arange(blocks.q, dtype=jnp.int32))[:, None]
+        capped, slope = settings.soft_cap * tanh, 1 - tanh * tanh
+        hides_by_value = x.bias is not None or x.diagonals is not None
+        z = jnp.where(z == -jnp.inf, -jnp.inf, capped) if hides_by_value else capped
+    q_positions = i * blocks.q + jnp.arange(blocks.q, dtype=jnp.int32)
     k_positions = j * blocks.kv + jnp.arange(blocks.kv, dtype=jnp.int32)
+    q_positions, k_positions = q_positions[None, None, None, :, None], k_positions[(None,) * 4]
     seen = kept = None
     if hides:
         limits = part(x.limits, (b,), (blocks.batch,))
@@ -301,13 +295,13 @@ def _scores(
     return _Tile(z, slope, seen, kept)
 
 
-def _widest(span: Span) -> Span:
+def widest(span: Span) -> Span:
     """Joins the spans of several batch entries: what some needs, and what is whole for all."""
     start, stop, whole_start, whole_stop = (jnp.asarray(x, jnp.int32) for x in span)
     return Span(start.min(), stop.max(), whole_start.max(), whole_stop.min())
 
 
-def _kind(
+def tile_kind(
     x: Arranged,
     blocks: Blocks,
     span: Span,
@@ -332,7 +326,7 @@ def _kind(
     return jnp.where(whole, WHOLE, PARTIAL)
 
 
-def _over_tiles(
+def over_tiles(
     tile: Any,
     kind: Any,
     span: Span,

@@ -13,8 +13,8 @@ from jax import lax
 
 from pallas_kernels import _compat
 from pallas_kernels.attention import tuning
-from pallas_kernels.attention.mask import tile_kinds
-from pallas_kernels.attention.problem import Operands, Settings, Sizes
+from pallas_kernels.attention.mask import missing, tile_kinds
+from pallas_kernels.attention.problem import Operands, Settings, Sizes, wide
 
 
 class ChunkedConfig(NamedTuple):
@@ -51,6 +51,7 @@ class Arranged(NamedTuple):
     q_ids: jax.Array | None  # (B, T')
     kv_ids: jax.Array | None  # (B, S')
     seeds: jax.Array | None  # (B, K, G)
+    diagonals: jax.Array | None  # (B or 1, K, G, 1, T' + S')
     kinds: jax.Array | None  # (B or 1, K or 1, G or 1, nq, nk), where the interval does not decide
 
 
@@ -70,7 +71,8 @@ def choose_blocks(settings: Settings, operands: Operands) -> Blocks:
     block_q = _even(size.queries, config.block_q or max(64, config.rows // size.group))
     block_kv = _even(size.keys, config.block_kv)
     # Where a head is one tile, a step costs more than scores that leave the cache.
-    one_tile = block_q >= size.queries and block_kv >= size.keys
+    known = isinstance(size.queries, int) and isinstance(size.keys, int)
+    one_tile = known and block_q >= size.queries and block_kv >= size.keys
     of_cpu = 2 ** (19 if one_tile else 18) * max(2, os.cpu_count() or 1)
     tile = config.tile or (of_cpu if cpu else 2**24)
     at_once = max(1, tile // max(1, size.group * block_q * block_kv))
@@ -96,19 +98,23 @@ def _listed(operands: Operands) -> ChunkedConfig:
 
 def _even(length: int, block: int) -> int:
     """Returns the size of the fewest blocks of at most `block`, evened out: little is padding."""
+    if not isinstance(length, int):  # symbolic, in a program to be exported
+        return block
     if length <= block:
         return max(length, 1)
     return min(block, -(-math.ceil(length / math.ceil(length / block)) // 8) * 8)
 
 
 def _divisor(number: int, most: int) -> int:
+    if not isinstance(number, int):
+        return 1
     return next((d for d in range(min(number, most), 0, -1) if number % d == 0), 1)
 
 
 def pad(x: jax.Array, axis: int, block: int) -> jax.Array:
     """Pads an axis with zeros to a multiple of `block`."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
+    widths[axis] = (0, missing(x.shape[axis], block))
     return jnp.pad(x, widths)
 
 
@@ -153,6 +159,11 @@ def arrange(operands: Operands, blocks: Blocks) -> Arranged:
     seeds = operands.seeds
     if seeds is not None:
         seeds = seeds.reshape(size.batch, size.kv_heads, size.group)
+    diagonals = operands.diagonals
+    if diagonals is not None:
+        split = (diagonals.shape[0], size.kv_heads, size.group, 1, diagonals.shape[2])
+        widths = (missing(size.queries, blocks.q), missing(size.keys, blocks.kv) + 1)
+        diagonals = jnp.pad(diagonals.reshape(split), [(0, 0)] * 4 + [widths])
     return Arranged(
         key=heads_first(operands.key, size.kv_heads, blocks.kv)[:, :, 0],
         value=heads_first(operands.value, size.kv_heads, blocks.kv)[:, :, 0],
@@ -162,8 +173,30 @@ def arrange(operands: Operands, blocks: Blocks) -> Arranged:
         q_ids=q_ids,
         kv_ids=kv_ids,
         seeds=seeds,
+        diagonals=diagonals,
         kinds=kinds,
     )
+
+
+def band(
+    x: jax.Array, blocks: Blocks, position: tuple[Any, Any, Any, Any], query_length: int
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Returns corner and size of the part of `Arranged.diagonals` that tile (b, k, i, j) reads."""
+    b, k, i, j = position
+    rows = query_length + missing(query_length, blocks.q)
+    start = j * blocks.kv - i * blocks.q + rows - blocks.q
+    return (b, k, 0, 0, start), (blocks.batch, blocks.heads, *x.shape[2:4], blocks.q + blocks.kv)
+
+
+def bias_gradient_of(total: jax.Array, operands: Operands, blocks: Blocks) -> dict[str, jax.Array]:
+    """Returns the gradient of the bias or of the diagonals, by its name in `Gradients`."""
+    if operands.bias is not None:
+        shape = operands.bias.shape
+        total = total[..., : shape[2], : shape[3]].reshape(shape)
+        return {"bias": total.astype(operands.bias.dtype)}
+    assert operands.diagonals is not None
+    first, shape = missing(operands.sizes.queries, blocks.q), operands.diagonals.shape
+    return {"diagonals": total[..., first : first + shape[2]].reshape(shape)}
 
 
 def position(group: jax.Array, kv_heads: int, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
@@ -174,7 +207,7 @@ def position(group: jax.Array, kv_heads: int, blocks: Blocks) -> tuple[jax.Array
 
 def part(x: jax.Array, start: tuple[Any, ...], size: tuple[int, ...]) -> jax.Array:
     """Slices the leading axes of `x`; an axis of length 1 broadcasts and stays."""
-    size = tuple(min(s, n) for s, n in zip(size, x.shape)) + x.shape[len(size) :]
+    size = tuple(1 if n == 1 else s for s, n in zip(size, x.shape)) + x.shape[len(size) :]
     return lax.dynamic_slice(x, _corner(x, start), size)
 
 
@@ -192,3 +225,21 @@ def _corner(x: jax.Array, start: tuple[Any, ...]) -> tuple[jax.Array, ...]:
     """Returns where a part of `x` begins, in one dtype also where Python numbers are 64 bits."""
     given = (*start, *(0,) * (x.ndim - len(start)))
     return tuple(jnp.asarray(0 if n == 1 else s, jnp.int32) for s, n in zip(given, x.shape))
+
+
+def keys_and_values(
+    x: Arranged, b: Any, k: Any, j: jax.Array, blocks: Blocks
+) -> tuple[jax.Array, jax.Array]:
+    """Returns a block of keys and of values, in float32 on a CPU, which multiplies nothing less."""
+    start, size = (b, k, j * blocks.kv), (blocks.batch, blocks.heads, blocks.kv)
+    keys, values = part(x.key, start, size), part(x.value, start, size)
+    if _compat.device().platform == "cpu":
+        dtype = wide(keys.dtype)
+        return keys.astype(dtype), values.astype(dtype)
+    return keys, values
+
+
+def einsum(settings: Settings, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiplies as the settings ask, into float32 or wider."""
+    dtype = wide(a.dtype)
+    return jnp.einsum(subscripts, a, b, precision=settings.precision, preferred_element_type=dtype)

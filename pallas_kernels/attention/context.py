@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +12,12 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes, with_axis
-from pallas_kernels.attention import arguments, core, layouts, routes
+from pallas_kernels.attention import arguments, core, integers, layouts, mapped, routes
 from pallas_kernels.attention.gather import gather
 from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.parts import key_positions
+from pallas_kernels.attention.position_bias import RULES, Rule
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 from pallas_kernels.attention.ring import Axis, ring
 
@@ -78,13 +80,18 @@ def ring_attention(
     axis_name: Hashable,
     layout: str = "zigzag",
     method: str = "ring",
+    bias: Rule | None = None,
+    mask: jax.Array | None = None,
+    key_value_seq_lengths: int | jax.Array | Sequence[int] | None = None,
     scale: float | None = None,
     is_causal: bool = False,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     query_segment_ids: jax.Array | None = None,
     key_value_segment_ids: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
     precision: Any = None,
     return_residual: bool = False,
     implementation: Any = None,
@@ -117,9 +124,11 @@ def ring_attention(
       N, and n must divide K or K divide n; in the second case each key/value head goes to n / K
       devices, and as many times more elements of key and value are sent.
 
-    Between the passes a device keeps query, key, value, output and lse of its slice. With sinks
-    that are the same on all devices, differentiating outside of the mapped function gives their
-    whole gradient; inside of a `shard_map` without its check, each device finds its own share.
+    Between the passes a device keeps query, key, value, output and lse of its slice. All methods
+    have the derivatives of `attention`, forward mode and second ones included; tangents of keys and
+    values travel along with them. With sinks that are the same on all devices, differentiating
+    outside of the mapped function gives their whole gradient; inside of a `shard_map` without its
+    check, each device finds its own share.
 
     Args:
       query: (B, T / n, N, d), floating; any number of leading axes in place of B.
@@ -129,15 +138,26 @@ def ring_attention(
       layout: How the sequence is laid out, ``"zigzag"``, ``"contiguous"`` or ``"striped"``; keys
         as queries. See `shard_sequence_order`.
       method: ``"ring"``, ``"gather"`` or ``"all_to_all"``.
+      bias: A rule of linear memory, `Alibi` or `RelativePositionBias`, between positions of the
+        whole sequence; its parameters the same on all devices.
+      mask: bool, broadcasts to (B, N, T / n, S): the rows of this device against the keys of all
+        devices, in the order in which they are laid out. O(T S / n) memory; not for
+        ``"all_to_all"``.
+      key_value_seq_lengths: Integers (B,), or one for all, in positions of the whole sequence, the
+        same on all devices. Keys and values from there on are never looked at, and may be NaN.
       scale: Factor of the scores, by default ``d ** -0.5``.
       is_causal: Whether position t sees only positions s <= t.
       local_window_size: A position sees ``left`` positions before itself and ``right`` after, given
-        as ``(left, right)`` or as one number for both.
+        as ``(left, right)`` or as one number for both; None in the pair is no limit.
       logits_soft_cap: The scores z become ``cap * tanh(z / cap)``.
       sinks: (N,), floating: a key of value 0 with this score for every query of the head. The same
         on all devices.
       query_segment_ids: int (B, T / n): only equal ids see one another.
       key_value_segment_ids: int (B, S / n).
+      dropout_rate: Probability that an attention weight is set to 0, and the others divided by one
+        minus it.
+      dropout_rng: A PRNG key, the same on all devices. Which weights it drops depends on method,
+        layout and number of devices too.
       precision: Of products, as for `attention`.
       return_residual: Whether to return the log-sum-exp too.
       implementation: The route for the work on a device, as for `attention`, out of those with a
@@ -152,7 +172,8 @@ def ring_attention(
     Raises:
       ValueError: A shape or a value is wrong, the axis is not bound, or sizes do not divide.
       TypeError: A dtype is wrong.
-      NotImplementedError: The route that `implementation` names cannot serve the call.
+      NotImplementedError: The route that `implementation` names, or `method`, cannot serve the
+        call.
 
     Example:
       >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("context",))
@@ -168,29 +189,35 @@ def ring_attention(
     axis = Axis(axis_name, _axis_size(axis_name))
     _check_choice("layout", layout, LAYOUTS)
     _check_choice("method", method, METHODS)
+    _check_runs(layout, query, key)
+    _check_whole(method, bias, mask)
+    ids = _ids_of_all(query_segment_ids, key_value_segment_ids, axis)
     call = arguments.canonical(
         query,
         key,
         value,
-        None,
-        None,
+        bias,
+        mask,
         scale=scale,
         is_causal=is_causal,
         query_seq_lengths=None,
-        key_value_seq_lengths=None,
+        key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
+        query_segment_ids=ids[0],
+        key_value_segment_ids=ids[1],
         query_offset=None,
-        dropout_rate=0.0,
-        dropout_rng=None,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
         precision=precision,
         config=config,
         interpret=interpret,
+        axis_size=axis.size,
+        key_positions=None
+        if key_value_seq_lengths is None
+        else key_positions(layout, axis.size, key.shape[-3], lax.axis_index(axis_name)),
     )
-    _check_runs(layout, query, key)
     # A list of names would not be hashable.
     names = tuple(implementation) if isinstance(implementation, list) else implementation
     route = _chosen_at_each_call(names)
@@ -211,9 +238,16 @@ def attend(
     # the transpose of this cast does where `shard_map` keeps account of it.
     axes = varying_axes(lax.axis_index(axis.name), *jax.tree.leaves(operands))
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
+    beside_explicit = mapped.explicit_sharding(operands.query) is not None
     if method == "all_to_all":
+        if beside_explicit:
+            raise NotImplementedError(
+                "method='all_to_all' beside explicit mesh axes; expected 'ring' or 'gather', or "
+                "axes of the type AxisType.Auto"
+            )
         return _all_to_all(route, settings, operands, axis, layout)
-    return core.compiled(_spread(method, core.batched(route), axis, layout), settings, operands)
+    spread = _spread(method, core.batched(route), axis, layout)
+    return core.compiled(core.batched(spread) if beside_explicit else spread, settings, operands)
 
 
 @functools.cache
@@ -230,7 +264,8 @@ def _spread(method: str, route: Route, axis: Axis, layout: str) -> Route:
 
         return with_axis(axis.name, axis.size, fn, operands, *arrays)
 
-    return spread._replace(backward=backward)
+    plain = None if route.plain is None else ring(route.plain, axis, layout)
+    return spread._replace(backward=backward, plain=plain, axis_name=axis.name)
 
 
 def _all_to_all(
@@ -259,9 +294,13 @@ def _all_to_all(
         everyone = lax.all_gather(ids, axis.name, axis=1, tiled=True)
         return layouts.to_positions(everyone, axis.size, layout)
 
-    sinks = operands.sinks
-    if sinks is not None:
-        sinks = sinks.reshape(axis.size, -1)[lax.axis_index(axis.name)]
+    def own_heads(x: jax.Array | None, axis_of_heads: int) -> jax.Array | None:
+        if x is None:
+            return None
+        share = size.heads // axis.size
+        first = lax.axis_index(axis.name) * share
+        return lax.dynamic_slice_in_dim(x, first, share, axis_of_heads)
+
     output, lse = core.compiled(
         core.batched(route),
         settings,
@@ -269,16 +308,40 @@ def _all_to_all(
             query=to_heads(operands.query),
             key=to_heads(jnp.repeat(operands.key, copies, axis=2)),
             value=to_heads(jnp.repeat(operands.value, copies, axis=2)),
-            sinks=sinks,
+            sinks=own_heads(operands.sinks, 0),
+            seeds=own_heads(operands.seeds, 1),
+            diagonals=own_heads(operands.diagonals, 1),
             mask=Mask(
                 left=mask.left,
                 right=mask.right,
+                key_value_lengths=mask.key_value_lengths,
                 query_segment_ids=whole(mask.query_segment_ids),
                 key_value_segment_ids=whole(mask.key_value_segment_ids),
             ),
         ),
     )
     return to_sequence(output), to_sequence(lse.transpose(0, 2, 1)).transpose(0, 2, 1)
+
+
+def _ids_of_all(query_ids: Any, key_ids: Any, axis: Axis) -> tuple[Any, Any]:
+    """Returns ids that have the same meaning on all devices, where those have more than 32 bits."""
+    ids = [x for x in (query_ids, key_ids) if x is not None]
+    if not any(isinstance(x, jax.Array) and x.dtype.itemsize > 4 for x in ids):
+        return query_ids, key_ids
+    whole = [
+        lax.all_gather(jnp.asarray(x).reshape(-1, x.shape[-1]), axis.name, axis=1, tiled=True)
+        for x in ids
+    ]
+    found = integers.same_ids(whole[0], whole[-1])
+    own = [
+        lax.dynamic_slice_in_dim(
+            y, lax.axis_index(axis.name) * x.shape[-1], x.shape[-1], axis=1
+        ).reshape(x.shape)
+        for x, y in zip(ids, found)
+    ]
+    rest = iter(own)
+    query_ids, key_ids = (None if x is None else next(rest) for x in (query_ids, key_ids))
+    return query_ids, key_ids
 
 
 def _axis_size(axis_name: Hashable) -> int:
@@ -296,9 +359,22 @@ def _check_choice(name: str, given: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={given!r} is not known; expected one of {', '.join(known)}")
 
 
+def _check_whole(method: str, bias: Any, mask: Any) -> None:
+    if bias is not None and not isinstance(bias, RULES):
+        kinds = " or ".join(kind.__name__ for kind in RULES)
+        raise TypeError(
+            f"bias is of type {type(bias).__name__}; expected {kinds}, which know all positions"
+        )
+    if mask is not None and method == "all_to_all":
+        raise NotImplementedError(
+            "method='all_to_all' cannot take a mask, whose rows are spread over the devices; "
+            "expected method='ring' or 'gather'"
+        )
+
+
 def _check_runs(layout: str, query: jax.Array, key: jax.Array) -> None:
     for name, x in (("query", query), ("key", key)):
-        if x.shape[-3] % layouts.runs_of(layout):
+        if x.ndim >= 3 and x.shape[-3] % layouts.runs_of(layout):
             raise ValueError(
                 f"{name} has shape {x.shape}, a slice of {x.shape[-3]} positions; expected an even "
                 f"number, since with layout={layout!r} a slice is two chunks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.attention import mapped
+from pallas_kernels._compat import vary, varying_axes
+from pallas_kernels.attention import derivatives, mapped
+from pallas_kernels.attention.mapped import Arrays
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
+from pallas_kernels.attention.tangent import PLAIN
 
 # Letters of the axes of each array, as `mapped.call` reads them.
 _AXES = {
@@ -26,18 +30,33 @@ _AXES = {
     "query_segment_ids": "bt",
     "key_value_segment_ids": "bs",
     "dense": "bnts",
+    "starts": "b",
+    "prefix_lengths": "b",
     "seeds": "bn",
+    "diagonals": "bnr",
 }
 
 
-def attend(route: Route, settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Runs `route`, differentiable once in query, key, value, bias and sinks, lse included.
+def attend(
+    route: Route, settings: Settings, operands: Operands, residual: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
+    """Runs `route`, differentiable in query, key, value, bias and sinks, lse included.
+
+    Without `residual` the lse is None and never leaves the compiled program, where the search for
+    infinities (`jax.debug_infs`) would take that of a row without keys for a mistake.
 
     Output and lse carry the names ``"attention_output"`` and ``"attention_lse"`` for checkpoint
     policies: one that saves both never runs the forward kernel twice.
     """
-    call = differentiable if settings.interpret not in (False, True) else compiled
-    return call(batched(route), settings, operands)
+    # Arguments that are equal on all devices of a `shard_map` have gradients that are summed over
+    # them, which is what the transpose of this cast does.
+    axes = varying_axes(*jax.tree.leaves(operands))
+    operands = jax.tree.map(lambda x: vary(x, axes), operands)
+    if settings.interpret not in (False, True):
+        return differentiable(batched(route), settings, operands)
+    if not residual:
+        return _compiled_output(batched(route), settings, operands), None
+    return compiled(batched(route), settings, operands)
 
 
 @functools.cache
@@ -56,8 +75,7 @@ def batched(route: Route) -> Route:
         def fn(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
             return route.forward(settings, jax.tree.unflatten(structure, arrays))
 
-        dtypes = operands.query.dtype, wide(operands.query.dtype)
-        output, lse = mapped.call(fn, arrays, _axes(operands), ("btne", "bnt"), dtypes)
+        output, lse = _call(fn, arrays, axes_of(operands), ("btne", "bnt"), _dtypes(operands))
         return output, lse
 
     def backward(
@@ -71,97 +89,138 @@ def batched(route: Route) -> Route:
         if settings.interpret not in (False, True):
             return route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
         arrays, structure = jax.tree.flatten(operands)
-        axes = _axes(operands)
-        number = 4 if bias_gradient else 3
+        axes, names = axes_of(operands), _names(operands)
+        wanted = ["query", "key", "value"]
+        wanted += [x for x in ("bias", "diagonals") if bias_gradient and x in names]
+        places = [names.index(x) for x in wanted]
 
         def fn(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             operands = jax.tree.unflatten(structure, arrays[:-3])
             lse, cotangent, delta = arrays[-3:]
             results: Any = route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
-            return results[:number]
+            return tuple(getattr(results, x) for x in wanted)
 
-        gradients = mapped.call(
+        gradients = _call(
             fn,
             (*arrays, lse, cotangent, delta),
             (*axes, "bnt", "btne", "bnt"),
-            axes[:number],
-            [x.dtype for x in arrays[:number]],
-            summed=[(i, i) for i in range(1, number)],
+            [axes[i] for i in places],
+            [arrays[i].dtype for i in places],
+            summed=[(place, i) for i, place in enumerate(places) if i > 0],
         )
-        return Gradients(*gradients)
+        return Gradients(**dict(zip(wanted, gradients)))
 
-    return route._replace(forward=forward, backward=backward)
+    def tangent(settings: Settings, operands: Operands, lse: jax.Array, moved: Any) -> Any:
+        assert route.tangent is not None
+        arrays, structure = jax.tree.flatten((operands, lse, moved))
 
+        def fn(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            assert route.tangent is not None
+            return route.tangent(settings, *jax.tree.unflatten(structure, arrays))
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def differentiable(
-    route: Route, settings: Settings, operands: Operands
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the forward pass of `route`, with its backward pass as the derivative."""
-    return route.forward(settings, operands)
+        axes = (*axes_of(operands), "bnt", *axes_of(moved))
+        dtype = _dtypes(operands)[1]
+        return _call(fn, arrays, axes, ("btne", "bnt"), (dtype, dtype))
 
-
-def _forward(route: Route, settings: Settings, operands: Operands) -> Any:
-    # With `symbolic_zeros` every leaf comes with the news of whether its gradient is asked for.
-    bias_gradient = operands.bias is not None and operands.bias.perturbed  # pyright: ignore
-    operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, "perturbed"))
-    operands = _once(operands)
-    output, lse = route.forward(settings, operands)
-    output = checkpoint_name(output, "attention_output")
-    lse = checkpoint_name(lse, "attention_lse")
-    # A structure without arrays tells the backward pass, which is traced apart, what is asked. (An
-    # empty array would do, but crashes XLA's CPU compiler in jax 0.11.2 under `shard_map`.)
-    return (output, lse), (operands, output, lse, ((),) * bias_gradient)
-
-
-def _backward(route: Route, settings: Settings, residuals: Any, cotangents: Any) -> tuple[Operands]:
-    operands, output, lse, asked = _once(residuals)
-    d_output, d_lse = (x if isinstance(x, SymbolicZero) else _once(x) for x in cotangents)
-    bias_gradient = len(asked) == 1
-    delta = jnp.zeros(lse.shape, lse.dtype)
-    if isinstance(d_output, SymbolicZero):
-        d_output = jnp.zeros(output.shape, output.dtype)
-    else:
-        delta += jnp.einsum("btne,btne->bnt", d_output.astype(lse.dtype), output.astype(lse.dtype))
-    if not isinstance(d_lse, SymbolicZero):
-        delta -= jnp.where(lse == -jnp.inf, 0, d_lse)
-    gradients = route.backward(settings, operands, lse, d_output, delta, bias_gradient)
-    sinks = None
-    if operands.sinks is not None:
-        # A sink is a key with value 0: its probability is exp(sink - lse), and its dp is 0.
-        share = jnp.exp(operands.sinks[:, None] - lse)
-        sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(operands.sinks.dtype)
-    nothing: Any = None
-    return (
-        Operands(
-            gradients.query, gradients.key, gradients.value, gradients.bias, sinks, nothing, nothing
-        ),
+    return route._replace(
+        forward=forward,
+        backward=backward,
+        tangent=None if route.tangent is None else tangent,
+        plain=None if route.tangent is not None else batched(route.plain or PLAIN),
     )
 
 
-differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
+def _call(
+    fn: Callable[..., Arrays],
+    args: Sequence[jax.Array],
+    in_axes: Sequence[str],
+    out_axes: Sequence[str],
+    out_dtypes: Sequence[Any],
+    summed: Sequence[tuple[int, int]] = (),
+) -> Arrays:
+    """As `mapped.call`, differentiable in forward mode as often as `fn` is.
+
+    JAX does not differentiate a partitioned call. Its derivative is the call of the derivative.
+    """
+
+    @jax.custom_jvp
+    def run(*args: jax.Array) -> Arrays:
+        return mapped.call(fn, args, in_axes, out_axes, out_dtypes, summed)
+
+    @functools.partial(run.defjvp, symbolic_zeros=True)
+    def rule(primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+        moved = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+
+        def both(*arrays: jax.Array) -> Arrays:
+            here, there = list(arrays[: len(primals)]), list(arrays[len(primals) :])
+            for at, i in enumerate(moved):  # under `vmap` one of the two may broadcast
+                here[i], there[at] = jnp.broadcast_arrays(here[i], there[at])
+
+            def of(*parts: jax.Array) -> Arrays:
+                given = dict(zip(moved, parts))
+                return fn(*(given.get(i, x) for i, x in enumerate(here)))
+
+            values, moves = jax.jvp(of, tuple(here[i] for i in moved), tuple(there))
+            return (*values, *moves)
+
+        number = len(out_axes)
+        results = _call(
+            both,
+            (*primals, *(tangents[i] for i in moved)),
+            (*in_axes, *(in_axes[i] for i in moved)),
+            (*out_axes, *out_axes),
+            (*out_dtypes, *out_dtypes),
+            (*summed, *((i, o + number) for i, o in summed)),
+        )
+        return results[:number], results[number:]
+
+    return run(*args)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def differentiable(
+    route: Route, settings: Settings, operands: Operands
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the forward pass of `route`, with the derivatives that `derivatives` describes."""
+    return route.forward(settings, operands)
+
+
+# With `symbolic_zeros` the rule knows which derivatives are asked for.
+@functools.partial(differentiable.defjvp, symbolic_zeros=True)
+def _differentiable_jvp(route: Route, settings: Settings, primals: Any, tangents: Any) -> Any:
+    (operands,), (d_operands,) = primals, tangents
+    output, lse = differentiable(route, settings, operands)
+    output = checkpoint_name(output, "attention_output")
+    saved = checkpoint_name(derivatives.finite(lse), "attention_lse")
+    lse = derivatives.with_empty(saved)
+    moved = derivatives.moves(d_operands)
+    return (output, lse), tuple(derivatives.push(route, settings, operands, output, saved, moved))
+
 
 # Outside of `jit` too a call is traced once for its shapes, and `shard_map` accepts it there: by
 # itself it cannot run custom derivatives that know symbolic zeros.
 compiled = jax.jit(differentiable, static_argnums=(0, 1))
 
 
-def _axes(operands: Operands) -> tuple[str, ...]:
-    leaves = jax.tree_util.tree_leaves_with_path(operands)
-    return tuple(_AXES[path[-1].name] for path, _ in leaves)
+def _names(tree: Any) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [_name(path[-1]) for path, _ in leaves]
 
 
-def _identity(tree: Any) -> Any:
-    return tree
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled_output(route: Route, settings: Settings, operands: Operands) -> jax.Array:
+    results: Any = differentiable(route, settings, operands)
+    return results[0]
 
 
-def _refuse(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise NotImplementedError(
-        "this implementation of attention can be differentiated once; for derivatives of its "
-        "gradient use implementation='reference'"
-    )
+def axes_of(tree: Any) -> tuple[str, ...]:
+    """Returns the letters of the axes of each array, as `mapped.call` reads them."""
+    return tuple(_AXES[name] for name in _names(tree))
 
 
-_once: Any = jax.custom_jvp(_identity)
-_once.defjvp(_refuse)
+def _name(key: Any) -> str:
+    return key.key if isinstance(key, jax.tree_util.DictKey) else key.name
+
+
+def _dtypes(operands: Operands) -> tuple[Any, Any]:
+    return operands.query.dtype, wide(operands.query.dtype)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.attention.integers import narrowed
+
 
 class Peak(NamedTuple):
     """What a chip does at most, by its maker's public figures; dense, not sparse, matrix rates."""
@@ -120,6 +122,8 @@ def attention_cost(
     query_offset: int = 0,
     query_seq_lengths: Sequence[int] | None = None,
     key_value_seq_lengths: Sequence[int] | None = None,
+    key_value_start: int | Sequence[int] | None = None,
+    prefix_lengths: int | Sequence[int] | None = None,
     block_q: int = 128,
     block_kv: int = 128,
     chip: str | None = None,
@@ -144,6 +148,8 @@ def attention_cost(
       query_offset: The position of the first query.
       query_seq_lengths: Numbers (B,), by default T.
       key_value_seq_lengths: Numbers (B,), by default S.
+      key_value_start: A number or numbers (B,), the first key that is seen.
+      prefix_lengths: A number or numbers (B,), the keys that `is_causal` does not hide.
       block_q: Queries that a kernel keeps while keys pass.
       block_kv: Keys that it takes at a time: a block that one query of block_q needs is streamed
         whole, as far as it has keys.
@@ -170,9 +176,13 @@ def attention_cost(
     if chip is not None and chip not in PEAKS:
         raise ValueError(f"chip={chip!r} is not known; expected one of {', '.join(PEAKS)}")
     left, right = _sides(is_causal, local_window_size)
+    query_offset = operator.index(query_offset)
+    left, right, query_offset = narrowed(left, right, query_offset, t, s)
     lengths = zip(
         _lengths("query_seq_lengths", query_seq_lengths, b, t),
         _lengths("key_value_seq_lengths", key_value_seq_lengths, b, s),
+        _lengths("key_value_start", _each(key_value_start, b), b, s, default=0),
+        _lengths("prefix_lengths", _each(prefix_lengths, b), b, s, default=0),
     )
     counts = [_count(t, left, right, query_offset, *x, block_q, block_kv) for x in lengths]
     seen, touched, streamed = (sum(column) for column in zip(*counts)) if counts else (0, 0, 0)
@@ -213,6 +223,8 @@ def _count(
     offset: int,
     query_length: int,
     key_value_length: int,
+    first_key: int,
+    prefix: int,
     block_q: int,
     block_kv: int,
 ) -> tuple[int, int, int]:
@@ -220,10 +232,12 @@ def _count(
 
     def keys(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The keys that the rows first to last see: one interval, as the bounds only grow."""
-        start = np.zeros_like(first) if left is None else np.maximum(first + offset - left, 0)
+        start = np.full_like(first, first_key)
+        if left is not None:
+            start = np.maximum(first + offset - left, start)
         stop = np.full_like(last, key_value_length)
         if right is not None:
-            stop = np.minimum(stop, last + offset + right + 1)
+            stop = np.minimum(stop, np.maximum(last + offset + right + 1, prefix))
         return start, np.maximum(start, stop)
 
     rows = np.arange(min(t, query_length), dtype=np.int64)
@@ -274,20 +288,29 @@ def _check_shapes(
     return query, key
 
 
-def _lengths(name: str, lengths: Sequence[int] | None, batch: int, full: int) -> list[int]:
+def _each(given: int | Sequence[int] | None, batch: int) -> Sequence[int] | None:
+    return [given] * batch if isinstance(given, int) else given
+
+
+def _lengths(
+    name: str, lengths: Sequence[int] | None, batch: int, full: int, default: int | None = None
+) -> list[int]:
     if lengths is None:
-        return [full] * batch
-    numbers = [operator.index(x) for x in lengths]
-    if len(numbers) != batch or any(not 0 <= x <= full for x in numbers):
-        raise ValueError(f"{name}={numbers}; expected {batch} numbers from 0 to {full}")
-    return numbers
+        return [full if default is None else default] * batch
+    found = [operator.index(x) for x in lengths]
+    if len(found) != batch or any(not 0 <= x <= full for x in found):
+        raise ValueError(f"{name}={found}; expected {batch} numbers from 0 to {full}")
+    return found
 
 
 def _sides(
     is_causal: bool, window: int | tuple[int | None, int | None] | None
 ) -> tuple[int | None, int | None]:
     """Returns how many keys a row sees to its left and right, None for all."""
-    left, right = window if isinstance(window, (tuple, list)) else (window, window)
+    pair = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(pair) != 2:
+        raise ValueError(f"local_window_size={window!r}; expected a number or (left, right)")
+    left, right = pair
     if any(x is not None and operator.index(x) < 0 for x in (left, right)):
         raise ValueError(f"local_window_size={window!r}; expected numbers of at least 0")
     if is_causal:

@@ -50,7 +50,7 @@ def _seeing_rows(mask: Mask, operands: Operands, allowed: jax.Array | None) -> j
     size = operands.sizes
     if allowed is not None:
         return visible(mask, *size[:3]).any(axis=3).transpose(0, 2, 1)[..., None]
-    rows = jnp.arange(size.queries, dtype=jnp.int32)[:, None]
+    rows = jnp.arange(size.queries, dtype=jnp.int32)[None, :, None]
     limits = Limits(*mask.limits(*size[:3]).T[:, :, None, None])
     first = 0 if mask.left is None else jnp.maximum(0, rows + limits.offset - mask.left)
     return in_interval(mask, limits, rows, first)[..., None]
@@ -66,8 +66,11 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
     for given, name in (
         (settings.soft_cap is not None, "soft cap"),
         (operands.sinks is not None, "sinks"),
+        (operands.diagonals is not None, "bias by rule"),
         (operands.seeds is not None, "dropout"),
         (mask.offset != 0 or mask.offsets is not None, "query offset"),
+        (mask.has_start, "first key"),
+        (mask.has_prefix, "prefix"),
         (size.head_dim != size.value_dim, "values of another head size than the keys"),
         (mask.right not in (None, 0), "keys after the query in a window"),
         (mask.left is not None and mask.right != 0, "a window that is not causal"),

@@ -4,16 +4,16 @@ The query rows that share a key/value head, T tokens times G heads of a group, a
 rows of one tile: row r is token r // G. Token t of T stands at position ``length - T + t`` and sees
 the keys
 
-    position - left <= s <= position
+    position - left <= s  and  (s <= position + right  or  s < prefix)  and  start <= s < length
 
-so all rows of a batch entry together need the keys `keys_needed`, and nothing else of the cache or
-of the page table is data.
+where causal is right = 0. All rows of a batch entry together need the keys `keys_needed`, and
+nothing else of the cache or of the page table is data.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._compat import Device
-from pallas_kernels.attention import tuning
+from pallas_kernels.attention import options, tuning
+from pallas_kernels.attention.integers import FAR, number_or_entries, to_int32
+from pallas_kernels.attention.placement import Leading
+from pallas_kernels.attention.position_bias import RULES, Rule
 
 QUANTIZED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
@@ -36,6 +39,11 @@ class Operands(NamedTuple):
     page_table: jax.Array | None = None  # int32 (B, pages), all in range
     key_scale: jax.Array | None = None  # float32 (B, S, K), or (P, page_size, K)
     value_scale: jax.Array | None = None  # as key_scale
+    starts: jax.Array | None = None  # int32 (B,), from 0 to the length
+    prefixes: jax.Array | None = None  # int32 (B,)
+    head_scale: jax.Array | None = None  # float32 (K,), of the scores
+    value_head_scale: jax.Array | None = None  # float32 (K,), of the output: no implementation's
+    rule: Rule | None = None  # a bias for each distance
 
     @property
     def capacity(self) -> int:
@@ -50,29 +58,38 @@ class Settings(NamedTuple):
     scale: float
     queries: int  # T
     left: int | None = None  # keys that a row sees before its own position, None for all
+    right: int | None = 0  # likewise after it
     soft_cap: float | None = None
     num_splits: int | None = None
     interpret: Any = False
 
 
-def keys_needed(settings: Settings, length: Any) -> tuple[Any, Any]:
+def keys_needed(settings: Settings, length: Any, start: Any = None) -> tuple[Any, Any]:
     """Returns start and stop of the keys that some row of a sequence of `length` sees."""
+    first = jnp.zeros_like(length) if start is None else start
     if settings.left is None:
-        return jnp.zeros_like(length), length
-    return jnp.maximum(length - settings.queries - settings.left, 0), length
+        return first, length
+    return jnp.minimum(
+        jnp.maximum(length - settings.queries - settings.left, first), length
+    ), length
 
 
 def lookup_of(operands: Operands, place: Device) -> tuning.Lookup:
     """Describes a call to the file of block sizes, by the dtype of its cache."""
     widest = max(operands.key.shape[3], operands.value.shape[3])
     chips = (place.kind, place.platform)
-    return tuning.Lookup(chips, str(operands.key.dtype), widest, operands.capacity, True, 0)
+    return tuning.Lookup(
+        chips, str(operands.key.dtype), widest, tuning.longest(operands.capacity), True, 0
+    )
 
 
-def sees(settings: Settings, length: Any, token: Any, key: Any) -> Any:
-    """Returns whether the query `token` (0 to T - 1) sees the key at position `key`."""
+def sees(settings: Settings, length: Any, token: Any, key: Any, prefix: Any = None) -> Any:
+    """Returns whether `token` (0 to T - 1) sees the key at position `key`, one of `keys_needed`."""
     position = length - settings.queries + token
-    seen = key <= position
+    seen = key < length
+    if settings.right is not None:
+        near = key <= position + settings.right
+        seen &= near if prefix is None else near | (key < prefix)
     if settings.left is not None:
         seen &= key >= position - settings.left
     return seen
@@ -93,58 +110,86 @@ def canonical(
     query: jax.Array,
     key_cache: jax.Array,
     value_cache: jax.Array,
-    lengths: jax.Array | Sequence[int],
+    lengths: Any,
     page_table: jax.Array | None,
-    key_scale: jax.Array | None,
-    value_scale: jax.Array | None,
+    key_scale: Any,
+    value_scale: Any,
     scale: float | None,
     local_window_size: int | tuple[int | None, int | None] | None,
     logits_soft_cap: float | None,
     num_splits: int | None,
     interpret: Any,
+    is_causal: bool = True,
+    key_value_start: Any = None,
+    prefix_lengths: Any = None,
+    bias: Any = None,
 ) -> tuple[Settings, Operands]:
     """Checks the arguments of `decode_attention`, with query (B, T, N, d), and packs the rows."""
     _check_arrays(query, key_cache, value_cache, page_table)
+    query, key_cache, value_cache = map(jnp.asarray, (query, key_cache, value_cache))
     b, t, n, d = query.shape
     kv_heads = key_cache.shape[2]
-    for name, given, cache in (
-        ("key_scale", key_scale, key_cache),
-        ("value_scale", value_scale, value_cache),
-    ):
-        _check_scale(name, given, cache, query.dtype)
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    key_scale, head_scale = _scales("key_scale", key_scale, key_cache)
+    value_scale, value_head_scale = _scales("value_scale", value_scale, value_cache)
+    if bias is not None and not isinstance(bias, RULES):
+        kinds = " or ".join(kind.__name__ for kind in RULES)
+        raise TypeError(f"bias is of type {type(bias).__name__}; expected {kinds}")
+    if bias is not None:
+        bias.check(n)
+    left, right = options.window(local_window_size, is_causal)
+    if prefix_lengths is not None and right is None:
+        raise ValueError(
+            "prefix_lengths was given where nothing is hidden on the right; expected "
+            "is_causal=True or a local_window_size with a right side"
+        )
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if lengths.shape not in ((), (b,)) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; expected an integer for "
-            f"each of the batch entries, ({b},)"
+            f"each of the batch entries, ({b},), or one for all"
         )
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"logits_soft_cap={logits_soft_cap!r}; expected a positive number or None")
-    if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 1):
+    if num_splits is not None and (
+        not isinstance(num_splits, numbers.Integral) or num_splits < 1 or num_splits is True
+    ):
         raise ValueError(f"num_splits={num_splits!r}; expected a positive int or None")
     if page_table is not None:
-        page_table = jnp.clip(page_table, 0, key_cache.shape[0] - 1).astype(jnp.int32)
+        pages = key_cache.shape[0]
+        last = pages - 1 if isinstance(pages, int) else FAR  # all reads are clipped besides
+        page_table = to_int32("page_table", page_table, 0, last)
     group = n // kv_heads
     packed = query.reshape(b, t, kv_heads, group, d).transpose(0, 2, 1, 3, 4)
     operands = Operands(
         query=packed.reshape(b, kv_heads, t * group, d),
         key=key_cache,
         value=value_cache,
-        lengths=lengths,
+        lengths=jnp.zeros((b,), jnp.int32),
         page_table=page_table,
-        key_scale=None if key_scale is None else key_scale.astype(jnp.float32),
-        value_scale=None if value_scale is None else value_scale.astype(jnp.float32),
+        key_scale=key_scale,
+        value_scale=value_scale,
+        starts=_per_sequence("key_value_start", key_value_start, b),
+        prefixes=_per_sequence("prefix_lengths", prefix_lengths, b),
+        head_scale=head_scale,
+        value_head_scale=value_head_scale,
+        rule=bias,
     )
-    lengths = jnp.clip(lengths, 0, operands.capacity).astype(jnp.int32)
+    full = operands.capacity
+    most = full if isinstance(full, int) else FAR
+    lengths = jnp.broadcast_to(to_int32("lengths", lengths, 0, most), (b,))
+    if most is not full:  # symbolic, in a program to be exported
+        lengths = jnp.minimum(lengths, jnp.asarray(full, jnp.int32))
     settings = Settings(
-        scale=1 / math.sqrt(d) if scale is None else float(scale),
+        scale=1 / math.sqrt(d) if scale is None else options.number("scale", scale),
         queries=t,
-        left=_left(local_window_size),
-        soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        num_splits=num_splits,
+        # No position is beyond the last of the cache, or before that of the first of the queries.
+        left=_side(left, full - 1 if isinstance(full, int) else FAR),
+        right=_side(right, t),
+        soft_cap=options.soft_cap(logits_soft_cap),
+        num_splits=None if num_splits is None else int(num_splits),
         interpret=bool(interpret) if interpret in (None, False, True) else interpret,
     )
-    return settings, operands._replace(lengths=lengths)
+    starts = operands.starts
+    starts = None if starts is None else jnp.clip(starts, 0, lengths)
+    return settings, operands._replace(lengths=lengths, starts=starts)
 
 
 def _check_arrays(
@@ -196,37 +241,42 @@ def _check_arrays(
         raise ValueError(f"key_cache has shape {key.shape}; expected at least one page")
 
 
-def _check_scale(name: str, scale: jax.Array | None, cache: jax.Array, dtype: Any) -> None:
+def _scales(name: str, scale: Any, cache: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns float32 scales of tokens and heads, or else of heads alone (K,)."""
+    shape = cache.shape[:3]
     if cache.dtype not in QUANTIZED:
         if scale is not None:
             raise ValueError(
                 f"{name} was given for a cache of {cache.dtype}; expected None, scales are for "
                 "int8 and float8 caches"
             )
-        return
+        return None, None
+    kinds = f"{shape}, one for each token and head of the cache, or {shape[2:]} or ()"
     if scale is None:
         if cache.dtype == jnp.int8:
-            raise ValueError(
-                f"{name}=None for a cache of int8; expected one scale for each token and head, "
-                f"{cache.shape[:3]}"
-            )
-        return
-    if scale.shape != cache.shape[:3] or not jnp.issubdtype(scale.dtype, jnp.floating):
+            raise ValueError(f"{name}=None for a cache of int8; expected floating scales {kinds}")
+        return None, None
+    scale = jnp.asarray(scale)
+    floating = jnp.issubdtype(scale.dtype, jnp.floating)
+    if scale.shape not in ((), shape[2:], shape) or not floating:
         raise ValueError(
             f"{name} has shape {scale.shape} and dtype {scale.dtype}; expected floating scales "
-            f"{cache.shape[:3]}, one for each token and head of the cache"
+            f"{kinds}"
         )
+    scale = scale.astype(jnp.float32)
+    if scale.ndim == 3:
+        return scale, None
+    return None, jnp.broadcast_to(scale, shape[2:])
 
 
-def _left(window: Any) -> int | None:
-    """Returns how far a row looks back; what lies ahead of it is hidden in any case."""
-    if window is None:
-        return None
-    sides = window if isinstance(window, (tuple, list)) else (window, window)
-    if len(sides) != 2 or not all(
-        x is None or (isinstance(x, (int, np.integer)) and x >= 0) for x in sides
-    ):
-        raise ValueError(
-            f"local_window_size={window!r}; expected an int of at least 0 or a pair (left, right)"
-        )
-    return None if sides[0] is None else int(sides[0])
+def _per_sequence(name: str, value: Any, batch: int) -> jax.Array | None:
+    """Returns int32 (B,) from one number or one for each sequence."""
+    number, numbers = number_or_entries(name, value, Leading((batch,)), 0)
+    if numbers is None and number > 0:
+        numbers = jnp.full((batch,), min(number, FAR), jnp.int32)
+    return numbers
+
+
+def _side(side: int | None, most: int) -> int | None:
+    """Returns how far a row looks to one side, None where nothing is farther away than `most`."""
+    return None if side is None or side >= most else side

@@ -63,6 +63,8 @@ def refusal(settings: Settings, operands: Operands, place: Device) -> str | None
     """Returns why the call cannot be served, or None."""
     if 0 in operands.query.shape:
         return "the query is empty"
+    if operands.rule is not None:
+        return "it has no bias by rule"
     if operands.query.dtype == jnp.float16:
         return "float16 is no type of a TPU; expected bfloat16 or float32"
     for name, width in (("d", operands.key.shape[3]), ("dv", operands.value.shape[3])):
@@ -107,6 +109,13 @@ def decode(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
     ]
     query = operands.query.reshape(b, kv_heads * rows, d)
     query = jnp.pad(query, ((0, 0), (0, plan.padded_rows - kv_heads * rows), (0, 0)))
+    # What is not given costs nothing: no number to read ahead, no column.
+    given = [x for x in (operands.starts, operands.prefixes) if x is not None]
+    ahead = [jnp.concatenate([operands.lengths, *given]), table.reshape(-1)]
+    columns = []
+    if operands.head_scale is not None:
+        column = jnp.repeat(operands.head_scale, rows)
+        columns.append(jnp.pad(column, (0, plan.padded_rows - kv_heads * rows))[:, None])
     buffers = [
         *(pltpu.VMEM((2, plan.block_rows, x.shape[2]), x.dtype) for x in caches),
         *(pltpu.VMEM((2, 1, plan.block_rows), x.dtype) for x in scales),
@@ -124,12 +133,16 @@ def decode(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
             settings=settings,
             plan=plan,
             has_scales=(operands.key_scale is not None, operands.value_scale is not None),
+            has_start=operands.starts is not None,
+            has_prefix=operands.prefixes is not None,
+            has_column=bool(columns),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, splits),
             in_specs=[
                 per_sequence,
+                *(pl.BlockSpec(x.shape, lambda *_: (0, 0)) for x in columns),
                 *(pl.BlockSpec(memory_space=pl.ANY) for _ in (*caches, *scales)),
             ],
             out_specs=[per_part(dv), per_part(1)],
@@ -144,7 +157,7 @@ def decode(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
         ),
         interpret=interpret,
         name="decode_attention",
-    )(operands.lengths, table.reshape(-1), query, *caches, *scales)
+    )(*ahead, query, *columns, *caches, *scales)
     shape = (splits, b, kv_heads, rows)
     outputs = outputs[:, :, : kv_heads * rows].reshape(*shape, dv)
     return outputs, lses[:, :, : kv_heads * rows, 0].reshape(shape)
@@ -201,14 +214,21 @@ def _kernel(
     settings: Settings,
     plan: _Plan,
     has_scales: tuple[bool, bool],
+    has_start: bool,
+    has_prefix: bool,
+    has_column: bool,
 ) -> None:
     """Attends from all rows of one sequence to one part of its keys."""
+    column_ref, refs = (refs[0], refs[1:]) if has_column else (None, refs)
     count = 2 + sum(has_scales)
     sources, (o_ref, lse_ref), buffers = refs[:count], refs[count : count + 2], refs[count + 2 : -1]
     semaphores = refs[-1]
     sequence, split = pl.program_id(0), pl.program_id(1)
     length = lengths_ref[sequence]
-    start, stop = keys_needed(settings, length)
+    sequences = pl.num_programs(0)
+    begin = lengths_ref[sequences + sequence] if has_start else None
+    prefix = lengths_ref[sequences * (1 + has_start) + sequence] if has_prefix else None
+    start, stop = keys_needed(settings, length, begin)
     block = plan.pages_per_block * plan.page
     lower, upper = blocks_of_split(start, stop, block, split, pl.num_programs(1))
 
@@ -237,6 +257,7 @@ def _kernel(
     position = length - settings.queries + token
     column = lax.broadcasted_iota(jnp.int32, (1, plan.block_rows), 1)
     own_head = column % plan.kv_heads == head
+    scale = settings.scale if column_ref is None else settings.scale * column_ref[...]
     exact = {"precision": lax.Precision.HIGHEST} if q.dtype == jnp.float32 else {}
 
     def product(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
@@ -256,14 +277,20 @@ def _kernel(
         scales = [buffer[slot] for buffer in buffers[2:]]
         # Token s of the sequence has the columns from (s - base) K on.
         base = i * block
-        z = product(q, buffers[0][slot].astype(q.dtype), 1) * settings.scale
+        z = product(q, buffers[0][slot].astype(q.dtype), 1) * scale
         if has_scales[0]:
             z *= scales[0]
         if settings.soft_cap is not None:
             z = settings.soft_cap * jnp.tanh(z / settings.soft_cap)
-        seen = own_head & (column < (position + 1 - base) * plan.kv_heads)
+        end = stop
+        if settings.right is not None:
+            end = position + settings.right + 1
+            end = jnp.minimum(stop, end if prefix is None else jnp.maximum(end, prefix))
+        seen = own_head & (column < (end - base) * plan.kv_heads)
         if settings.left is not None:
             seen &= column >= (position - settings.left - base) * plan.kv_heads
+        if begin is not None:
+            seen &= column >= (begin - base) * plan.kv_heads
         z = jnp.where(seen, z, -jnp.inf)
         new_peak = jnp.maximum(peak, z.max(axis=1, keepdims=True))
         shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)

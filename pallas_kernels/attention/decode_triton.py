@@ -53,6 +53,8 @@ def refusal(settings: Settings, operands: Operands, place: Device) -> str | None
         return f"a head dimension is {widest}; expected at most {_MAX_HEAD_DIM}"
     if 0 in operands.query.shape:
         return "the query is empty"
+    if operands.rule is not None:
+        return "it has no bias by rule"
     for name, cache in (("key_cache", operands.key), ("value_cache", operands.value)):
         # Offsets count elements and get 64 bits where the array has more than 2**32 bytes.
         if cache.size > 2**31 and cache.size * cache.dtype.itemsize <= 2**32:
@@ -113,6 +115,13 @@ def decode(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
     scale_specs = [
         None if x is None else cache_spec() for x in (operands.key_scale, operands.value_scale)
     ]
+    of_sequence = pl.BlockSpec((None,), lambda i, h, p: (i,))
+    of_head = pl.BlockSpec((None,), lambda i, h, p: (h,))
+    operands = operands._replace(value_head_scale=None)  # the caller's
+    optional = (
+        (operands.starts, of_sequence), (operands.prefixes, of_sequence),
+        (operands.head_scale, of_head),
+    )  # fmt: skip
     inputs = jax.tree.leaves(operands)
     out_shape = [
         out_struct((splits, b, kv_heads, rows, dv), jnp.float32, *inputs),
@@ -127,9 +136,12 @@ def decode(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
             row_spec(0, d_tile),
             cache_spec(d_tile),
             cache_spec(dv_tile),
-            pl.BlockSpec((None,), lambda i, h, p: (i,)),
+            of_sequence,
             table_spec,
             *scale_specs,
+            *(None if x is None else spec for x, spec in optional),
+            None,
+            None,
         ],
         out_specs=[row_spec(1, dv_tile), row_spec(1)],
         out_shape=out_shape,
@@ -161,6 +173,11 @@ def _kernel(
     table_ref: Any,
     k_scale_ref: Any,
     v_scale_ref: Any,
+    start_ref: Any,
+    prefix_ref: Any,
+    head_scale_ref: Any,
+    _value_head_scale_ref: None,
+    _rule_ref: None,
     o_ref: Any,
     lse_ref: Any,
     *,
@@ -185,7 +202,12 @@ def _kernel(
     exact = dtype == jnp.float32
 
     length = length_ref[()]
-    start, stop = keys_needed(settings, length)
+    first = None if start_ref is None else start_ref[()]
+    prefix = None if prefix_ref is None else prefix_ref[()]
+    score_scale = settings.scale
+    if head_scale_ref is not None:
+        score_scale *= head_scale_ref[()]
+    start, stop = keys_needed(settings, length, first)
     lower, upper = blocks_of_split(start, stop, block, pl.program_id(2), pl.num_programs(2))
     q = plgpu.load(q_ref.at[:, :], mask=(row < rows) & in_d, other=0)
 
@@ -211,12 +233,12 @@ def _kernel(
         if table_ref is not None:
             pages = plgpu.load(table_ref.at[keys // page], mask=needed, other=0)
         k = load(k_ref, i, pages, needed[:, None] & in_d)
-        z = plgpu.dot(q, k.astype(dtype), trans_b=True, allow_tf32=not exact) * settings.scale
+        z = plgpu.dot(q, k.astype(dtype), trans_b=True, allow_tf32=not exact) * score_scale
         if k_scale_ref is not None:
             z *= load(k_scale_ref, i, pages, needed)[None, :]
         if settings.soft_cap is not None:
             z = settings.soft_cap * jnp.tanh(z / settings.soft_cap)
-        seen = sees(settings, length, token, keys[None, :]) & needed[None, :]
+        seen = sees(settings, length, token, keys[None, :], prefix) & needed[None, :]
         z = jnp.where(seen, z, -jnp.inf)
         new_peak = jnp.maximum(peak, z.max(axis=1))
         shift = jnp.where(new_peak == -jnp.inf, 0, new_peak)

@@ -25,6 +25,10 @@ def _int32(bits: int) -> np.int32:
     return np.uint32(bits).astype(np.int32)
 
 
+ROW, KEY = _int32(0x9E3779B1), _int32(0x85EBCA77)
+"""Odd numbers that rows and keys are multiplied by."""
+
+
 def mix(x: Any) -> Any:
     """Mixes 32 bits so that each input bit changes each output bit with probability near 1/2.
 
@@ -43,7 +47,7 @@ def seeds(key: jax.Array, batch: int, heads: int) -> jax.Array:
     bits = jax.random.bits(key, (2,), jnp.uint32).astype(jnp.int32)
     b = jnp.arange(batch, dtype=jnp.int32)[:, None]
     n = jnp.arange(heads, dtype=jnp.int32)[None, :]
-    return mix(mix(b * _int32(0x9E3779B1) + bits[0]) + n * _int32(0x85EBCA77) + bits[1])
+    return mix(mix(b * ROW + bits[0]) + n * KEY + bits[1])
 
 
 def keep(seed: Any, rows: Any, keys: Any, rate: float) -> Any:
@@ -55,6 +59,6 @@ def keep(seed: Any, rows: Any, keys: Any, rate: float) -> Any:
       keys: int32 positions of the keys.
       rate: Probability that an entry is dropped, in [0, 1).
     """
-    row_key = mix(rows * _int32(0x9E3779B1) + seed)
-    bits = mix((keys * _int32(0x85EBCA77)) ^ row_key)
+    row_key = mix(rows * ROW + seed)
+    bits = mix((keys * KEY) ^ row_key)
     return lax.shift_right_logical(bits, jnp.int32(8)) >= np.int32(math.ceil(rate * 2**24))

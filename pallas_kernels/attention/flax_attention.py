@@ -40,6 +40,12 @@ def flax_attention_fn(
     over as an array, which cannot be recognised while tracing: give the layer no mask and use
     ``make_flax_attention_fn(is_causal=True)``, so that hidden blocks are not computed.
 
+    A layer that decodes gives one query, its whole cache and a mask of what is filled. So where
+    there is a mask and there are fewer queries than keys, T < S, the last query stands at the last
+    key that the mask of its batch entry shows, and causal masks and windows count from there.
+    Elsewhere the first query stands at position 0; ``make_flax_attention_fn(query_offset=...)``
+    overrides both.
+
     Args:
       query: (..., T, N, d).
       key: (..., S, K, d).
@@ -53,7 +59,8 @@ def flax_attention_fn(
       dtype: The inputs are cast to it; by default to their common dtype.
       precision: Of the products.
       module: Given by Flax when it wants the attention weights sown into this layer. They exist in
-        Flax's own function only, which is called in that case.
+        Flax's own function only, which is called in that case. Rows that see no key are 0 then too;
+        their sown weights are Flax's own, an average over all keys.
       is_causal: Whether a query sees only keys up to its own position.
       force_fp32_for_softmax: Has no effect: softmax is float32 here in any case.
       qk_attn_weights_einsum: Replaces a product; hands the call to Flax's own function.
@@ -167,23 +174,36 @@ def _attend(
             )
         from flax import linen, nnx
 
+        mask = _with_all_axes(query, mask)
+        if causal and mask is not None:
+            # Flax's own causal mask, where it has one, begins at position 0 in any case.
+            mask = mask & _causal(query, key, _first_position(query, key, mask))
+            is_causal = False
         common = {
-            "bias": bias, "mask": None if mask is None else mask != 0,
+            "bias": bias, "mask": mask,
             "broadcast_dropout": broadcast_dropout, "dropout_rng": dropout_rng,
             "dropout_rate": dropout_rate, "deterministic": deterministic, "dtype": dtype,
             "precision": precision, "module": module,
         }  # fmt: skip
         if isinstance(module, nnx.Module):
-            return nnx.dot_product_attention(query, key, value, **common, is_causal=is_causal)
-        own.pop("module")
-        return linen.dot_product_attention(
-            query, key, value, **common, **own, force_fp32_for_softmax=force_fp32_for_softmax
-        )
+            output = nnx.dot_product_attention(query, key, value, **common, is_causal=is_causal)
+        else:
+            own.pop("module")
+            output = linen.dot_product_attention(
+                query, key, value, **common, **own, force_fp32_for_softmax=force_fp32_for_softmax
+            )
+        if mask is None:
+            return output
+        return jnp.where(mask.any(axis=-1).swapaxes(-1, -2)[..., None], output, 0)
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
     fixed = {k: v for k, v in defaults.items() if k not in ("is_causal", "implementation")}
+    mask = _with_all_axes(query, mask)
+    counts = causal or fixed.get("local_window_size") is not None
+    if counts and fixed.get("query_offset") is None:
+        fixed["query_offset"] = _first_position(query, key, mask)
     signature = inspect.signature(api.attention).bind(
-        query, key, value, bias, None if mask is None else mask != 0,
+        query, key, value, bias, mask,
         is_causal=causal, precision=precision,
         dropout_rate=0.0 if deterministic else dropout_rate,
         dropout_rng=None if deterministic else dropout_rng, **fixed,
@@ -196,3 +216,31 @@ def _attend(
     }
     checked = arguments.canonical(**call, broadcast_dropout=broadcast_dropout)
     return api.run(checked, defaults.get("implementation"), return_residual=False)
+
+
+def _first_position(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> Any:
+    """Returns where the first query stands, as `attention` takes its ``query_offset``."""
+    queries, keys = query.shape[-3], key.shape[-3]
+    if mask is None or queries >= keys:
+        return 0
+    positions = jnp.arange(keys, dtype=jnp.int32).reshape((1,) * (mask.ndim - 1) + (keys,))
+    last = jnp.where(mask, positions, -1).max(axis=(-3, -2, -1))
+    return jnp.broadcast_to(last - (queries - 1), query.shape[:-3])
+
+
+def _with_all_axes(query: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+    """Returns a mask of truths with as many axes as the scores (..., N, T, S)."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask) != 0
+    return mask.reshape((1,) * (query.ndim - mask.ndim) + mask.shape)
+
+
+def _causal(query: jax.Array, key: jax.Array, offset: Any) -> jax.Array:
+    """Returns the causal mask (..., 1, T, S)."""
+    first = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), query.shape[:-3])[
+        ..., None, None, None
+    ]
+    shape = (1,) * (query.ndim - 2) + (query.shape[-3], key.shape[-3])
+    rows, keys = (jax.lax.broadcasted_iota(jnp.int32, shape, query.ndim - i) for i in (2, 1))
+    return keys <= rows + first

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attention import layouts, ring
+from pallas_kernels.attention import layouts, parts, ring
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
-from pallas_kernels.attention.ring import Axis, Held, Job, Rows
+from pallas_kernels.attention.ring import Axis, Held, Job, Own, Rows
 
 
 def gather(route: Route, axis: Axis, layout: str) -> Route:
@@ -32,13 +32,13 @@ def gather(route: Route, axis: Axis, layout: str) -> Route:
         return _forward_by_source(job) if _has_gaps(job) else _forward(job)
 
     def backward(
-        settings: Settings, operands: Operands, lse: Any, cotangent: Any, delta: Any, _: bool
+        settings: Settings, operands: Operands, lse: Any, cotangent: Any, delta: Any, asked: bool
     ) -> Gradients:
         job = Job.of(route, axis, layout, settings, operands)
-        rows = Rows(lse, cotangent, delta)
+        rows = Rows(lse, cotangent, delta, asked)
         find = _backward_by_source if _has_gaps(job) else _backward
-        d_query, d_key, d_value = find(job, rows)
-        return ring.cast(job, d_query, *(_scatter(job, x) for x in (d_key, d_value)))
+        own, *d_held = find(job, rows)
+        return ring.cast(job, own, *(_scatter(job, x) for x in d_held))
 
     return Route(f"gather to {route.name}", forward, backward, route.refusal)
 
@@ -60,8 +60,9 @@ def _forward(job: Job) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate(outputs, axis=1), jnp.concatenate(lses, axis=2)
 
 
-def _backward(job: Job, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(job: Job, rows: Rows) -> tuple[Own, jax.Array, jax.Array]:
     held, dtype = _gather(job), rows.lse.dtype
+    d_diagonals = ring.no_gradients(job, rows).diagonals
     d_queries, d_keys, d_values = [], [], []
     for run in _runs(job):
         part = job.route.backward(
@@ -70,8 +71,10 @@ def _backward(job: Job, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
             rows.lse[:, :, run.rows],
             rows.cotangent[:, run.rows],
             rows.delta[:, :, run.rows],
-            False,
+            rows.bias_gradient,
         )
+        if d_diagonals is not None:
+            d_diagonals = _band(job, run).add(d_diagonals, part.diagonals)
         d_queries.append(part.query)
         d_keys.append(part.key.astype(dtype))
         d_values.append(part.value.astype(dtype))
@@ -80,7 +83,16 @@ def _backward(job: Job, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
         d_key, d_value = (
             layouts.from_positions(x, job.axis.size, job.layout) for x in (d_key, d_value)
         )
-    return jnp.concatenate(d_queries, axis=1), d_key, d_value
+    d_query = jnp.concatenate(d_queries, axis=1).astype(dtype)
+    return Own(d_query, d_diagonals), d_key, d_value
+
+
+def _band(job: Job, run: _Run) -> parts.Band:
+    """Returns the distances between a run and all keys in the order of positions."""
+    queries, keys = (job.axis.size * x.shape[1] for x in job.operands[:2])
+    rows = run.rows.stop - run.rows.start
+    assert run.offset is not None
+    return parts.Band(queries - rows - run.offset, rows + keys - 1, 1)
 
 
 def _operands(job: Job, held: Held, run: _Run, sinks: jax.Array | None = None) -> Operands:
@@ -92,8 +104,25 @@ def _operands(job: Job, held: Held, run: _Run, sinks: jax.Array | None = None) -
         offsets=None if run.offset is None else jnp.full(query.shape[:1], run.offset),
         query_segment_ids=None if query_ids is None else query_ids[:, run.rows],
         key_value_segment_ids=held.segment_ids,
+        key_value_lengths=mask.key_value_lengths,
+        dense=_dense(job, run),
     )
-    return Operands(query, held.key, held.value, sinks=sinks, mask=mask)
+    diagonals = job.operands.diagonals
+    if diagonals is not None:
+        diagonals = _band(job, run).read(diagonals)
+    seeds = parts.seeds(job.operands.seeds, run.rows.start, 0, job.device)
+    return Operands(query, held.key, held.value, None, sinks, mask, seeds, diagonals)
+
+
+def _dense(job: Job, run: _Run) -> jax.Array | None:
+    """Returns the dense mask of a run and all keys, in the order of the keys."""
+    dense = job.operands.mask.dense
+    if dense is not None and dense.shape[2] != 1:
+        dense = dense[:, :, run.rows]
+    if dense is not None and dense.shape[3] != 1 and _has_window(job):
+        by_key = layouts.to_positions(dense.swapaxes(1, 3), job.axis.size, job.layout)
+        dense = by_key.swapaxes(1, 3)
+    return dense
 
 
 def _runs(job: Job) -> list[_Run]:
@@ -107,7 +136,10 @@ def _runs(job: Job) -> list[_Run]:
 
 
 def _has_window(job: Job) -> bool:
-    return job.operands.mask.left is not None or job.operands.mask.right is not None
+    """Whether it matters at which positions keys are."""
+    mask = job.operands.mask
+    given = (mask.left, mask.right, mask.key_value_lengths, job.operands.diagonals)
+    return any(x is not None for x in given)
 
 
 def _has_gaps(job: Job) -> bool:
@@ -141,29 +173,29 @@ def _forward_by_source(job: Job) -> tuple[jax.Array, jax.Array]:
     return ring.finish(job, lax.fori_loop(0, job.axis.size, step, ring.no_attention(job)))
 
 
-def _backward_by_source(job: Job, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward_by_source(job: Job, rows: Rows) -> tuple[Own, jax.Array, jax.Array]:
     held, plan, dtype = _gather(job), _plan(job), rows.lse.dtype
 
     def step(t: Any, total: Any) -> Any:
-        d_query, *d_held = total
+        own, *d_held = total
         part = _slice_of(job, held, t)
-        d_query, shares = ring.add_gradients(job, rows, plan, t, part, d_query)
+        own, shares = ring.add_gradients(job, rows, plan, t, part, own)
         start = _start(job, t)
-        return d_query, *(
+        return own, *(
             lax.dynamic_update_slice_in_dim(x, y, start, axis=1) for x, y in zip(d_held, shares)
         )
 
-    shapes = job.operands.query.shape, held.key.shape, held.value.shape
-    zeros = tuple(job.constant(shape, dtype) for shape in shapes)
-    return lax.fori_loop(0, job.axis.size, step, zeros)
+    zeros = (job.constant(x.shape, dtype) for x in (held.key, held.value))
+    return lax.fori_loop(0, job.axis.size, step, (ring.no_gradients(job, rows), *zeros))
 
 
 def _plan(job: Job) -> layouts.Plan:
     size, mask = job.operands.sizes, job.operands.mask
     everyone = np.ones((job.axis.size, job.axis.size), bool)
     return layouts.plan(
-        job.layout, job.axis.size, size.queries, size.keys, mask.left, mask.right, everyone
-    )
+        job.layout, job.axis.size, size.queries, size.keys, mask.left, mask.right, everyone,
+        by_runs=job.operands.diagonals is not None,
+    )  # fmt: skip
 
 
 def _start(job: Job, step: Any) -> jax.Array:

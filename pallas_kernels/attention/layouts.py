@@ -120,8 +120,9 @@ def from_positions(x: jax.Array, axis_size: int, layout: str) -> jax.Array:
 
 
 def schedule(
-    layout: str, axis_size: int, rows: int, keys: int, left: int | None, right: int | None
-) -> Schedule:
+    layout: str, axis_size: int, rows: int, keys: int, left: int | None, right: int | None,
+    *, by_runs: bool = False,
+) -> Schedule:  # fmt: skip
     """Returns the work of a ring for slices of `rows` queries and `keys` keys.
 
     Args:
@@ -131,13 +132,14 @@ def schedule(
       keys: Keys of a device.
       left: The window between positions, as in `Mask`.
       right: Likewise; 0 is causal.
+      by_runs: Whether each call is one run of rows against one run of keys.
     """
     device = np.arange(axis_size)
     steps = (device[:, None] - device[None, :]) % axis_size
     low, high = _intervals(layout, axis_size, rows, keys, left, right)
     last = int(steps.max(where=(low <= high).any(axis=(2, 3)), initial=0))
     local, remote = (
-        plan(layout, axis_size, rows, keys, left, right, members)
+        plan(layout, axis_size, rows, keys, left, right, members, by_runs=by_runs)
         for members in (steps == 0, (steps > 0) & (steps <= last))
     )
     return Schedule(local, remote, last)
@@ -151,6 +153,8 @@ def plan(
     left: int | None,
     right: int | None,
     members: np.ndarray,
+    *,
+    by_runs: bool = False,
 ) -> Plan:
     """Returns what the pairs of devices in `members`, bool (n, n), have to compute.
 
@@ -170,7 +174,7 @@ def plan(
     branches = []
     for number in range(len(found)):
         here = members & (choice == number)
-        branches.append(_calls(low[here], high[here], rows // runs, keys // runs))
+        branches.append(_calls(low[here], high[here], rows // runs, keys // runs, by_runs))
     flat = offsets.reshape(axis_size, axis_size, runs * runs)
     return Plan(tuple(branches), choice, flat.astype(np.int32))
 
@@ -203,13 +207,15 @@ def _shortened(
     return np.where(empty, _FAR, low), np.where(empty, -_FAR, high)
 
 
-def _calls(low: np.ndarray, high: np.ndarray, rows: int, keys: int) -> tuple[Call, ...]:
+def _calls(
+    low: np.ndarray, high: np.ndarray, rows: int, keys: int, by_runs: bool
+) -> tuple[Call, ...]:
     """Returns the calls of a branch from the intervals of its members, (members, runs, runs)."""
     runs = low.shape[1]
     all_rows, all_keys = slice(0, runs * rows), slice(0, runs * keys)
     if not (low <= high).any():
         return ()
-    if _as_if_adjacent(low, high, rows, keys):
+    if not by_runs and _as_if_adjacent(low, high, rows, keys):
         return (_call(all_rows, all_keys, low[:, 0, 0], high[:, 0, 0], 0),)
 
     def run(number: int, length: int) -> slice:
@@ -218,8 +224,10 @@ def _calls(low: np.ndarray, high: np.ndarray, rows: int, keys: int) -> tuple[Cal
     calls = []
     whole = ((low == -_FAR) & (high == _FAR)).all(axis=0)
     indices = range(runs)
-    together = [(all_rows, run(b, keys), np.s_[:, b]) for b in indices]
-    together += [(run(a, rows), all_keys, np.s_[a, :]) for a in indices]
+    together = []
+    if not by_runs:
+        together += [(all_rows, run(b, keys), np.s_[:, b]) for b in indices]
+        together += [(run(a, rows), all_keys, np.s_[a, :]) for a in indices]
     together += [(run(a, rows), run(b, keys), np.s_[a, b]) for a in indices for b in indices]
     for r, k, entries in together:
         if whole[entries].all():

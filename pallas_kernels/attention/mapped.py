@@ -23,9 +23,12 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels._compat import unvarying
+from pallas_kernels._compat import unvarying, vary, varying_axes
+from pallas_kernels.attention.placement import Leading, axis_names, free_axes, named, placed_like
 
 Arrays = tuple[jax.Array, ...]
+
+_BROADCAST = ("bnts", "bnr")  # the axes of arrays with one batch entry for all
 
 
 def call(
@@ -63,7 +66,7 @@ class _Call(NamedTuple):
         sizes = {}
         for axes, x in zip(self.in_axes, args):
             for letter, size in zip(axes, x.shape):
-                sizes[letter] = max(size, sizes.get(letter, size))
+                sizes[letter] = sizes.get(letter, size) if size == 1 else size
         shapes = [tuple(sizes[letter] for letter in axes) for axes in self.out_axes]
         for i, o in self.summed:
             shapes[o] = args[i].shape
@@ -77,29 +80,134 @@ def _batched(spec: _Call) -> Callable[..., Arrays]:
 
     @run.def_vmap
     def rule(axis_size: int, in_batched: Sequence[bool], *args: jax.Array) -> Any:
+        if axis_size == 0:
+            one = [x[:0].sum(axis=0, dtype=x.dtype) if m else x for m, x in zip(in_batched, args)]
+            found = [jnp.zeros((0, *x.shape), x.dtype) for x in spec.results(one)]
+            return tuple(found), (True,) * len(found)
+        if _shares_keys(spec, in_batched, args) and not spec.summed:
+            return _more_heads(run, spec, axis_size, in_batched, args)
         if any(mapped and "b" not in axes for mapped, axes in zip(in_batched, spec.in_axes)):
             return _one_by_one(run, in_batched, args, len(spec.out_axes))
-        batch = args[0].shape[1 if in_batched[0] else 0]
-        differentiated = {i for i, _ in spec.summed}
-
-        def fold(i: int, x: jax.Array) -> jax.Array:
-            if "b" not in spec.in_axes[i]:
-                return x
-            if not in_batched[i]:
-                if x.shape[0] == 1 and spec.in_axes[i] == "bnts" and i not in differentiated:
-                    return x
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            x = jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:]))
-            return x.reshape(axis_size * batch, *x.shape[2:])
-
-        results = run(*(fold(i, x) for i, x in enumerate(args)))
-        results = [x.reshape(axis_size, batch, *x.shape[1:]) for x in results]
-        for i, o in spec.summed:
-            if args[i].shape[1 if in_batched[i] else 0] == 1:
-                results[o] = results[o].sum(axis=1, keepdims=True)
-        return tuple(results), (True,) * len(results)
+        if _shares_keys(spec, in_batched, args):
+            return _in_parts(run, spec, axis_size, in_batched, args)
+        return _more_entries(run, spec, axis_size, in_batched, args)
 
     return run
+
+
+def _shares_keys(spec: _Call, in_batched: Sequence[bool], args: Sequence[jax.Array]) -> bool:
+    """Whether a mapped axis is over what heads have, such as queries, and all share the keys.
+
+    On a mesh the axis may be spread over devices, where it must stay an axis of batch entries.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1 or explicit_sharding(args[0]) is not None:
+        return False
+    mapped = [axes for axes, batched in zip(spec.in_axes, in_batched) if batched]
+    planes = [
+        x.size
+        for axes, batched, x in zip(spec.in_axes, in_batched, args)
+        if axes in _BROADCAST and not batched and x.shape[1] > 1
+    ]
+    # A bias or mask for each head would be copied in place of the keys.
+    small = not planes or sum(planes) <= args[1].size + args[2].size
+    return all("n" in axes for axes in mapped) and small
+
+
+def _more_entries(
+    run: Callable[..., Arrays],
+    spec: _Call,
+    axis_size: int,
+    in_batched: Sequence[bool],
+    args: Sequence[jax.Array],
+) -> tuple[Arrays, tuple[bool, ...]]:
+    """Maps by more batch entries."""
+    batch = args[0].shape[1 if in_batched[0] else 0]
+    leading = Leading((axis_size, batch))
+    if in_batched[0]:
+        leading = Leading.of(args[0], 2)
+    differentiated = {i for i, _ in spec.summed}
+
+    def fold(i: int, x: jax.Array) -> jax.Array:
+        if "b" not in spec.in_axes[i]:
+            return x
+        if not in_batched[i]:
+            if x.shape[0] == 1 and spec.in_axes[i] in _BROADCAST and i not in differentiated:
+                return x
+            x = jnp.broadcast_to(x, (axis_size, *x.shape))
+        return leading.merge(jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:])))
+
+    results = run(*(fold(i, x) for i, x in enumerate(args)))
+    results = [leading.split(x) for x in results]
+    for i, o in spec.summed:
+        if args[i].shape[1 if in_batched[i] else 0] == 1:
+            results[o] = results[o].sum(axis=1, keepdims=True)
+    return tuple(results), (True,) * len(results)
+
+
+def _in_parts(
+    run: Callable[..., Arrays],
+    spec: _Call,
+    axis_size: int,
+    in_batched: Sequence[bool],
+    args: Sequence[jax.Array],
+) -> tuple[Arrays, tuple[bool, ...]]:
+    """Maps by `_more_entries` of so few entries at a time that what is copied stays small.
+
+    Each entry has gradients of the keys of its own, so the keys of an entry cannot be shared here;
+    their copies take no more than what is mapped does.
+    """
+    if not all(isinstance(x, int) for x in (axis_size, args[0].size, args[1].size)):
+        return _more_entries(run, spec, axis_size, in_batched, args)
+    own = sum(x.size for x, batched in zip(args, in_batched) if batched)
+    at_once = max(1, own // max(1, args[1].size + args[2].size))
+    part = next(n for n in range(min(axis_size, at_once), 0, -1) if axis_size % n == 0)
+    if part == axis_size:
+        return _more_entries(run, spec, axis_size, in_batched, args)
+    mapped = [
+        x.reshape(axis_size // part, part, *x.shape[1:]) for x, b in zip(args, in_batched) if b
+    ]
+
+    def step(parts: Sequence[jax.Array]) -> Arrays:
+        rest = iter(parts)
+        these = [next(rest) if b else x for x, b in zip(args, in_batched)]
+        return _more_entries(run, spec, part, in_batched, these)[0]
+
+    found = lax.map(step, mapped)
+    return tuple(x.reshape(axis_size, *x.shape[2:]) for x in found), (True,) * len(found)
+
+
+def _more_heads(
+    run: Callable[..., Arrays],
+    spec: _Call,
+    axis_size: int,
+    in_batched: Sequence[bool],
+    args: Sequence[jax.Array],
+) -> tuple[Arrays, tuple[bool, ...]]:
+    """Maps by more query heads for each key head, so that no key is copied and no row moves."""
+    heads, kv_heads = args[0].shape[2 + in_batched[0]], args[1].shape[2]
+
+    def fold(axes: str, x: jax.Array, batched: bool) -> jax.Array:
+        if "n" not in axes:
+            return x
+        n = axes.index("n")
+        if axes == "bnts" and not batched and x.shape[n] == 1:
+            return x
+        if not batched:
+            x = jnp.broadcast_to(x, (axis_size, *x.shape))
+        before, after = x.shape[1 : n + 1], x.shape[n + 2 :]
+        x = jnp.broadcast_to(x, (axis_size, *before, heads, *after))
+        x = x.reshape(axis_size, *before, kv_heads, heads // kv_heads, *after)
+        x = jnp.moveaxis(x, 0, n + 1)
+        return x.reshape(*before, axis_size * heads, *after)
+
+    def unfold(axes: str, x: jax.Array) -> jax.Array:
+        n = axes.index("n")
+        before, after = x.shape[:n], x.shape[n + 1 :]
+        x = x.reshape(*before, kv_heads, axis_size, heads // kv_heads, *after)
+        return jnp.moveaxis(x, n + 1, 0).reshape(axis_size, *before, heads, *after)
+
+    found = run(*(fold(*call) for call in zip(spec.in_axes, args, in_batched)))
+    return tuple(unfold(*call) for call in zip(spec.out_axes, found)), (True,) * len(found)
 
 
 def _one_by_one(
@@ -119,9 +227,9 @@ def _one_by_one(
 
 
 def _sharded(spec: _Call, args: Sequence[jax.Array]) -> Arrays:
-    mesh = jax.typeof(args[0]).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
-        return _explicit(spec, args)
+    sharding = explicit_sharding(args[0])
+    if sharding is not None:
+        return _explicit(spec, args, sharding)
     if jax.sharding.get_abstract_mesh().manual_axes:
         return unvarying(spec.fn, *args)  # every device already holds its part
     return _automatic(spec, args)
@@ -130,11 +238,14 @@ def _sharded(spec: _Call, args: Sequence[jax.Array]) -> Arrays:
 def _automatic(spec: _Call, args: Sequence[jax.Array]) -> Arrays:
     """Lets the partitioner choose among the shardings of batch entries and heads."""
     heads_to_split = _heads_to_split(args)
+    traced_in = jax.sharding.get_abstract_mesh()
 
     def partition(mesh: Any, arg_shapes: Any, result_shapes: Any) -> Any:
-        sharded = arg_shapes[0].sharding.spec
-        batch = _axis_names(sharded, 0)
-        heads = _dividing(mesh, _axis_names(sharded, 2), heads_to_split)
+        del mesh  # empty where no argument of the program has a place yet
+        query = named(arg_shapes[0].sharding, traced_in, arg_shapes[0].shape)
+        mesh = query.mesh
+        batch = axis_names(query.spec, 0)
+        heads = _dividing(mesh, axis_names(query.spec, 2), heads_to_split)
         shard = functools.partial(_shard, mesh, batch, heads)
         return (
             mesh,
@@ -160,33 +271,74 @@ def _automatic(spec: _Call, args: Sequence[jax.Array]) -> Arrays:
     return partitioned(*args)
 
 
-def _explicit(spec: _Call, args: Sequence[jax.Array]) -> Arrays:
+def _explicit(spec: _Call, args: Sequence[jax.Array], sharding: NamedSharding) -> Arrays:
     """Runs `fn` on each device's batch entries and heads, where shardings are part of the types."""
-    sharding = jax.typeof(args[0]).sharding
-    mesh = sharding.mesh
-    batch, length, heads, size = (_axis_names(sharding.spec, axis) for axis in range(4))
-    if length or size:
-        raise ValueError(
-            f"query {args[0].shape} is sharded as {sharding.spec}; expected only its batch and "
-            "heads to be sharded (for a sharded sequence there is ring_attention)"
+    split = Split.of(sharding, args, spec.in_axes)
+    local = _with_sums(spec, args, split.batch, split.heads)
+    results = list(split.run(local, args, spec.in_axes, spec.out_axes, spec.results(args)))
+    for i, o in spec.summed:  # a gradient lies where its primal does
+        results[o] = placed_like(results[o], args[i])
+    return tuple(results)
+
+
+class Split(NamedTuple):
+    """Over which axes of a mesh with explicit axes the batch entries and the heads are split."""
+
+    mesh: Any
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, sharding: NamedSharding, args: Sequence[jax.Array], in_axes: Sequence[str]
+    ) -> Split:
+        """Returns how the query, the first of `args`, is split; `sharding` is its own."""
+        found = {letter: axis_names(sharding.spec, i) for i, letter in enumerate(in_axes[0])}
+        batch, heads = found.pop("b"), found.pop("n")
+        if any(found.values()):
+            raise ValueError(
+                f"query {args[0].shape} is sharded as {sharding.spec}; expected only its batch and "
+                "heads to be sharded (for a sharded sequence there is ring_attention)"
+            )
+        if heads != _dividing(sharding.mesh, heads, _heads_to_split(args)):
+            raise ValueError(
+                f"query heads are sharded over {heads}, {_count(sharding.mesh, heads)} devices, "
+                f"which do not divide the {_heads_to_split(args)} heads of key {args[1].shape}"
+            )
+        return cls(sharding.mesh, batch, heads)
+
+    def run(
+        self,
+        fn: Callable[..., Arrays],
+        args: Sequence[jax.Array],
+        in_axes: Sequence[str],
+        out_axes: Sequence[str],
+        results: Sequence[Any],
+    ) -> Arrays:
+        """Returns ``fn(*args)``, computed by each device of its own part; `results` have shapes."""
+        shard = functools.partial(_shard, self.mesh, self.batch, self.heads)
+        shardings = [shard(axes, x.shape) for axes, x in zip(in_axes, args)]
+        local = jax.shard_map(
+            fn,
+            in_specs=tuple(s.spec for s in shardings),
+            out_specs=tuple(shard(axes, x.shape).spec for axes, x in zip(out_axes, results)),
+            mesh=self.mesh,
+            axis_names=free_axes(self.mesh),
+            check_vma=False,
         )
-    if heads != _dividing(mesh, heads, _heads_to_split(args)):
-        raise ValueError(
-            f"query heads are sharded over {heads}, {_count(mesh, heads)} devices, which do not "
-            f"divide the {_heads_to_split(args)} heads of key {args[1].shape}"
-        )
-    shard = functools.partial(_shard, mesh, batch, heads)
-    shardings = [shard(axes, x.shape) for axes, x in zip(spec.in_axes, args)]
-    local = jax.shard_map(
-        _with_sums(spec, args, batch, heads),
-        in_specs=tuple(s.spec for s in shardings),
-        out_specs=tuple(
-            shard(axes, x.shape).spec for axes, x in zip(spec.out_axes, spec.results(args))
-        ),
-        mesh=mesh,
-        check_vma=False,
-    )
-    return local(*(jax.sharding.reshard(x, s) for x, s in zip(args, shardings)))
+        # Inside of a `shard_map` over other axes, results vary over those as the arguments do.
+        axes = varying_axes(*args)
+        found = local(*(jax.sharding.reshard(x, s) for x, s in zip(args, shardings)))
+        return tuple(vary(x, axes) for x in found)
+
+
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """Returns the sharding of `x` if its mesh has explicit axes, or the ambient one has them."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:  # arrays that have no place yet are the same on all devices
+        ambient = jax.sharding.get_abstract_mesh()
+        sharding = NamedSharding(ambient, PartitionSpec())
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _with_sums(
@@ -240,13 +392,6 @@ def _sharding_rule(spec: _Call, args: Sequence[jax.Array]) -> tuple[str, tuple[s
 
     arguments = side(spec.in_axes, args)
     return f"{arguments} -> {side(spec.out_axes, spec.results(args))}", tuple(whole)
-
-
-def _axis_names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
-    entry = spec[axis] if axis < len(spec) else None
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _heads_to_split(args: Sequence[jax.Array]) -> int:

@@ -81,7 +81,7 @@ def merge_parts(outputs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Arr
     # The maximum only shifts the exponents: detached everywhere, its derivative cancels exactly.
     peak = lax.stop_gradient(lses.max(axis=0))
     peak = jnp.where(peak == -jnp.inf, 0, peak)
-    weights = jnp.exp(lses - peak)
+    weights = jnp.exp(lses - peak[None])
     total = weights.sum(axis=0)
     empty = total == 0
     total = jnp.where(empty, 1, total)

@@ -27,6 +27,7 @@ class Operands(NamedTuple):
     sinks: jax.Array | None = None  # float32 (N,)
     mask: Mask = Mask()
     seeds: jax.Array | None = None  # int32 (B, N), of the dropout mask; see `dropout.keep`
+    diagonals: jax.Array | None = None  # `wide` (B or 1, N, T + S - 1), see `diagonals_of`
 
     @property
     def sizes(self) -> Sizes:
@@ -75,6 +76,7 @@ class Gradients(NamedTuple):
     key: jax.Array
     value: jax.Array
     bias: jax.Array | None = None
+    diagonals: jax.Array | None = None
 
 
 class Route(NamedTuple):
@@ -84,9 +86,9 @@ class Route(NamedTuple):
     dtype and the log-sum-exp of each row (B, N, T) in float32, natural units. A row that sees no
     key has output 0 and lse -inf; with a sink, output 0 and lse equal to the sink.
 
-    `backward(settings, operands, lse, cotangent, delta, bias_gradient)` returns `Gradients`, with a
-    bias gradient only if `bias_gradient`. `cotangent` is that of the output (B, T, N, dv), in its
-    dtype. `delta` (B, N, T) float32 is
+    `backward(settings, operands, lse, cotangent, delta, bias_gradient)` returns `Gradients`, with
+    that of bias or diagonals, of which a call has one at most, only if `bias_gradient`.
+    `cotangent` is that of the output (B, T, N, dv), in its dtype. `delta` (B, N, T) float32 is
 
         sum over dv of cotangent * output  -  (cotangent of lse)
 
@@ -94,6 +96,15 @@ class Route(NamedTuple):
 
     `refusal(settings, operands, device)` returns why the call cannot be served, or None. Operands
     may be tracers or `jax.ShapeDtypeStruct`; under `settings.interpret` any device serves.
+
+    `tangent(settings, operands, lse, moved)` returns ``(weighted, mass)``, how `moved`, tangents of
+    query, key, value and bias by name, move each row: the sums of `tangent.py`, (B, T, N, dv) and
+    (B, N, T), in float32 or wider. Only routes in plain JAX have one.
+
+    `plain` is a route in plain JAX with a tangent, whose functions stand in for this one's where
+    derivatives are differentiated; None for that of `chunked`.
+
+    `axis_name` is the mapped axis over which the route communicates, if it does.
 
     `choices(operands)` returns what `--tune` tries for each kernel on the device that is compiled
     for: configs that the route accepts for these operands.
@@ -108,3 +119,6 @@ class Route(NamedTuple):
     refusal: Callable[[Settings, Operands, Device], str | None]
     config_type: type | None = None  # what `Settings.config` may be
     choices: Callable[[Operands], tuple[Any, ...]] = lambda operands: ()  # of `tuning.Choice`
+    tangent: Callable[[Settings, Operands, jax.Array, Any], tuple[Any, Any]] | None = None
+    plain: Route | None = None
+    axis_name: Hashable = None

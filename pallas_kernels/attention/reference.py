@@ -1,6 +1,6 @@
-"""Attention as its definition reads: O(T S) memory, differentiable any number of times.
+"""Attention as its definition reads: O(T S) memory.
 
-    z = scale q k^T + bias;   z = cap tanh(z / cap);   z = -inf where masked
+    z = scale q k^T + bias;   z = cap tanh(z / cap);   z = -inf where masked, or where the bias is
     p = exp(z - lse);   output = (p * keep / (1 - rate)) v
     lse = log(sum of exp(z) + exp(sink))
 
@@ -35,14 +35,18 @@ def attend(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
     scores = scores.reshape(size.batch, size.heads, size.queries, size.keys)
     if operands.bias is not None:
         scores += operands.bias.astype(dtype)
+    if operands.diagonals is not None:
+        rows, keys = jnp.arange(size.queries)[:, None], jnp.arange(size.keys)[None, :]
+        scores += operands.diagonals[:, :, keys - rows + size.queries - 1].astype(dtype)
     if settings.soft_cap is not None:
-        scores = settings.soft_cap * jnp.tanh(scores / settings.soft_cap)
+        capped = settings.soft_cap * jnp.tanh(scores / settings.soft_cap)
+        scores = jnp.where(scores == -jnp.inf, -jnp.inf, capped)
     seen = visible(operands.mask, size.batch, size.queries, size.keys)
     # Values behind the mask may be NaN, so they are selected away and not multiplied by zero; and
     # selected before and after the exponential, so that no gradient of it is NaN either.
     peak = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
     if operands.sinks is not None:
-        sinks = operands.sinks.astype(dtype)[:, None, None]
+        sinks = operands.sinks.astype(dtype)[None, :, None, None]
         peak = jnp.maximum(peak, sinks)
     peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores, peak) - peak), 0)
@@ -54,8 +58,8 @@ def attend(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))[..., 0]
     weights /= total
     if operands.seeds is not None:
-        rows = jnp.arange(size.queries, dtype=jnp.int32)[:, None]
-        keys = jnp.arange(size.keys, dtype=jnp.int32)
+        rows = jnp.arange(size.queries, dtype=jnp.int32)[None, None, :, None]
+        keys = jnp.arange(size.keys, dtype=jnp.int32)[None, None, None, :]
         kept = dropout.keep(operands.seeds[..., None, None], rows, keys, settings.dropout_rate)
         weights = jnp.where(kept, weights / (1 - settings.dropout_rate), 0)
     weights = weights.reshape(size.batch, size.kv_heads, size.group, size.queries, size.keys)

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes
-from pallas_kernels.attention import layouts
+from pallas_kernels.attention import layouts, parts
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.merge import merge_parts
+from pallas_kernels.attention.parts import Pair
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 
 
@@ -35,19 +36,30 @@ def ring(route: Route, axis: Axis, layout: str) -> Route:
     """Returns the route that does with a ring of devices what `route` does on one.
 
     Its operands are the device's slices. Its mask holds a window between positions in the whole
-    sequence, and the slices' segment ids, and nothing else.
+    sequence, lengths of whole sequences, the slices' segment ids, and a dense mask of its rows and
+    the keys of all devices in turn. Diagonals are those of the whole sequence.
     """
 
     def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
         return _forward(Job.of(route, axis, layout, settings, operands))
 
     def backward(
-        settings: Settings, operands: Operands, lse: Any, cotangent: Any, delta: Any, _: bool
+        settings: Settings, operands: Operands, lse: Any, cotangent: Any, delta: Any, asked: bool
     ) -> Gradients:
         job = Job.of(route, axis, layout, settings, operands)
-        return _backward(job, Rows(lse, cotangent, delta))
+        return _backward(job, Rows(lse, cotangent, delta, asked))
 
-    return Route(f"ring of {route.name}", forward, backward, route.refusal)
+    def tangent(settings: Settings, operands: Operands, lse: Any, moved: Any) -> Any:
+        return _tangent(Job.of(route, axis, layout, settings, operands), lse, moved)
+
+    return Route(
+        f"ring of {route.name}",
+        forward,
+        backward,
+        route.refusal,
+        tangent=None if route.tangent is None else tangent,
+        axis_name=axis.name,
+    )
 
 
 class Axis(NamedTuple):
@@ -78,6 +90,14 @@ class Rows(NamedTuple):
     lse: jax.Array
     cotangent: jax.Array
     delta: jax.Array
+    bias_gradient: bool
+
+
+class Own(NamedTuple):
+    """Gradients that stay with a device, float32 or wider."""
+
+    query: jax.Array
+    diagonals: jax.Array | None  # if asked for, of all distances
 
 
 class Job(NamedTuple):
@@ -122,49 +142,90 @@ class Job(NamedTuple):
 
 
 def _forward(job: Job) -> tuple[jax.Array, jax.Array]:
+    return finish(job, _around(job, job.held, no_attention(job), add_attention))
+
+
+def _around(job: Job, held: Any, total: Any, add: Callable[..., Any]) -> Any:
+    """Returns `total` after ``add(job, plan, step, held, total)`` of every device's `held`."""
     work = _schedule(job)
-    following = job.pass_on(job.held) if work.last > 0 else job.held
-    total = add_attention(job, work.local, 0, job.held, no_attention(job))
+    following = job.pass_on(held) if work.last > 0 else held
+    total = add(job, work.local, 0, held, total)
 
     def step(t: Any, carry: Any) -> Any:
         total, held = carry
         following = job.pass_on(held)  # issued before the work, which does not wait for it
-        return add_attention(job, work.remote, t, held, total), following
+        return add(job, work.remote, t, held, total), following
 
     if work.last > 1:
         total, following = lax.fori_loop(1, work.last, step, (total, following))
     if work.last > 0:
-        total = add_attention(job, work.remote, work.last, following, total)
-    return finish(job, total)
+        total = add(job, work.remote, work.last, following, total)
+    return total
 
 
 def _backward(job: Job, rows: Rows) -> Gradients:
     work = _schedule(job)
     following = job.pass_on(job.held) if work.last > 0 else job.held
-    d_query = job.constant(job.operands.query.shape, rows.lse.dtype)
-    d_query, d_held = add_gradients(job, rows, work.local, 0, job.held, d_query)
+    own, d_held = add_gradients(job, rows, work.local, 0, job.held, no_gradients(job, rows))
 
     def step(t: Any, carry: Any, is_last: bool = False) -> Any:
-        d_query, d_held, held = carry
+        own, d_held, held = carry
         following = held if is_last else job.pass_on(held)
         arriving = job.pass_on(d_held)  # added after the work, which does not wait for it either
-        d_query, own = add_gradients(job, rows, work.remote, t, held, d_query)
-        return d_query, jax.tree.map(jnp.add, arriving, own), following
+        own, found = add_gradients(job, rows, work.remote, t, held, own)
+        return own, jax.tree.map(jnp.add, arriving, found), following
 
-    carry = d_query, d_held, following
+    carry = own, d_held, following
     if work.last > 1:
         carry = lax.fori_loop(1, work.last, step, carry)
     if work.last > 0:
-        d_query, d_held, _ = step(work.last, carry, is_last=True)
+        own, d_held, _ = step(work.last, carry, is_last=True)
         d_held = job.pass_on(d_held, distance=job.axis.size - work.last)
-    return cast(job, d_query, *d_held)
+    return cast(job, own, *d_held)
+
+
+def _tangent(job: Job, lse: jax.Array, moved: dict[str, jax.Array]) -> tuple[Any, Any]:
+    """Returns the sums of a route's tangent over all keys; the keys' tangents travel with them."""
+    size, tangent = job.operands.sizes, job.route.tangent
+    assert tangent is not None
+    weighted = job.constant((size.batch, size.queries, size.heads, size.value_dim), lse.dtype)
+    mass = job.constant(lse.shape, lse.dtype)
+
+    def add(job: Job, plan: layouts.Plan, step: Any, carried: Any, total: Any) -> Any:
+        held, d_held = carried
+
+        def branch(calls: tuple[layouts.Call, ...], pair: Pair) -> Callable[..., Any]:
+            def fn(weighted: jax.Array, mass: jax.Array) -> Any:
+                for call in calls:
+                    moves = {k: x[:, call.keys] for k, x in d_held.items()}
+                    if "query" in moved:
+                        moves["query"] = moved["query"][:, call.rows]
+                    if "diagonals" in moved:
+                        moves["diagonals"] = _band(job, call, pair).read(moved["diagonals"])
+                    found = tangent(
+                        job.settings,
+                        _slice(job, held, call, pair),
+                        lse[:, :, call.rows],
+                        moves,
+                    )
+                    weighted = weighted.at[:, call.rows].add(found[0])
+                    mass = mass.at[:, :, call.rows].add(found[1])
+                return weighted, mass
+
+            return fn
+
+        return _take_branch(job, plan, step, branch, *total)
+
+    d_held = {name: moved[name] for name in ("key", "value") if name in moved}
+    return _around(job, (job.held, d_held), (weighted, mass), add)
 
 
 def _schedule(job: Job) -> layouts.Schedule:
     size, mask = job.operands.sizes, job.operands.mask
     return layouts.schedule(
-        job.layout, job.axis.size, size.queries, size.keys, mask.left, mask.right
-    )
+        job.layout, job.axis.size, size.queries, size.keys, mask.left, mask.right,
+        by_runs=job.operands.diagonals is not None,
+    )  # fmt: skip
 
 
 def no_attention(job: Job) -> Partial:
@@ -180,16 +241,29 @@ def finish(job: Job, total: Partial) -> tuple[jax.Array, jax.Array]:
     """Returns what a route returns, from attention over all keys. Only here do sinks count."""
     output, lse = total
     if job.operands.sinks is not None:
-        with_sink = jnp.logaddexp(lse, job.operands.sinks.astype(lse.dtype))
-        output *= jnp.exp(lse - with_sink)[..., None]
+        with_sink = jnp.logaddexp(lse, job.operands.sinks.astype(lse.dtype)[None, None, :])
+        # Where both are -inf there is nothing to share.
+        share = jnp.exp(lse - jnp.where(with_sink == -jnp.inf, 0, with_sink))
+        output *= share[..., None]
         lse = with_sink
     return _rounded(output, job.operands.query.dtype), lse.transpose(0, 2, 1)
 
 
-def cast(job: Job, *gradients: jax.Array) -> Gradients:
+def no_gradients(job: Job, rows: Rows) -> Own:
+    """Returns gradients of 0."""
+    query, diagonals = job.operands.query, job.operands.diagonals
+    asked = diagonals if rows.bias_gradient else None
+    return Own(
+        job.constant(query.shape, rows.lse.dtype),
+        None if asked is None else job.constant(asked.shape, rows.lse.dtype),
+    )
+
+
+def cast(job: Job, own: Own, *of_held: jax.Array) -> Gradients:
     """Returns the gradients of query, key and value in the dtypes of those."""
     like = job.operands.query, job.operands.key, job.operands.value
-    return Gradients(*(_rounded(x, y.dtype) for x, y in zip(gradients, like)))
+    gradients = (_rounded(x, y.dtype) for x, y in zip((own.query, *of_held), like))
+    return Gradients(*gradients, diagonals=own.diagonals)
 
 
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
@@ -207,10 +281,10 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
 def add_attention(job: Job, plan: layouts.Plan, step: Any, held: Held, total: Partial) -> Partial:
     """Merges attention over `held`, the slice of device ``job.device - step``, into `total`."""
 
-    def branch(calls: tuple[layouts.Call, ...], offsets: jax.Array) -> Callable[..., Any]:
+    def branch(calls: tuple[layouts.Call, ...], pair: Pair) -> Callable[..., Any]:
         def fn(total: Partial) -> Partial:
             for call in calls:
-                operands = _slice(job, held, call, offsets)
+                operands = _slice(job, held, call, pair)
                 output, lse = job.route.forward(job.settings, operands)
                 before = Partial(*(x[:, call.rows] for x in total))
                 dtype = before.output.dtype
@@ -227,35 +301,42 @@ def add_attention(job: Job, plan: layouts.Plan, step: Any, held: Held, total: Pa
 
 
 def add_gradients(
-    job: Job, rows: Rows, plan: layouts.Plan, step: Any, held: Held, d_query: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns `d_query` with the share of `held` added, and the shares of its key and value."""
-    dtype = d_query.dtype
+    job: Job, rows: Rows, plan: layouts.Plan, step: Any, held: Held, own: Own
+) -> tuple[Own, tuple[jax.Array, jax.Array]]:
+    """Returns `own` with the share of `held` added, and the shares of its key and value."""
+    dtype = own.query.dtype
     shares = tuple(job.constant(x.shape, dtype) for x in (held.key, held.value))
 
-    def branch(calls: tuple[layouts.Call, ...], offsets: jax.Array) -> Callable[..., Any]:
-        def fn(d_query: jax.Array, d_key: jax.Array, d_value: jax.Array) -> Any:
+    def branch(calls: tuple[layouts.Call, ...], pair: Pair) -> Callable[..., Any]:
+        def fn(own: Own, d_key: jax.Array, d_value: jax.Array) -> Any:
+            d_query, d_diagonals = own
             for call in calls:
                 found = job.route.backward(
                     job.settings,
-                    _slice(job, held, call, offsets),
+                    _slice(job, held, call, pair),
                     rows.lse[:, :, call.rows],
                     rows.cotangent[:, call.rows],
                     rows.delta[:, :, call.rows],
-                    False,
+                    rows.bias_gradient,
                 )
                 d_query = d_query.at[:, call.rows].add(found.query.astype(dtype))
                 d_key = d_key.at[:, call.keys].add(found.key.astype(dtype))
                 d_value = d_value.at[:, call.keys].add(found.value.astype(dtype))
-            return d_query, d_key, d_value
+                if d_diagonals is not None:
+                    d_diagonals = _band(job, call, pair).add(d_diagonals, found.diagonals)
+            return Own(d_query, d_diagonals), d_key, d_value
 
         return fn
 
-    d_query, d_key, d_value = _take_branch(job, plan, step, branch, d_query, *shares)
-    return d_query, (d_key, d_value)
+    own, d_key, d_value = _take_branch(job, plan, step, branch, own, *shares)
+    return own, (d_key, d_value)
 
 
-def _slice(job: Job, held: Held, call: layouts.Call, offsets: jax.Array) -> Operands:
+def _band(job: Job, call: layouts.Call, pair: Pair) -> parts.Band:
+    return parts.band(job.operands, job.layout, job.axis.size, call, pair)
+
+
+def _slice(job: Job, held: Held, call: layouts.Call, pair: Pair) -> Operands:
     """Returns the operands of one call."""
     query = job.operands.query[:, call.rows]
     query_ids, key_ids = job.operands.mask.query_segment_ids, held.segment_ids
@@ -263,11 +344,18 @@ def _slice(job: Job, held: Held, call: layouts.Call, offsets: jax.Array) -> Oper
         left=call.left,
         right=call.right,
         offset=call.offset or 0,
-        offsets=None if call.is_static else jnp.full(query.shape[:1], offsets[call.pair]),
+        offsets=None if call.is_static else jnp.full(query.shape[:1], pair.offsets[call.pair]),
         query_segment_ids=None if query_ids is None else query_ids[:, call.rows],
         key_value_segment_ids=None if key_ids is None else key_ids[:, call.keys],
+        dense=parts.dense_mask(job.operands, job.layout, job.axis.size, call, pair),
     )
-    return Operands(query, held.key[:, call.keys], held.value[:, call.keys], mask=mask)
+    number = pair.device * job.axis.size + pair.source
+    seeds = parts.seeds(job.operands.seeds, call.rows.start, call.keys.start, number)
+    diagonals = job.operands.diagonals
+    if diagonals is not None:
+        diagonals = _band(job, call, pair).read(diagonals)
+    key, value = held.key[:, call.keys], held.value[:, call.keys]
+    return Operands(query, key, value, mask=mask, seeds=seeds, diagonals=diagonals)
 
 
 def _take_branch(
@@ -275,8 +363,8 @@ def _take_branch(
 ) -> Any:
     """Takes the branch of `plan` for this device and the one whose slice it holds."""
     source = (job.device - step) % job.axis.size
-    offsets = jnp.asarray(plan.offsets)[job.device, source]
-    branches = [branch(calls, offsets) for calls in plan.branches]
+    pair = Pair(jnp.asarray(plan.offsets)[job.device, source], job.device, source)
+    branches = [branch(calls, pair) for calls in plan.branches]
     if len(branches) == 1:
         return branches[0](*state)
     return lax.switch(jnp.asarray(plan.choice)[job.device, source], branches, *state)

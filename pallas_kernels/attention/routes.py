@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -16,8 +18,13 @@ from pallas_kernels.attention.problem import Operands, Route, Settings
 KERNELS = ("mosaic_gpu", "mosaic_tpu", "triton", "chunked")
 """Routes with a backward pass of their own, each a module of this folder with a `ROUTE`."""
 
-Implementation = Literal["mosaic_gpu", "mosaic_tpu", "triton", "cudnn", "chunked", "reference"]
-NAMES: tuple[Implementation, ...] = get_args(Implementation)
+Implementation = Literal[
+    "mosaic_gpu", "mosaic_tpu", "triton", "cudnn", "chunked", "reference", "xla"
+]
+NAMES: tuple[Implementation, ...] = tuple(x for x in get_args(Implementation) if x != "xla")
+
+SAME = {"xla": "chunked"}
+"""Other names of routes: what XLA compiles by itself, as `jax.nn` calls it."""
 
 ORDER = {
     "cpu": ("chunked",),
@@ -47,19 +54,42 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
+_TAKEN: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("taken", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Gives the names of the routes that calls traced inside take, each once, in order."""
+    taken: list[str] = []
+    token = _TAKEN.set(taken)
+    try:
+        yield taken
+    finally:
+        _TAKEN.reset(token)
+
+
+def record(name: str) -> None:
+    """Tells `recorded` that a call takes a route."""
+    taken = _TAKEN.get()
+    if taken is not None and name not in taken:
+        taken.append(name)
+
+
 @functools.cache
 def load(name: str) -> Route:
     """Imports a route of `KERNELS` on its first use: some backends are slow to import."""
     return importlib.import_module(f"pallas_kernels.attention.{name}").ROUTE
 
 
-def run(name: str, settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array | None]:
-    """Returns output and lse by the route `name`; the lse is None where the route has none."""
+def run(
+    name: str, settings: Settings, operands: Operands, residual: bool = True
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns output and lse by the route `name`; the lse is None where not asked for or had."""
     if name == "reference":
         return reference.attend(settings, operands)
     if name == "cudnn":
         return cudnn.attend(settings, operands), None
-    return core.attend(load(name), settings, operands)
+    return core.attend(load(name), settings, operands, residual)
 
 
 def refusal(
@@ -67,6 +97,8 @@ def refusal(
 ) -> str | None:
     """Returns why `name` cannot serve the call, or None."""
     config_type = None
+    if name not in ("chunked", "reference") and not all(isinstance(x, int) for x in operands.sizes):
+        return f"has blocks of fixed sizes, and these are symbolic: {operands.sizes}"
     if name == "reference":
         reason = reference.refusal(settings, operands, device)
     elif name == "cudnn":
@@ -82,6 +114,9 @@ def refusal(
         reason = route.refusal(settings, operands, device)
     if reason is not None or settings.config is None:
         return reason
+    parts = (settings.config, *(settings.config if isinstance(settings.config, tuple) else ()))
+    if not all(getattr(x, "is_possible", True) for x in parts):
+        raise ValueError(f"config={settings.config!r}; expected sizes that a kernel can have")
     if config_type is not None and isinstance(settings.config, config_type):
         return None
     expected = "no config" if config_type is None else f"a {config_type.__name__}"
@@ -101,6 +136,7 @@ def choose(implementation: Any, settings: Settings, operands: Operands, residual
     for name in names:
         reasons[name] = refusal(name, settings, operands, residual, device)
         if reasons[name] is None:
+            record(name)
             return name
     said = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(
@@ -122,6 +158,7 @@ def _names(implementation: Any) -> Sequence[str]:
     if implementation is None:
         return ORDER.get(_compat.device().platform, ("chunked",))
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = tuple(SAME.get(name, name) for name in names)
     for name in names:
         if name not in NAMES:
             raise ValueError(

@@ -16,7 +16,8 @@ in two kernels without atomics, so that results repeat bit by bit: one writes dK
 for each block of keys that loops over the query heads of its group and over query blocks; the other
 writes dQ. Sums of ds along an axis, for a bias that is broadcast over it, fall out of these two. A
 bias that keeps T and S and is broadcast over batch or heads has a kernel of its own that sums over
-them tile by tile. Every kernel addresses whole arrays; tile indices come from `mask`.
+them tile by tile. Sums along diagonals, for a bias by rule, are left to plain JAX.
+Every kernel addresses whole arrays; tile indices come from `mask`.
 
 Exponentials are to base 2. Without bias and cap, z stays the bare product and its scale is part of
 the exponent, one multiply-add an entry.
@@ -44,7 +45,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels._compat import device, out_struct, silence_triton
-from pallas_kernels.attention import dropout, tuning
+from pallas_kernels.attention import chunked, dropout, tuning
 from pallas_kernels.attention.mask import (
     PARTIAL,
     SKIP,
@@ -181,7 +182,8 @@ class _Inputs(NamedTuple):
     bias: Any = None  # (B or 1, N or 1, T or 1, S or 1)
     sinks: Any = None  # float32 (N,)
     seeds: Any = None  # int32 (B, N)
-    limits: Any = None  # int32 (B, 3), unless all is known at trace time
+    diagonals: Any = None  # float32 (B or 1, N, block_q + T + S - 1 + block_kv)
+    limits: Any = None  # int32 (B, 3 or 5), unless all is known at trace time
     query_ids: Any = None  # int32 (B, T)
     key_ids: Any = None  # int32 (B, S)
     spans: Any = None  # int32 (B, nq or nk, 4), where segment ids decide: see `_spans`
@@ -256,7 +258,8 @@ class _Plan:
     def limits(self, b: Any) -> Limits:
         if self.static_limits is not None:
             return self.static_limits
-        return Limits(*(self.inputs.limits[b, column] for column in range(3)))
+        columns = self.inputs.limits.shape[1]
+        return Limits(*(self.inputs.limits[b, column] for column in range(columns)))
 
     def key_blocks_of(self, limits: Limits, b: Any, i: Any) -> Span:
         """Returns the key blocks that query block `i` sees.
@@ -304,6 +307,13 @@ class _Plan:
         values = _load(ref, *_at(ref, tile.b, tile.n), rows, keys)
         return values.T if self.keys_first else values
 
+    def load_diagonals(self, tile: _Tile) -> jax.Array:
+        """Reads a tile of a bias that depends on the distance alone."""
+        ref = self.inputs.diagonals
+        keys, rows = self.of_keys(tile.keys.places), self.of_rows(tile.rows.places)
+        first = self.size.queries - 1 + self.blocks.block_q
+        return pltriton.load(ref.at[*_at(ref, tile.b, tile.n), keys + first - rows])
+
     def load_keys(self, b: Any, n: Any, keys: _Axis) -> tuple[jax.Array, jax.Array]:
         """Reads keys and values for query head `n`."""
         head = _divide(n, self.size.group)
@@ -327,11 +337,14 @@ class _Plan:
         z *= self.settings.scale
         if self.inputs.bias is not None:
             z += self.load_tile(self.inputs.bias, tile).astype(jnp.float32)
-        cap = self.settings.soft_cap
-        if cap is None:
+        if self.inputs.diagonals is not None:
+            z += self.load_diagonals(tile)
+        if (cap := self.settings.soft_cap) is None:
             return z, None
         tanh = jnp.tanh(z * (1 / cap))
-        return cap * tanh, 1 - tanh * tanh
+        hides = self.inputs.bias is not None or self.inputs.diagonals is not None
+        capped = jnp.where(z == -jnp.inf, -jnp.inf, cap * tanh) if hides else cap * tanh
+        return capped, 1 - tanh * tanh
 
     def exponential(self, z: jax.Array, shift: jax.Array) -> jax.Array:
         """Returns exp(z - shift) for scores `z` and a finite `shift` of each row."""
@@ -711,7 +724,13 @@ def backward(
         plan = _plan("dbias", settings, operands, **residuals)
         grid = (plan.query_blocks * plan.key_blocks, bias.shape[1], bias.shape[0])
         d_bias = _call(_dbias_kernel, plan, grid, {"bias": _like(bias)})["bias"]
-    return Gradients(dq["query"], dkv["key"], dkv["value"], d_bias)
+    d_diagonals = None
+    if bias_gradient and operands.diagonals is not None:
+        # Diagonals cross the tiles of many programs: without atomics, a sum for plain JAX.
+        plain = settings._replace(config=None, interpret=False)
+        found = chunked.backward(plain, operands, lse, cotangent, delta, True)
+        d_diagonals = found.diagonals
+    return Gradients(dq["query"], dkv["key"], dkv["value"], d_bias, d_diagonals)
 
 
 def _like(x: jax.Array) -> tuple[tuple[int, ...], Any]:
@@ -729,8 +748,16 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
     blocks = tuning.blocks_of("triton", Config, kernel, settings.config, lookup)
     block_q = min(blocks.block_q, _padded(size.queries))
     block_kv = min(blocks.block_kv, _padded(size.keys))
-    limits = spans = kinds = None
-    if not mask.is_static:
+    adds = (operands.bias, operands.diagonals, settings.soft_cap)
+    limits = spans = kinds = diagonals = None
+    if operands.diagonals is not None:
+        if settings.config is None and kernel == "dkv":
+            block_q = max(SMALLEST, block_q // 2)  # its gathers take the registers of the rest
+        # So that rows and keys that do not exist have a place too.
+        diagonals = jnp.pad(operands.diagonals, ((0, 0), (0, 0), (block_q, block_kv)))
+    # A first key that is known would make spans whose start is a number other than 0.
+    is_static = mask.is_static and not mask.has_start
+    if not is_static:
         limits = mask.limits(size.batch, size.queries, size.keys)
     if mask.dense is not None or mask.has_segments:
         kinds = tile_kinds(mask, size.batch, size.queries, size.keys, block_q, block_kv)
@@ -741,12 +768,13 @@ def _plan(kernel: str, settings: Settings, operands: Operands, **residuals: jax.
         size=size,
         blocks=blocks._replace(block_q=block_q, block_kv=block_kv),
         window=Mask(mask.left, mask.right),
-        static_limits=mask.static_limits(size.queries, size.keys) if mask.is_static else None,
-        natural=operands.bias is not None or settings.soft_cap is not None or settings.scale <= 0,
+        static_limits=mask.static_limits(size.queries, size.keys) if is_static else None,
+        natural=any(x is not None for x in adds) or settings.scale <= 0,
         keys_first=kernel == "dkv",
         inputs=_Inputs(
             *operands[:5],
             seeds=operands.seeds,
+            diagonals=diagonals,
             limits=limits,
             query_ids=mask.query_segment_ids,
             key_ids=mask.key_value_segment_ids,

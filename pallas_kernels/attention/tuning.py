@@ -95,10 +95,15 @@ def lookup_of(operands: Operands, device: Device, family: str | None = None) -> 
         chips=(device.kind,) if family is None else (device.kind, family),
         dtype=str(operands.query.dtype),
         head_dim=max(size.head_dim, size.value_dim),
-        length=max(size.queries, size.keys),
+        length=longest(size.queries, size.keys),
         causal=operands.mask.right == 0,
         bias=bits,
     )
+
+
+def longest(*lengths: Any) -> int:
+    """Returns the largest length; of symbolic ones, in a program to be exported, a usual one."""
+    return max(lengths) if all(isinstance(x, int) for x in lengths) else 4096
 
 
 def rank(entry: Entry, call: Lookup) -> tuple[Any, ...] | None:

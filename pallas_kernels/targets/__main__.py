@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -27,7 +28,9 @@ FUNCTION is module:function. It takes no arguments and returns what to compile:
 
 def format_report(report: dict[str, Any]) -> str:
     """Returns the result of `compile_in_child` as text, the largest kernels first."""
-    lines = [f"{report['function']} on {report['chip']}, jax {report['jax_version']}", ""]
+    taken = report.get("routes")
+    lines = [f"route: {'; '.join(taken)}"] if taken else []
+    lines += [f"{report['function']} on {report['chip']}, jax {report['jax_version']}", ""]
     lines.append(f"{'memory':<44}{'bytes':>18}")
     lines += [f"  {name:<42}{size:>18,}" for name, size in report["memory"].items()]
     lines += ["", f"{'kernel':<44}{'reads':>18}{'writes':>18}{'times':>8}"]
@@ -77,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             trip_counts=dict(options.trip_count),
         )
     except (ValueError, RuntimeError, TimeoutError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        said = re.sub(r"trip_counts=\{'([^']*)': n\}", r"--trip-count \1=N", str(error))
+        print(f"error: {said}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     print(json.dumps(report, indent=2) if options.json else format_report(report))
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.attention import routes
 from pallas_kernels.targets import hlo
 from pallas_kernels.targets.chips import find_chip
 from pallas_kernels.targets.compile import ENVIRONMENT, compile_for, missing_compiler
@@ -117,7 +118,10 @@ def _compile(
     function: str, chip: str, topology: str | None, trip_counts: Mapping[str, int]
 ) -> dict[str, Any]:
     fn, args, donate_argnums = _case(function)
-    compiled = compile_for(fn, *args, chip=chip, topology=topology, donate_argnums=donate_argnums)
+    with routes.recorded() as taken:
+        compiled = compile_for(
+            fn, *args, chip=chip, topology=topology, donate_argnums=donate_argnums
+        )
     traffic = memory_traffic(compiled, trip_counts)
     scoped = hlo.scoped_memory(compiled.as_text() or "")
     memory = compiled.memory_analysis()
@@ -126,6 +130,7 @@ def _compile(
         "function": function,
         "chip": chip,
         "jax_version": jax.__version__,
+        "routes": taken,
         "memory": {size: getattr(memory, f"{size}_size_in_bytes") for size in sizes},
         "scoped_memory": scoped,
         "traffic": {

@@ -11,8 +11,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxopt_lab import adapters
-
 Dims = optax.contrib.MuonDimensionNumbers
 STACKED = Dims((1,), (2,))
 
@@ -57,9 +55,7 @@ def linen() -> Model:
     model, x = LinenModel(), draw(5, 2, 3, 8)
     params = model.init(jax.random.key(1), x)["params"]
     names = ["query", "key", "value", "attention.out", "dense"]
-    return Model(
-        params, lambda p, x: model.apply({"params": p}, x), x, names, adapters.FLAX_KERNELS
-    )
+    return Model(params, lambda p, x: model.apply({"params": p}, x), x, names)
 
 
 class NnxModel(nnx.Module):
@@ -77,9 +73,7 @@ def nnx_state() -> Model:
     model = NnxModel(nnx.Rngs(3))
     graph, state = nnx.split(model, nnx.Param)
     names = ["query", "key", "value", "attention.out", "dense"]
-    return Model(
-        state, lambda p, x: nnx.merge(graph, p)(x), draw(6, 2, 3, 8), names, adapters.FLAX_KERNELS
-    )
+    return Model(state, lambda p, x: nnx.merge(graph, p)(x), draw(6, 2, 3, 8), names)
 
 
 def nnx_module() -> Model:
@@ -95,7 +89,6 @@ def convolution() -> Model:
         lambda p, x: layer.apply({"params": p["Conv_0"]}, x),
         x,
         ["Conv_0"],
-        adapters.FLAX_KERNELS,
     )
 
 

@@ -501,7 +501,7 @@ def test_an_adapted_embedding_starts_with_a_zero_table():
         ({"target_modules": ["up"], "rank_pattern": {"query": 1}}, "rank_pattern: 'query'"),
         ({"target_modules": ["up"], "alpha_pattern": {"q": 1}}, "alpha_pattern: 'q'"),
         (
-            {"target_modules": ["up"], "r": 5},
+            {"target_modules": ["up"], "r": 5, "init_lora_weights": "pissa"},
             r"rank 5 is above .* 'encoder/0/up/kernel'.*at most 4",
         ),
         ({"target_modules": ["up"], "r": 0}, "r must be a positive integer"),

@@ -17,8 +17,8 @@ from jaxopt_lab import adapters
 from tests.adapters import golden
 
 # Files of methods that this project does not have.
-ELSEWHERE = {"algoperf_scoring", "analysis_misc", "eva", "merging", "schedules"}
-HERE = {"corda", "lora_dora", "lora_ga", "miss", "olora", "pissa"}
+ELSEWHERE = {"algoperf_scoring", "analysis_misc", "merging", "schedules"}
+HERE = {"corda", "eva", "lora_dora", "lora_ga", "miss", "olora", "pissa"}
 
 
 def cases(file):

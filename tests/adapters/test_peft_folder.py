@@ -86,8 +86,8 @@ def test_the_layout_is_pytorchs(tmp_path):
     assert tensors["base_model.model.model.layers.1.up.lora_B.weight"].shape == (6, 2)
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"]) == (2, 3)
-    assert fields["rank_pattern"] == {r"model\.attn\.q_proj": 3}
-    assert fields["alpha_pattern"] == {r"model\.conv": 5}
+    assert fields["rank_pattern"] == {r"^model\.attn\.q_proj": 3}
+    assert fields["alpha_pattern"] == {r"^model\.conv": 5}
 
 
 def test_a_start_that_changed_the_base_is_converted(tmp_path):
@@ -107,7 +107,7 @@ def test_a_start_that_changed_the_base_is_converted(tmp_path):
     again, read = adapters.read_peft_folder(tmp_path, PARAMS, NAMES)
     found = adapters.apply_adapters(again, read)["head"]["kernel"]
     np.testing.assert_allclose(found, expected, 0, 1e-5)
-    with pytest.raises(ValueError, match="have rank 4, the initial ones 2"):
+    with pytest.raises(ValueError, match=r"shape \(8, 4\).*needs lora_a of shape \(8, 2\)"):
         adapters.to_plain_lora(base, factors, initial)
 
 
@@ -136,8 +136,7 @@ def read(folder, names=NAMES, params=PARAMS):
         ({"target_modules": ...}, "the field 'target_modules' is missing"),
         ({"new_thing": 3}, "the field 'new_thing' is unknown, with value 3"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias='all' is not supported"),
-        ({"modules_to_save": ["head"]}, r"modules_to_save=\['head'\] is not supported"),
+        ({"lora_bias": True}, "lora_bias=True is not supported: merge it with peft"),
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base"),
         ({"r": 3}, r"'lora_A.weight' has shape \(2, 8\).* needs \(3, 8\)"),
         ({"use_dora": True}, "'lora_magnitude_vector' is missing"),
@@ -149,14 +148,14 @@ def test_bad_fields(tmp_path, fields, message):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="adapter_config"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not there"):
         read(tmp_path / "nowhere")
     folder = written(tmp_path)
     with pytest.raises(
         ValueError, match=r"no kernel is named after module 'model.attn.q_proj'.*q_proy"
     ):
         read(folder, {**NAMES, "attention/query/kernel": "model.attn.q_proy"})
-    with pytest.raises(ValueError, match=r"has nothing for module 'other', one of the stack"):
+    with pytest.raises(ValueError, match="is 3 matrices, but has 2 names"):
         read(folder, {"layers/up/kernel": ["model.attn.q_proj", "other"]})
     with pytest.raises(
         ValueError, match=r"'lora_B.weight' has shape \(8, 2\); kernel 'head/kernel'"
@@ -192,11 +191,11 @@ def test_what_cannot_be_written(tmp_path):
         adapters.write_peft_folder(tmp_path, merged, factors, NAMES)
     config = adapters.MissConfig(target_modules=["head"], r=2)
     miss, blocks = adapters.init_adapters(PARAMS, config)
-    with pytest.raises(ValueError, match="only LoRA can be written"):
-        adapters.write_peft_folder(tmp_path, miss, blocks, NAMES)
     config = adapters.PerpConfig(target_modules=["head"], r=2)
     perp, factors = adapters.init_adapters(PARAMS, config, KEY)
-    with pytest.raises(ValueError, match="only LoRA can be written, got adapters of a PerpConfig"):
+    with pytest.raises(
+        ValueError, match="only LoRA and MiSS can be written, got adapters of a PerpConfig"
+    ):
         adapters.write_peft_folder(tmp_path, perp, factors, NAMES)
     with pytest.raises(ValueError, match="converts LoRA"):
         adapters.to_plain_lora(perp, factors, factors)

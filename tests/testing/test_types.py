@@ -154,7 +154,7 @@ def test_wrong_names_and_options_are_told(
 # Names, places and patterns may be any text.
 FREE_TEXT = {
     *("axis_name", "base_model_name_or_path", "exchange_memory_kind", "folder", "layers", "name"),
-    "task_type",
+    *("task_type", "adapter_name", "path"),
 }
 
 

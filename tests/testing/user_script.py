@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import tempfile
 from typing import Any, assert_type
@@ -122,7 +123,11 @@ def adapters(params: Params, key: jax.Array) -> None:
     full: Params = jaxopt_lab.apply_adapters(base, lora)
     merged = jaxopt_lab.merge_adapters(base, lora)
     jaxopt_lab.unmerge_adapters(merged, lora)
-    jaxopt_lab.factored(model)(base, lora, batches[0])
+    jaxopt_lab.factored(model)(base, lora, batches[0], key=key)
+    scatter = jaxopt_lab.estimate_scatter(model, params, [jnp.eye(8)], config)
+    shared, start = jaxopt_lab.eva(scatter, config, rho=2.0)
+    jaxopt_lab.init_adapters(params, shared, init=start)
+    jaxopt_lab.join_adapters(base, [lora, lora], [0.5, 0.5], "svd", svd_rank=2)
     tx = jaxopt_lab.lora_plus(optax.adamw, 1e-3, ratio=16)
     tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)
     optax.partition(
@@ -132,7 +137,11 @@ def adapters(params: Params, key: jax.Array) -> None:
     names = {"dense/kernel": "model.dense"}
     with tempfile.TemporaryDirectory() as folder:
         written = jaxopt_lab.write_peft_folder(pathlib.Path(folder), base, lora, names)
-        jaxopt_lab.read_peft_folder(written, params, names)
+        jaxopt_lab.read_peft_folder(written, params, names, adapter_name="default")
+        with contextlib.suppress(FileNotFoundError):
+            jaxopt_lab.read_mlx_folder(f"{folder}/none", params, names)
+        with contextlib.suppress(FileNotFoundError):
+            jaxopt_lab.read_kohya_file(pathlib.Path(folder) / "none" / "x", params, names)
     jaxopt_lab.task_arithmetic(params, [full], [0.5])
     jaxopt_lab.ties_merge(params, [full], density=0.5, elect="mass")
     jaxopt_lab.breadcrumbs_merge(params, [full], keep=0.5, remove=0.1, scope="row")

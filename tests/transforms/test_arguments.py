@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -136,7 +137,39 @@ def test_text_and_numbers_in_a_mask_are_refused(make):
     make(0.1, weight_decay=0.1, mask={"w": np.bool_(True), "temperature": False}).init(PARAMS)
 
 
-@pytest.mark.parametrize("name", ["mu_dtype", "ns_dtype"])
-def test_dtypes_are_dtypes(name):
-    with pytest.raises(ValueError, match=f"{name} must be"):
-        jaxopt_lab.muon(0.1, **{name: WRONG})
+DTYPES = [
+    pytest.param(functools.partial(made, make), name, id=f"{make.__name__}-{name}")
+    for make in READY_MADE + BARE
+    for name in inspect.signature(make).parameters
+    if name.endswith("dtype")
+]
+
+
+def config(kind: Any, name: str, value: Any) -> Any:
+    return kind(target_modules=["w"], **{name: value})
+
+
+def exchange(name: str, value: Any) -> Any:
+    settings: Any = {"axis_name": "r", name: value}
+    return jaxopt_lab.distributed.diloco_exchange(optax.sgd(0.1), **settings)
+
+
+OTHERS = [
+    pytest.param(
+        functools.partial(config, jaxopt_lab.LoraConfig), "adapter_dtype", id="LoraConfig"
+    ),
+    pytest.param(
+        functools.partial(config, jaxopt_lab.MissConfig), "adapter_dtype", id="MissConfig"
+    ),
+    pytest.param(exchange, "slow_dtype", id="diloco"),
+]
+
+
+@pytest.mark.parametrize(("use", "name"), DTYPES + OTHERS)
+def test_dtypes_are_dtypes(use, name):
+    for value in (WRONG, "int32", 3):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            use(name, value)
+    with pytest.raises(ValueError, match=f"{name} must be a dtype such as 'bfloat16', got 'bf16'"):
+        use(name, "bf16")
+    use(name, "bfloat16")

@@ -78,8 +78,8 @@ def test_every_reference_is_mapped():
         cases.transformation(cases.load(name))
 
 
-def test_the_readme_names_the_rules_that_have_a_reference():
-    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_promise_names_the_rules_that_have_a_reference():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "promises.md").read_text(encoding="utf-8")
     sentence = text.split("**Equal to the papers.**")[1].split("reproduce trajectories")[0]
     recorded = {meta["method"] for meta in map(cases.meta, sorted(HERE.glob("*.npz")))}
     assert set(re.findall(r"`(\w+)`", sentence)) == {cases.METHODS[m][0] for m in recorded}

@@ -42,6 +42,8 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
         return f"takes heads up to 256 wide, these are {size.head_dim} and {size.value_dim}"
     if 0 in (size.batch, size.queries, size.keys, size.heads, size.head_dim, size.value_dim):
         return f"takes no empty arrays, query is {operands.query.shape}, key {operands.key.shape}"
+    if operands.diagonals is not None:
+        return "has no bias by rule"
     bias = operands.bias
     if bias is not None and bias.dtype not in (*_DTYPES, jnp.float32):
         return f"takes a bias of bfloat16, float16 or float32, this is {bias.dtype}"

@@ -226,14 +226,11 @@ class Bias(NamedTuple):
 VECTOR = 256  # vectors of rows and keys are padded to a multiple of this, and so of all blocks
 
 
-def bias_of(settings: Settings, operands: Operands) -> Bias | None:
+def bias_of(operands: Operands) -> Bias | None:
     """Returns the bias and the dense mask as one array, or None if there is neither."""
     bias, dense = operands.bias, operands.mask.dense
     if dense is not None:
         visible = jnp.zeros((), operands.query.dtype) if bias is None else bias
-        if settings.soft_cap is not None:
-            # A bias of -inf is capped to -soft_cap; hidden is only what the mask hides.
-            visible = jnp.maximum(visible, jnp.finfo(visible.dtype).min)
         bias = jnp.where(dense, visible, jnp.array(-jnp.inf, visible.dtype))
     if bias is None:
         return None
@@ -305,6 +302,7 @@ class Call:
             mask.left is not None
             or mask.right is not None
             or not mask.is_static
+            or mask.has_start
             or mask.has_segments
             or any(self.size.keys % block for block in tile)
         )
@@ -313,13 +311,13 @@ class Call:
         """Returns the limits of a batch entry, inside a kernel."""
         if self.mask.is_static:
             return self.mask.static_limits(self.size.queries, self.size.keys)
-        return Limits(*(inputs["limits"][batch, i] for i in range(3)))
+        return Limits(*(inputs["limits"][batch, i] for i in range(self.mask.columns)))
 
 
 def prepare(settings: Settings, operands: Operands) -> tuple[Call, dict[str, jax.Array]]:
     """Returns the static part of a call and the arrays that every kernel reads."""
     size, mask = operands.sizes, operands.mask
-    bias = bias_of(settings, operands)
+    bias = bias_of(operands)
     d = -(-max(size.head_dim, size.value_dim) // 64) * 64
     inputs = {
         "query": for_tma(operands.query, d),

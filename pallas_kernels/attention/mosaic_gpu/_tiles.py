@@ -85,7 +85,6 @@ class Scores(NamedTuple):
     scale: float
     soft_cap: float | None
     has_bias: bool
-    hidden: bool  # whether a bias of -inf is a masked entry
 
     @property
     def factor(self) -> float:
@@ -103,7 +102,7 @@ class Scores(NamedTuple):
             return z
         # tanh(y) = 1 - 2 / (1 + exp(2 y)): the hardware's tanh is good to 11 bits only.
         tanh = 1 - 2 / (1 + jnp.exp2(z * (2 * LOG2E / self.soft_cap)))
-        return jnp.where(z == -jnp.inf, -jnp.inf, tanh) if self.hidden else tanh
+        return jnp.where(z == -jnp.inf, -jnp.inf, tanh) if self.has_bias else tanh
 
     def times_slope(self, p: jax.Array, x: jax.Array) -> jax.Array:
         """Returns `p` times the slope of the soft cap; `x` is -inf where entries are hidden."""
@@ -119,7 +118,6 @@ def scores_of(call: Call) -> Scores:
         scale=settings.scale,
         soft_cap=settings.soft_cap,
         has_bias=call.bias_kind is not None,
-        hidden=call.mask.dense is not None,
     )
 
 

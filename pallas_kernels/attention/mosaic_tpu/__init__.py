@@ -30,6 +30,8 @@ def refusal(settings: Settings, operands: Operands, device: Device) -> str | Non
         return f"takes heads up to 256 wide, these are {size.head_dim} and {size.value_dim}"
     if 0 in (size.batch, size.queries, size.keys, size.heads):
         return f"takes no empty arrays, query is {operands.query.shape}, key {operands.key.shape}"
+    if operands.diagonals is not None:
+        return "has no bias by rule"
     for blocks in settings.config if isinstance(settings.config, Config) else ():
         if blocks is not None and not blocks.is_possible:
             return f"takes tiles in whole pieces, both multiples of 128: {blocks}"

@@ -221,7 +221,7 @@ def _kernel(
             if "seeds" in refs:
                 seed = refs["seeds"][b * (pl.num_programs(1) * group) + n]
             first_row = (c * chunk + i) * blocks.q
-            limits = tiles.limits_at(refs, b) if kind == PARTIAL else None
+            limits = tiles.limits_at(refs, b, scores) if kind == PARTIAL else None
             for row in range(0, blocks.q, blocks.q_compute):
                 for key in range(0, blocks.kv, blocks.kv_compute):
                     piece = Piece(

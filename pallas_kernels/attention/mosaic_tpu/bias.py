@@ -144,7 +144,7 @@ def _kernel(
         @pl.when(kind == case)
         def _tile(case: int = case) -> None:
             seed = refs["seeds"][b * heads + n] if "seeds" in refs else None
-            limits = tiles.limits_at(refs, b) if case == PARTIAL else None
+            limits = tiles.limits_at(refs, b, scores) if case == PARTIAL else None
             for row in range(0, blocks.q, blocks.q_compute):
                 for key in range(0, blocks.kv, blocks.kv_compute):
                     sizes = (blocks.q_compute, blocks.kv_compute, i * blocks.q, j * blocks.kv)

@@ -160,7 +160,7 @@ def _attend(
 ) -> None:
     """Adds one tile to m, l and acc, piece by piece."""
     first_row, first_key = entry.outer * blocks.q, entry.inner * blocks.kv
-    limits = tiles.limits_at(refs, b) if partial else None
+    limits = tiles.limits_at(refs, b, scores) if partial else None
     seed = refs["seeds"][b * pl.num_programs(1) + n] if "seeds" in refs else None
 
     def product(piece: Piece) -> jax.Array:

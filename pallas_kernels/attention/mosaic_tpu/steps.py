@@ -138,7 +138,7 @@ def _interval_kinds(
 def _needed(kinds: Any, xp: Any) -> Any:
     """Returns which tiles are steps: those that are seen, and one for a row that sees nothing."""
     needed = kinds != SKIP
-    first = xp.arange(kinds.shape[-1]) == 0
+    first = xp.arange(kinds.shape[-1]).reshape((1,) * (kinds.ndim - 1) + (-1,)) == 0
     return needed | (first & ~needed.any(axis=-1, keepdims=True))
 
 
@@ -148,17 +148,18 @@ def _table(kinds: Any, count: int) -> Any:
     rank = jnp.cumsum(needed, axis=-1, dtype=jnp.int32)
     first = rank == 1
     last = rank == rank[..., -1:]
+    ones = (1,) * (kinds.ndim - 2)
     entry = (
         jnp.asarray(kinds, jnp.int32)
         + 4 * first
         + 8 * last
-        + 16 * jnp.arange(inner, dtype=jnp.int32)
-        + 2**18 * jnp.arange(outer, dtype=jnp.int32)[:, None]
+        + 16 * jnp.arange(inner, dtype=jnp.int32).reshape(*ones, 1, -1)
+        + 2**18 * jnp.arange(outer, dtype=jnp.int32).reshape(*ones, -1, 1)
     ).astype(jnp.int32)
     needed, entry = (x.reshape(-1, outer * inner) for x in (needed, entry))
     rank = jnp.cumsum(needed, axis=-1, dtype=jnp.int32)
     total = rank[:, -1:]
-    wanted = jnp.arange(1, count + 1, dtype=jnp.int32)
+    wanted = jnp.arange(1, count + 1, dtype=jnp.int32)[None, :]
     position = jax.vmap(jnp.searchsorted)(rank, jnp.minimum(wanted, total))
     table = jnp.take_along_axis(entry, position, axis=-1)
     return jnp.where(wanted > total, table & ~15, table).reshape(-1)

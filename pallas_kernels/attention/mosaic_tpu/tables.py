@@ -60,6 +60,9 @@ _GENERATIONS = {(4, 16): "v4", (5, 128): "v5e", (5, 64): "v5p", (6, 128): "v6e",
 
 def chip() -> str:
     """Returns the key of `VMEM` for the TPU that is compiled for; v5e where there is none."""
+    supposed = device().chip
+    if supposed is not None:
+        return supposed if supposed in VMEM else "v4"
     try:
         info = pltpu.get_tpu_info()
     except ValueError:  # interpreted on another platform

@@ -144,6 +144,7 @@ class Scores(NamedTuple):
     bias_shape: tuple[int, ...] | None
     dense_shape: tuple[int, ...] | None
     segments: bool
+    limit_columns: int  # of a batch entry
     transposed: bool  # keys along sublanes and queries along lanes
 
     @property
@@ -163,7 +164,8 @@ class Scores(NamedTuple):
     @property
     def has_window(self) -> bool:
         """Whether a tile may have parts that its positions alone hide."""
-        return self.operands_mask.left is not None or self.operands_mask.right is not None
+        mask = self.operands_mask
+        return mask.left is not None or mask.right is not None or self.limit_columns == 5
 
     @property
     def may_hide_within(self) -> bool:
@@ -198,7 +200,9 @@ class Scores(NamedTuple):
         slope, cap = None, self.settings.soft_cap
         if cap is not None:
             capped = jnp.tanh(z * (1 / cap))
-            z, slope = capped * cap, 1 - capped * capped
+            slope = 1 - capped * capped
+            hides = self.bias_shape is not None
+            z = jnp.where(z == -jnp.inf, -jnp.inf, capped * cap) if hides else capped * cap
         if limits is not None:
             z = jnp.where(self.visible(refs, piece, limits), z, -jnp.inf)
         return z, slope
@@ -209,7 +213,7 @@ class Scores(NamedTuple):
         # The interval of each row first: one comparison or two for an entry are left.
         span = keys_of_rows(self.operands_mask, limits, rows, rows)
         seen = keys < span.stop
-        if self.operands_mask.left is not None:
+        if self.operands_mask.left is not None or limits.start is not None:
             seen &= keys >= span.start
         if self.segments:
             row_ids = refs["query_ids"][:, pl.ds(piece.row, piece.rows)]
@@ -264,6 +268,7 @@ def scores_of(settings: Settings, operands: Operands, *, transposed: bool) -> Sc
         None if operands.bias is None else operands.bias.shape,
         None if mask.dense is None else mask.dense.shape,
         mask.has_segments,
+        mask.columns,
         transposed,
     )
 
@@ -289,9 +294,10 @@ def row(column: jax.Array) -> jax.Array:
     return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1, :]
 
 
-def limits_at(refs: dict[str, Any], b: Any) -> Limits:
+def limits_at(refs: dict[str, Any], b: Any, scores: Scores) -> Limits:
     """Returns the limits of one batch entry."""
-    return Limits(*(refs["limits"][3 * b + k] for k in range(3)))
+    count = scores.limit_columns
+    return Limits(*(refs["limits"][count * b + k] for k in range(count)))
 
 
 def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int], settings: Settings) -> jax.Array:

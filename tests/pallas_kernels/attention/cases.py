@@ -40,10 +40,16 @@ class Case:
     offsets: tuple[int, ...] | None = None
     query_lengths: tuple[int, ...] | None = None
     key_value_lengths: tuple[int, ...] | None = None
+    start: int = 0
+    starts: tuple[int, ...] | None = None
+    prefix: int = 0
+    prefix_lengths: tuple[int, ...] | None = None
     segments: str | None = None  # "sorted", "shuffled" or "disjoint"
     dense: str | None = None  # which of b, n, t, s are full, such as "bts"; the others are 1
     bias: str | None = None  # as `dense`
-    sinks: bool = False
+    bias_hides: bool = False  # whether a third of it is -inf, and row 3 whole
+    sinks: bool | str = False  # "some": that of head 0 is -inf
+    diagonals: str | None = None  # "n" or "bn": what each distance adds
     dropout_rate: float = 0.0
     seed: int = 0
 
@@ -87,19 +93,34 @@ def build(case: Case) -> Problem:
         offsets=ints(case.offsets),
         query_lengths=ints(case.query_lengths),
         key_value_lengths=ints(case.key_value_lengths),
+        start=case.start,
+        starts=ints(case.starts),
+        prefix=case.prefix,
+        prefix_lengths=ints(case.prefix_lengths),
         query_segment_ids=_segments(case.segments, rng, b, t, 0),
         key_value_segment_ids=_segments(case.segments, rng, b, s, 1),
         dense=None if case.dense is None else jnp.asarray(rng.random(full(case.dense)) < 0.5),
     )
     seeds = dropout.seeds(jax.random.key(case.seed), b, n) if case.dropout_rate else None
+    bias = None if case.bias is None else normal(*full(case.bias))
+    if bias is not None and case.bias_hides:
+        hidden = np.random.default_rng(case.seed + 1).random(bias.shape) < 1 / 3
+        hidden[:, :, 3:4] = True
+        bias = jnp.where(hidden, -jnp.inf, bias)
+    sinks = normal(n, dtype=jnp.float32) if case.sinks else None
+    if sinks is not None and case.sinks == "some":
+        sinks = sinks.at[0].set(-jnp.inf)
     operands = Operands(
         query=normal(b, t, n, d),
         key=normal(b, s, k, d),
         value=normal(b, s, k, dv),
-        bias=None if case.bias is None else normal(*full(case.bias)),
-        sinks=normal(n, dtype=jnp.float32) if case.sinks else None,
+        bias=bias,
+        sinks=sinks,
         mask=mask,
         seeds=seeds,
+        diagonals=None
+        if case.diagonals is None
+        else normal(b if "b" in case.diagonals else 1, n, t + s - 1, dtype=jnp.float32),
     )
     settings = Settings(
         scale=d**-0.5 if case.scale is None else case.scale,
@@ -131,8 +152,8 @@ def run(attend: Any, problem: Problem) -> Result:
     operands, cotangents = problem.operands, problem.cotangents
 
     def fn(*primals: Any) -> Any:
-        query, key, value, bias, sinks = primals
-        return attend(operands._replace(query=query, key=key, value=value, bias=bias, sinks=sinks))
+        names = ("query", "key", "value", "bias", "sinks", "diagonals")
+        return attend(operands._replace(**dict(zip(names, primals))))
 
     def all_of_it(primals: Any, cotangents: Any) -> Any:
         (output, lse), vjp = jax.vjp(fn, *primals)
@@ -142,7 +163,8 @@ def run(attend: Any, problem: Problem) -> Result:
         return output, lse, *vjp((d_output.astype(output.dtype), d_lse))
 
     primals = (
-        operands.query, operands.key, operands.value, operands.bias, operands.sinks
+        operands.query, operands.key, operands.value, operands.bias, operands.sinks,
+        operands.diagonals,
     )  # fmt: skip
     results = quick_jit(all_of_it)(primals, cotangents)
     return Result(*jax.tree.map(lambda x: np.asarray(x, np.float64), results))
@@ -240,8 +262,10 @@ CASES: tuple[Case, ...] = (
     Case("bias of queries", bias="nt", heads=4, kv_heads=2),
     Case("soft cap", soft_cap=2.0),
     Case("soft cap and bias", soft_cap=2.0, bias="nts", right=0),
+    Case("soft cap and a bias that hides", soft_cap=2.0, bias="nts", bias_hides=True),
     Case("sinks", sinks=True, right=0),
     Case("sinks and empty rows", sinks=True, right=0, offset=-40),
+    Case("a sink of -inf and empty rows", sinks="some", right=0, offset=-40),
     Case("dropout", dropout_rate=0.2),
     Case("dropout, causal, grouped", dropout_rate=0.5, right=0, heads=4, kv_heads=2, batch=2),
     Case("everything", batch=2, queries=117, keys=131, heads=4, kv_heads=2, left=50, right=0,
@@ -254,6 +278,21 @@ CASES: tuple[Case, ...] = (
     Case("head dim 256", head_dim=256, heads=1, kv_heads=1, right=0),
     Case("wide keys", head_dim=96, value_dim=64),
     Case("wide values", head_dim=64, value_dim=112, right=0),
+    Case("first key", start=50, queries=70, keys=131),
+    Case("first keys, causal window", batch=3, starts=(0, 47, 128), left=60, right=0),
+    Case("prefix", prefix=60, right=0, queries=117, keys=131),
+    Case("prefixes", batch=3, prefix_lengths=(0, 45, 128), right=3, heads=4),
+    Case("prefix, window, first keys, lengths", batch=2, prefix_lengths=(90, 40), starts=(20, 44),
+         key_value_lengths=(80, 131), left=70, right=0, offsets=(5, -30), segments="sorted",
+         queries=117, keys=131),
+)  # fmt: skip
+# Not every route has a bias by rule.
+BY_DISTANCE = (
+    Case("distances", diagonals="n", queries=117, keys=131, heads=4, kv_heads=2),
+    Case("distances, entries, cap", batch=2, diagonals="bn", right=0, soft_cap=3.0,
+         dropout_rate=0.2, queries=131, keys=90, sinks=True),
+    Case("distances, window, segments", batch=2, diagonals="n", left=50, right=9,
+         segments="sorted"),
 )  # fmt: skip
 
 
@@ -262,7 +301,8 @@ QUICK = {
     "causal window", "grouped heads", "more queries, causal", "causal at the end",
     "negative offset leaves empty rows", "a length of zero", "shuffled segments",
     "dense mask of keys", "bias of queries",
-    "soft cap and bias", "sinks and empty rows", "everything", "wide values",
+    "soft cap and a bias that hides", "a sink of -inf and empty rows", "everything", "wide values",
+    "first key", "prefix, window, first keys, lengths",
 }  # fmt: skip
 
 

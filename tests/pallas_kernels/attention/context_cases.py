@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import dropout, reference
 from pallas_kernels.attention.context import ring_attention, shard_sequence_order
 from pallas_kernels.attention.mask import visible
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
@@ -23,7 +23,7 @@ SPREAD = P(None, "x")
 
 
 def _plain_backward(
-    settings: Settings, operands: Operands, lse: Any, cotangent: Any, delta: Any, _: bool
+    settings: Settings, operands: Operands, lse: Any, cotangent: Any, delta: Any, asked: bool
 ) -> Gradients:
     """With lse and delta as constants, d/dz of this sum is p (dp - delta)."""
     size = operands.sizes
@@ -31,19 +31,31 @@ def _plain_backward(
     seen = visible(operands.mask, size.batch, size.queries, size.keys)
     seen &= (lse > -jnp.inf)[..., None]
 
-    def total(query: Any, key: Any, value: Any) -> Any:
+    rows, keys = np.arange(size.queries)[:, None], np.arange(size.keys)
+    drop: Any = 1
+    if operands.seeds is not None:
+        places = [jnp.asarray(x, jnp.int32)[None, None] for x in (rows, keys[None])]
+        seeds = operands.seeds[..., None, None]
+        kept = dropout.keep(seeds, places[0], places[1], settings.dropout_rate)
+        drop = kept / (1 - settings.dropout_rate)
+
+    def total(query: Any, key: Any, value: Any, diagonals: Any) -> Any:
         z = jnp.einsum("btkgd,bskd->bkgts", settings.scale * query.reshape(split), key)
         z = z.reshape(size.batch, size.heads, size.queries, size.keys)
+        if diagonals is not None:
+            z += diagonals[:, :, keys - rows + size.queries - 1]
         if settings.soft_cap is not None:
             z = settings.soft_cap * jnp.tanh(z / settings.soft_cap)
         p = jnp.where(seen, jnp.exp(jnp.where(seen, z - lse[..., None], 0)), 0)
-        grouped = p.reshape(size.batch, size.kv_heads, size.group, size.queries, size.keys)
+        grouped = (p * drop).reshape(size.batch, size.kv_heads, size.group, size.queries, size.keys)
         output = jnp.einsum("bkgts,bskd->btkgd", grouped, value)
         return (output * cotangent.reshape(output.shape)).sum() - (delta * p.sum(axis=3)).sum()
 
     x = operands.query, operands.key, operands.value
-    gradients = jax.grad(total, (0, 1, 2))(*(a.astype(lse.dtype) for a in x))
-    return Gradients(*(g.astype(a.dtype) for g, a in zip(gradients, x)))
+    wide = *(a.astype(lse.dtype) for a in x), operands.diagonals
+    *gradients, diagonals = jax.grad(total, (0, 1, 2, 3))(*wide)
+    gradients = (g.astype(a.dtype) for g, a in zip(gradients, x))
+    return Gradients(*gradients, diagonals=diagonals if asked else None)
 
 
 PLAIN = Route("plain", reference.attend, _plain_backward, reference.refusal)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.decode import decode_attention
+from pallas_kernels.attention.position_bias import RULES, Alibi, RelativePositionBias
 from tests.pallas_kernels.attention.cases import quick_jit
 
 
@@ -33,6 +34,11 @@ class Case:
     soft_cap: float | None = None
     sinks: bool = False
     scale: float | None = None
+    causal: bool = True
+    starts: Any = None  # a number or one for each sequence
+    prefixes: Any = None
+    scales: str | None = None  # "tensor" or "heads" in place of tokens and heads
+    rule: str | None = None  # "alibi" or "buckets"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -68,6 +74,20 @@ CASES = (
     Case("int8 pages", cache_dtype="int8", page_size=8, dtype="bfloat16"),
     Case("float8_e4m3fn", cache_dtype="float8_e4m3fn", dtype="bfloat16"),
     Case("float8_e5m2 pages", cache_dtype="float8_e5m2", page_size=16, dtype="float16"),
+    Case("left padding", starts=(30, 0, 1), tokens=2),
+    Case("left padding, window, pages", starts=(30, 80, 0), window=9, page_size=8, tokens=3),
+    Case("padding longer than a sequence", starts=50),
+    Case("prefix", prefixes=(36, 95, 0), tokens=4),
+    Case("prefix, window, padding", prefixes=60, starts=(3, 50, 0), window=30, tokens=3,
+         lengths=(40, 96, 60), page_size=8),
+    Case("the whole cache", causal=False, tokens=3, page_size=8),
+    Case("the whole cache of fewer keys than tokens", causal=False, tokens=3, lengths=(1, 0, 2)),
+    Case("a window to both sides", causal=False, window=(5, 1), tokens=4),
+    Case("one scale for a tensor", scales="tensor", cache_dtype="int8", tokens=2),
+    Case("one scale for a head", scales="heads", cache_dtype="float8_e4m3fn", dtype="bfloat16",
+         page_size=8, starts=2),
+    Case("alibi", rule="alibi", tokens=3, heads=6, page_size=8, starts=(2, 30, 0), soft_cap=3.0),
+    Case("buckets", rule="buckets", tokens=2, causal=False, cache_dtype="int8"),
     Case("everything", lengths=(2, 90, 64), tokens=3, page_size=8, heads=6, window=(30, 0),
          soft_cap=2.0, sinks=True, cache_dtype="int8", value_dim=24, scale=0.4),
 )  # fmt: skip
@@ -90,25 +110,30 @@ def build(case: Case) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
         drawn = rng.integers(-127, 128, size=shape) if dtype == jnp.int8 else rng.normal(size=shape)
         cache = jnp.asarray(drawn.astype(np.float32)).astype(dtype)
         size = 1 / 64 if dtype == jnp.int8 else 1
-        scale = (rng.uniform(0.5, 1.5, size=shape[:3]) * size).astype(np.float32)
+        kept = {"tensor": (), "heads": shape[2:3], None: shape[:3]}[case.scales]
+        scale = (rng.uniform(0.5, 1.5, size=kept) * size).astype(np.float32)
         wide = np.asarray(cache.astype(jnp.float32), np.float64)
         return cache, scale, wide * scale[..., None] if quantized else wide
 
     (key, key_scale, keys), (value, value_scale, values) = draw(d), draw(dv)
     sinks = rng.normal(size=n).astype(np.float32) if case.sinks else None
     left = case.window if case.window is None or isinstance(case.window, int) else case.window[0]
+    rule = _rule(case, rng)
     want = _attend(case, np.asarray(query.astype(jnp.float32), np.float64), keys, values, left,
-                   sinks)  # fmt: skip
+                   sinks, rule)  # fmt: skip
 
     first = np.zeros(b, int) if left is None else np.asarray(case.lengths) - t - left
+    first = np.maximum(first, 0 if case.starts is None else case.starts)
     positions = np.arange(case.capacity)
     used = (positions < np.asarray(case.lengths)[:, None]) & (positions >= first[:, None])
     arrays = {"key_cache": key, "value_cache": value}
     if quantized:
         arrays |= {"key_scale": jnp.asarray(key_scale), "value_scale": jnp.asarray(value_scale)}
-    arrays = {name: _spoil(x, used) for name, x in arrays.items()}
+    arrays = {name: _spoil(x, used) if x.ndim > 2 else x for name, x in arrays.items()}
     if case.page_size is not None:
-        arrays = _pages(arrays, used, case.page_size, rng)
+        small = {name: x for name, x in arrays.items() if x.ndim < 3}
+        large = {name: x for name, x in arrays.items() if x.ndim > 2}
+        arrays = _pages(large, used, case.page_size, rng) | small
     arguments = arrays | {
         "query": query if case.tokens else query[:, 0],
         "lengths": jnp.asarray(case.lengths, jnp.int32),
@@ -116,6 +141,10 @@ def build(case: Case) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
         "local_window_size": case.window,
         "logits_soft_cap": case.soft_cap,
         "scale": case.scale,
+        "is_causal": case.causal,
+        "key_value_start": case.starts,
+        "prefix_lengths": case.prefixes,
+        "bias": rule,
     }
     return arguments, want if case.tokens else (want[0][:, 0], want[1][:, 0])
 
@@ -142,8 +171,17 @@ def _pages(arrays: dict[str, Any], used: np.ndarray, size: int, rng: Any) -> dic
     return paged | {"page_table": jnp.asarray(table, jnp.int32)}
 
 
+def _rule(case: Case, rng: Any) -> Any:
+    if case.rule == "alibi":
+        return Alibi(jnp.asarray(rng.uniform(0.05, 0.5, case.heads), jnp.float32))
+    if case.rule == "buckets":
+        table = jnp.asarray(rng.normal(size=(8, case.heads)), jnp.float32)
+        return RelativePositionBias(table, bidirectional=True, max_distance=20)
+    return None
+
+
 def _attend(
-    case: Case, query: Any, keys: Any, values: Any, left: int | None, sinks: Any
+    case: Case, query: Any, keys: Any, values: Any, left: int | None, sinks: Any, rule: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     (b, t, n, d), group = query.shape, case.heads // case.kv_heads
     output = np.zeros((b, t, n, values.shape[3]))
@@ -151,8 +189,16 @@ def _attend(
     scale = d**-0.5 if case.scale is None else case.scale
     for i, j, h in np.ndindex(b, t, n):
         position = case.lengths[i] - t + j
-        seen = slice(0 if left is None else max(0, position - left), max(0, position + 1))
+        s = np.arange(keys.shape[1])
+        right = 0 if case.causal else None if case.window is None else case.window[1]
+        seen = (s < case.lengths[i]) & (s >= np.broadcast_to(case.starts or 0, b)[i])
+        if left is not None:
+            seen &= s >= position - left
+        if right is not None:
+            seen &= (s <= position + right) | (s < np.broadcast_to(case.prefixes or 0, b)[i])
         z = scale * keys[i, seen, h // group] @ query[i, j, h]
+        if rule is not None:
+            z = z + np.asarray(rule.at(jnp.asarray(s[seen] - position)), np.float64)[h]
         if case.soft_cap is not None:
             z = case.soft_cap * np.tanh(z / case.soft_cap)
         terms = z if sinks is None else np.append(z, sinks[h])
@@ -170,7 +216,7 @@ TOLERANCES = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
 def check(case: Case, **options: Any) -> None:
     """Asserts that `decode_attention` with `options` is the float64 result within rounding."""
     arguments, want = build(case)
-    arrays = {k: v for k, v in arguments.items() if isinstance(v, jax.Array)}
+    arrays = {k: v for k, v in arguments.items() if isinstance(v, (jax.Array, *RULES))}
     static = {k: v for k, v in arguments.items() if k not in arrays} | options
     got = quick_jit(lambda arrays: decode_attention(**arrays, **static, return_residual=True))(
         arrays
@@ -186,7 +232,8 @@ def check(case: Case, **options: Any) -> None:
 
 def _program(
     implementation: str, *, page_size: int | None = None, cache: Any = None, d: int = 128,
-    dtype: Any = jnp.bfloat16, tokens: int = 1, batch: int = 8, capacity: int = 8192, **options: Any
+    dtype: Any = jnp.bfloat16, tokens: int = 1, batch: int = 8, capacity: int = 8192,
+    padded: bool = False, **options: Any
 ) -> tuple[Any, tuple[Any, ...], tuple[()]]:  # fmt: skip
     """Returns a program for `compile_in_child`: 32 query heads and 8 key/value heads."""
     cache_dtype = jnp.dtype(dtype if cache is None else cache)
@@ -201,7 +248,11 @@ def _program(
     if page_size is not None:
         arrays["page_table"] = struct((batch, capacity // page_size), jnp.int32)
     if cache is not None:
-        arrays |= {name: struct((*shape, 8), jnp.float32) for name in ("key_scale", "value_scale")}
+        scales = (8,) if padded else (*shape, 8)
+        arrays |= {name: struct(scales, jnp.float32) for name in ("key_scale", "value_scale")}
+    if padded:
+        names = ("key_value_start", "prefix_lengths")
+        arrays |= {name: struct((batch,), jnp.int32) for name in names}
 
     def fn(arrays: dict[str, Any]) -> Any:
         return decode_attention(
@@ -220,6 +271,7 @@ triton_int8 = functools.partial(_program, "triton", page_size=64, cache=jnp.int8
 triton_float8 = functools.partial(_program, "triton", cache=jnp.float8_e4m3fn)
 triton_e5m2 = functools.partial(_program, "triton", cache=jnp.float8_e5m2, dtype=jnp.float16)
 triton_wide = functools.partial(_program, "triton", d=256, local_window_size=1024)
+triton_padded = functools.partial(_program, "triton", cache=jnp.int8, padded=True, tokens=4)
 triton_odd = functools.partial(_program, "triton", d=80)
 tpu_contiguous = functools.partial(_program, "mosaic_tpu")
 tpu_pages = functools.partial(_program, "mosaic_tpu", page_size=16, tokens=4)
@@ -228,5 +280,6 @@ tpu_int8 = functools.partial(_program, "mosaic_tpu", page_size=64, cache=jnp.int
 tpu_float8 = functools.partial(_program, "mosaic_tpu", cache=jnp.float8_e4m3fn)
 tpu_e5m2 = functools.partial(_program, "mosaic_tpu", cache=jnp.float8_e5m2)
 tpu_wide = functools.partial(_program, "mosaic_tpu", d=256, local_window_size=1024)
+tpu_padded = functools.partial(_program, "mosaic_tpu", cache=jnp.int8, padded=True, tokens=4)
 chunked = functools.partial(_program, "chunked")
 chunked_pages = functools.partial(_program, "chunked", page_size=16, cache=jnp.int8)

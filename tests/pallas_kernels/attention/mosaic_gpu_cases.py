@@ -29,6 +29,7 @@ def _gradients(
     bias_dtype: Any = None,
     segments: bool = False,
     dropout_rate: float = 0.0,
+    prefixes: bool = False,
 ) -> tuple[Any, tuple[Any, ...], tuple[()]]:
     def array(*shape: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -44,6 +45,8 @@ def _gradients(
             right=0 if causal else None,
             query_segment_ids=ids,
             key_value_segment_ids=ids,
+            starts=array(BATCH, dtype=jnp.int32) if prefixes else None,
+            prefix_lengths=array(BATCH, dtype=jnp.int32) if prefixes else None,
         ),
         seeds=array(BATCH, HEADS, dtype=jnp.int32) if dropout_rate else None,
     )
@@ -64,6 +67,7 @@ KINDS = {
     "plain": {},
     "causal": {"causal": True},
     "causal_window_cap": {"causal": True, "window": 500, "soft_cap": 30.0},
+    "prefixes": {"causal": True, "prefixes": True},
     "bias_segments": {"bias_dtype": jnp.bfloat16, "segments": True},
     "float32_bias": {"bias_dtype": jnp.float32},
     "ragged_dropout": {"length": 1001, "dropout_rate": 0.1, "dtype": jnp.float16},

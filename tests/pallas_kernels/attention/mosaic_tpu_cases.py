@@ -26,6 +26,7 @@ def program(
     bias: tuple[int, ...] | None = None,
     causal: bool = True,
     backward: bool = True,
+    prefixes: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Returns attention over random-shaped inputs, with its gradients if `backward`."""
 
@@ -35,7 +36,14 @@ def program(
     query = struct(1, length, heads, width)
     key = struct(1, length, kv_heads, width)
     ids = struct(1, length, dtype="int32") if segments else None
-    mask = Mask(right=0 if causal else None, query_segment_ids=ids, key_value_segment_ids=ids)
+    numbers = struct(1, dtype="int32") if prefixes else None
+    mask = Mask(
+        right=0 if causal else None,
+        query_segment_ids=ids,
+        key_value_segment_ids=ids,
+        starts=numbers,
+        prefix_lengths=numbers,
+    )
     operands = Operands(query, key, key, bias=None if bias is None else struct(*bias), mask=mask)
     settings = Settings(scale=width**-0.5)
     if not backward:
@@ -82,3 +90,7 @@ def with_bias() -> Any:
 
 def with_key_bias() -> Any:
     return program(bias=(1, 1, 1, LENGTH))
+
+
+def with_prefixes() -> Any:
+    return program(prefixes=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pallas_kernels
-from tests.pallas_kernels.attention import cases
+from tests.pallas_kernels.attention import cases, tangent_cases
 
 PACKAGE = pathlib.Path(pallas_kernels.__file__).parent
 CONFIGS = {"chunked": {"block_q": 48, "block_kv": 40, "tile": 1}}
@@ -34,6 +35,7 @@ class Mutant:
     new: str
     case: str
     route: str = "chunked"
+    check: str = "gradient"  # or "tangent", or "second"
 
     def __str__(self) -> str:
         return f"{self.file}: {self.old.strip()}  ->  {self.new.strip()}"
@@ -61,8 +63,11 @@ MUTANTS = [
     Mutant("chunked", "o / (total * (1 - settings.dropout_rate))", "o / (total)", "dropout"),
     Mutant("chunked", "dp = jnp.where(kept, dp * keep_scale, 0)", "dp = jnp.where(kept, dp, 0)", "dropout"),
     Mutant("chunked", "dropped = jnp.where(kept, p * keep_scale, 0)", "dropped = p * keep_scale", "dropout"),
-    Mutant("dropout", "(keys * _int32(0x85EBCA77)) ^ row_key", "keys ^ row_key", "dropout"),
+    Mutant("dropout", "(keys * KEY) ^ row_key", "keys ^ row_key", "dropout"),
     Mutant("dropout", "math.ceil(rate * 2**24)", "math.ceil((1 - rate) * 2**24)", "dropout"),
+    # What hides by its value, and sinks that are none.
+    Mutant("chunked", "z = jnp.where(z == -jnp.inf, -jnp.inf, capped) if hides_by_value else capped", "z = capped", "soft cap and a bias that hides"),
+    Mutant("derivatives", "sinks[None, :, None] - jnp.where(lse == -jnp.inf, 0, lse))", "sinks[None, :, None] - lse)", "a sink of -inf and empty rows"),
     # Gradients.
     Mutant("chunked", "d_scores = p * (dp - take(delta)[..., None]) * slope", "d_scores = p * (dp - take(delta)[..., None])", "soft cap"),
     Mutant("chunked", "d_scores = p * (dp - take(delta)[..., None]) * slope", "d_scores = p * dp * slope", "plain"),
@@ -73,41 +78,79 @@ MUTANTS = [
     Mutant("chunked", "(b, q0, k * size.group)", "(b, q0, k)", "grouped heads"),
     Mutant("chunked", "(b, k, 0, q0, k0))", "(b, k, 0, q0, 0))", "bias of keys"),
     Mutant("chunks", "tile = tile.sum(axis=axes, keepdims=True)", "tile = tile.mean(axis=axes, keepdims=True)", "bias of heads"),
-    Mutant("core", "delta -= jnp.where(lse == -jnp.inf, 0, d_lse)", "delta += jnp.where(lse == -jnp.inf, 0, d_lse)", "plain"),
-    Mutant("core", "share = jnp.exp(operands.sinks[:, None] - lse)", "share = operands.sinks[:, None] - lse", "sinks"),
-    Mutant("core", "sinks = -jnp.sum(share * delta", "sinks = jnp.sum(share * delta", "sinks"),
+    Mutant("derivatives", "delta -= jnp.where(lse == -jnp.inf, 0, d_lse)", "delta += jnp.where(lse == -jnp.inf, 0, d_lse)", "plain"),
+    Mutant("derivatives", "return jnp.exp(sinks[None, :, None] - jnp", "return (sinks[None, :, None] - jnp", "sinks"),
+    Mutant("derivatives", "= -jnp.sum(share * delta", "= jnp.sum(share * delta", "sinks"),
+    # Tangents.
+    Mutant("tangent", "ds = p * ds * slope", "ds = p * ds", "soft cap", check="tangent"),
+    Mutant("tangent", "ds = p * ds * slope", "ds = ds * slope", "plain", check="tangent"),
+    Mutant("tangent", "jnp.where(kept, ds, 0), jnp.where(kept, p, 0)", "jnp.where(kept, ds, 0), p", "dropout", check="tangent"),
+    Mutant("tangent", "jnp.where(kept, ds, 0), jnp.where(kept, p, 0)", "ds, jnp.where(kept, p, 0)", "dropout", check="tangent"),
+    Mutant("tangent", "            mass += ds.sum(axis=-1)\n            if kept is not None:\n                ds, p = jnp.where(kept, ds, 0), jnp.where(kept, p, 0)\n", "            if kept is not None:\n                ds, p = jnp.where(kept, ds, 0), jnp.where(kept, p, 0)\n            mass += ds.sum(axis=-1)\n", "dropout", check="tangent"),
+    Mutant("tangent", "weighted / (1 - settings.dropout_rate)", "weighted", "dropout", check="tangent"),
+    Mutant("tangent", "lse = jnp.where(lse == -jnp.inf, 0, lse)", "lse = lse", "negative offset leaves empty rows", check="tangent"),
+    Mutant("tangent", 'settings.scale * precise("bkgtd,bksd->bkgts", d_row, keys)', 'precise("bkgtd,bksd->bkgts", d_row, keys)', "plain", check="tangent"),
+    Mutant("tangent", 'settings.scale * precise("bkgtd,bksd->bkgts", row, d_keys)', 'precise("bkgtd,bksd->bkgts", row, d_keys)', "plain", check="tangent"),
+    Mutant("tangent", "(b, k, 0, q0, j * blocks.kv), p.shape", "(b, k, 0, q0, 0), p.shape", "bias of keys", check="tangent"),
+    Mutant("tangent", "(b, k, 0, q0), (blocks.batch", "(b, 0, 0, q0), (blocks.batch", "grouped heads", check="tangent"),
+    Mutant("tangent", "a = part(a, (b, q0, k * size.group)", "a = part(a, (b, q0, k)", "grouped heads", check="tangent"),
+    Mutant("tangent", 'moved.get("value", operands.value)', "operands.value", "plain", check="tangent"),
+    Mutant("derivatives", "(weighted - by_mass)", "(weighted)", "plain", check="tangent"),
+    Mutant("derivatives", "mass += _share_of_sinks", "mass -= _share_of_sinks", "sinks", check="tangent"),
+    Mutant("derivatives", "return results, _tangent(route, settings, operands, results, moves(tangents[0]))", "return results, jax.tree.map(jnp.zeros_like, results)", "plain", check="second"),
+    Mutant("derivatives", "    if moved:\n        longer", "    if moved and form.cotangent is None:\n        longer", "plain", check="second"),
     # The mask.
-    Mutant("mask", "seen &= distance <= mask.right", "seen &= distance < mask.right", "causal"),
+    Mutant("mask", "near = distance <= mask.right", "near = distance < mask.right", "causal"),
     Mutant("mask", "seen &= distance >= -mask.left", "seen &= distance > -mask.left", "window"),
     Mutant("mask", "seen = (rows < query_length) & (keys < key_value_length)", "seen = (rows < query_length) & (keys >= 0)", "ragged"),
     Mutant("mask", "seen = (rows < query_length) & (keys < key_value_length)", "seen = (rows >= 0) & (keys < key_value_length)", "lengths"),
     Mutant("mask", "distance = keys - rows - offset", "distance = keys - rows + offset", "causal at the end"),
-    Mutant("mask", "stop = _minimum(stop, last_valid_row + offset + mask.right + 1)", "stop = _minimum(stop, last_valid_row + offset + mask.right - 40)", "causal"),
-    Mutant("mask", "whole_stop = _minimum(whole_stop, first_row + offset + mask.right + 1)", "whole_stop = _minimum(whole_stop, last_row + offset + mask.right + 1)", "causal"),
-    Mutant("mask", "start = _maximum(0, first_row + offset - mask.left)", "start = _maximum(0, last_row + offset - mask.left)", "causal window"),
+    Mutant("mask", "ends = (last_valid_row + offset + mask.right + 1,", "ends = (last_valid_row + offset + mask.right - 40,", "causal"),
+    Mutant("mask", "first_row + offset + mask.right + 1)", "last_row + offset + mask.right + 1)", "causal"),
+    Mutant("mask", "start = _maximum(start, first_row + offset - mask.left)", "start = _maximum(start, last_row + offset - mask.left)", "causal window"),
     Mutant("mask", "whole_start = _maximum(0, last_key - mask.right - offset)", "whole_start = _maximum(0, first_key - mask.right - offset)", "causal"),
     Mutant("mask", "stop = _minimum(stop, last_valid_key + mask.left - offset + 1)", "stop = _minimum(stop, first_key + mask.left - offset + 1)", "causal window"),
     Mutant("mask", "needed &= (q_low <= k_high) & (k_low <= q_high)", "needed &= (q_low <= k_low) & (k_high <= q_high)", "sorted segments"),
     Mutant("mask", "whole &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)", "whole &= (q_low == k_low)", "sorted segments"),
     Mutant("mask", "tiles(False).any(axis=(3, 5)), tiles(True).all", "tiles(False).any(axis=(3, 5)), tiles(True).any", "dense mask"),
     Mutant("mask", "_where(last_row < query_length, _maximum(whole_start", "_where(True, _maximum(whole_start", "lengths"),
+    # Biases by rule.
+    Mutant("chunked", "z += toeplitz.tile(of_tile[..., 0, :], blocks.q, blocks.kv).astype(z.dtype)", "z += settings.scale * toeplitz.tile(of_tile[..., 0, :], blocks.q, blocks.kv)", "distances"),
+    Mutant("chunked", "toeplitz.sums(d_scores)[..., None, :]", "toeplitz.sums(d_scores[..., ::-1, :])[..., None, :]", "distances"),
+    Mutant("chunks", "start = j * blocks.kv - i * blocks.q + rows - blocks.q", "start = j * blocks.kv - i * blocks.q + query_length - blocks.q", "distances"),
+    Mutant("chunks", "start = j * blocks.kv - i * blocks.q + rows - blocks.q", "start = i * blocks.q - j * blocks.kv + rows - blocks.q", "distances"),
+    Mutant("chunks", "widths = (missing(size.queries, blocks.q), missing(size.keys, blocks.kv) + 1)", "widths = (0, missing(size.queries, blocks.q) + missing(size.keys, blocks.kv) + 1)", "distances"),
+    Mutant("chunks", "total[..., first : first + shape[2]]", "total[..., : shape[2]]", "distances"),
+    Mutant("toeplitz", "flat[..., rows - 1 : rows - 1 + rows * (width - 1)]", "flat[..., rows : rows + rows * (width - 1)]", "distances, window, segments"),
+    Mutant("toeplitz", "[*nothing, (rows - 1, 1)]", "[*nothing, (rows, 0)]", "distances, window, segments"),
+    # First keys and prefixes.
+    Mutant("mask", "seen &= keys >= start", "seen &= keys > start", "first key"),
+    Mutant("mask", "near | (keys < prefix)", "near", "prefix"),
+    Mutant("mask", "near | (keys < prefix)", "near | (keys <= prefix)", "prefix"),
+    Mutant("mask", "else near | (keys < prefix)", "else keys < prefix", "prefix"),
+    Mutant("mask", "ends = tuple(_maximum(x, prefix) for x in ends)", "ends = tuple(ends)", "prefix"),
+    Mutant("mask", "ends = tuple(_maximum(x, prefix) for x in ends)", "ends = (ends[0], _maximum(ends[0], prefix))", "prefixes"),
+    Mutant("mask", "start = whole_start = 0 if first_key is None else first_key", "start, whole_start = (0 if first_key is None else first_key), 0", "first key"),
+    Mutant("mask", "start = _where(first_valid_key < prefix, 0, start)", "start = start", "prefix"),
+    Mutant("mask", "whole_start = _where(last_key < prefix, 0, whole_start)", "whole_start = _where(first_key < prefix, 0, whole_start)", "prefix"),
+    Mutant("mask", "every = every & (first_key >= start_of_keys)", "every = every & (last_key >= start_of_keys)", "first key"),
 ]  # fmt: skip
 
 
 def verdict(mutant: Mutant) -> str:
     """Returns "survives" if the case accepts the mutant, else "caught"."""
-    case = next(case for case in cases.CASES if case.name == mutant.case)
+    case = next(case for case in (*cases.CASES, *cases.BY_DISTANCE) if case.name == mutant.case)
     with tempfile.TemporaryDirectory() as folder:
         name = copy_of_the_package(mutant, pathlib.Path(folder))
         try:
-            check(name, mutant.route, case)
+            check(name, mutant.route, case, mutant.check)
         except (AssertionError, ValueError, TypeError):
             return "caught"
         return "survives"
 
 
-def check(package: str, route: str, case: cases.Case) -> None:
-    """Checks `case` on a route of the package called `package`."""
+def check(package: str, route: str, case: cases.Case, kind: str = "gradient") -> None:
+    """Checks `case` on a route of the package called `package`: its `kind` of derivative."""
     core, mask, problem, module = (
         importlib.import_module(f"{package}.attention.{name}")
         for name in ("core", "mask", "problem", route)
@@ -121,7 +164,18 @@ def check(package: str, route: str, case: cases.Case) -> None:
     config: Any = module.ROUTE.config_type(**CONFIGS[route])
     settings = problem.Settings(**(settings._asdict() | {"config": config}))
     built = cases.Problem(settings, operands, cotangents)
-    cases.check(case, cases.run(lambda x: core.attend(module.ROUTE, settings, x), built))
+    attend = functools.partial(core.attend, module.ROUTE, settings)
+    if kind == "gradient":
+        cases.check(case, cases.run(attend, built))
+        return
+    fn, x = tangent_cases.function(attend, built), tangent_cases.primals(built)
+    if kind == "tangent":
+        find = functools.partial(tangent_cases.tangents, fn)
+    else:
+        loss = tangent_cases.loss_of(fn, built)
+        find = functools.partial(tangent_cases.forward_over_reverse, loss)
+    got = cases.quick_jit(find)(x, tangent_cases.directions(built))
+    tangent_cases.check(case, got, tangent_cases.expected(case, second=kind == "second"))
 
 
 def mutated_source(mutant: Mutant) -> tuple[pathlib.Path, str]:

@@ -22,6 +22,7 @@ class Result(NamedTuple):
     value: Any
     bias: Any
     sinks: Any
+    diagonals: Any = None  # (B or 1, N, T + S - 1)
 
 
 def visible(mask: Any, b: int, t: int, s: int) -> np.ndarray:
@@ -39,7 +40,9 @@ def visible(mask: Any, b: int, t: int, s: int) -> np.ndarray:
         if mask.left is not None:
             seen &= keys >= position - mask.left
         if mask.right is not None:
-            seen &= keys <= position + mask.right
+            near = keys <= position + mask.right
+            seen &= near | (keys < mask.prefix + column(mask.prefix_lengths, 0)[i])
+        seen &= keys >= mask.start + column(mask.starts, 0)[i]
         seen &= rows < column(mask.query_lengths, t)[i]
         seen &= keys < column(mask.key_value_lengths, s)[i]
         if mask.query_segment_ids is not None:
@@ -90,10 +93,14 @@ def attention(problem: Any, dtype: Any = np.float64, rounding: Any = None) -> Re
     z = scale * (q @ k.swapaxes(2, 3))
     if x.bias is not None:
         z = z + wide(x.bias)
+    distances = np.arange(s) - np.arange(t)[:, None] + t - 1
+    if x.diagonals is not None:
+        z = z + wide(x.diagonals)[:, :, distances]
     slope = None
     if settings.soft_cap is not None:
         tanh = np.tanh(z / dtype(settings.soft_cap))
-        z, slope = dtype(settings.soft_cap) * tanh, 1 - tanh**2
+        z = np.where(z == -np.inf, z, dtype(settings.soft_cap) * tanh)
+        slope = 1 - tanh**2
     seen = np.broadcast_to(visible(x.mask, b, t, s), z.shape)
     z = np.where(seen, z, -np.inf)
     peak = z.max(axis=3, initial=-np.inf)
@@ -124,14 +131,19 @@ def attention(problem: Any, dtype: Any = np.float64, rounding: Any = None) -> Re
         summed = array.reshape(b, -1, groups, *array.shape[2:]).sum(axis=2)
         return rounded(summed).transpose(0, 2, 1, 3)
 
-    bias = sinks_gradient = None
+    bias = sinks_gradient = diagonals = None
+    if x.diagonals is not None:
+        summed = dz.sum(axis=0, keepdims=True) if x.diagonals.shape[0] == 1 else dz
+        diagonals = np.stack([(summed * (distances == i)).sum((2, 3)) for i in range(t + s - 1)], 2)
     if x.bias is not None:
         axes = tuple(i for i in range(4) if x.bias.shape[i] == 1)
         bias = dz.sum(axis=axes, keepdims=True)
         if np.dtype(x.bias.dtype) != np.float32:
             bias = rounded(bias)
     if x.sinks is not None:
-        sinks_gradient = -(np.exp(sinks - lse) * delta).sum(axis=(0, 2))
+        sinks_gradient = -(np.exp(sinks - np.where(lse == -np.inf, 0, lse)) * delta).sum(
+            axis=(0, 2)
+        )
     return Result(
         output=o.transpose(0, 2, 1, 3),
         lse=lse,
@@ -140,4 +152,5 @@ def attention(problem: Any, dtype: Any = np.float64, rounding: Any = None) -> Re
         value=heads_last(rounded(p * drop).swapaxes(2, 3) @ d_o, n // heads),
         bias=bias,
         sinks=sinks_gradient,
+        diagonals=diagonals,
     )

@@ -240,22 +240,6 @@ def test_checkpoint_policy_saves_the_forward_pass(inputs):
     assert loops(policy) < loops(jax.checkpoint_policies.nothing_saveable)
 
 
-def test_only_the_reference_is_differentiable_twice_and_forward(inputs):
-    q, k, v = (x[:1, :5] for x in inputs)
-
-    def loss(q, implementation):
-        return jnp.square(attention(q, k, v, implementation=implementation)).sum()
-
-    twice = jax.grad(lambda q, name: jnp.square(jax.grad(loss)(q, name)).sum())
-    assert np.isfinite(twice(q, "reference")).all()
-    with pytest.raises(NotImplementedError, match=r"differentiated once; .*'reference'"):
-        twice(q, "chunked")
-    _, tangent = jax.jvp(functools.partial(loss, implementation="reference"), (q,), (q,))
-    assert np.isfinite(tangent)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(functools.partial(loss, implementation="chunked"), (q,), (q,))
-
-
 def test_scan_and_donation(inputs):
     q, k, v = inputs
 

@@ -38,6 +38,26 @@ REFUSED = [
         ValueError,
         "query has 7 heads, key and value have 8.*looks like heads and length are swapped",
     ),
+    (
+        {"query": zeros((B, 8, 30, D)), "key": zeros((B, 30, 8, D)), "value": zeros((B, 30, 8, D))},
+        ValueError,
+        "(?m)query has 30 heads, key and value have 8.*heads and length are swapped in query$",
+    ),
+    (
+        {"query": zeros((B, 30, 8, D)), "key": zeros((B, 4, 30, D)), "value": zeros((B, 4, 30, D))},
+        ValueError,
+        "(?m)query has 8 heads, key and value have 30.*are swapped in key and value$",
+    ),
+    (
+        {"query": zeros((B, 16, 8, D)), "key": zeros((B, 16, 3, D)), "value": zeros((B, 16, 3, D))},
+        ValueError,
+        r"(?m)query has 8 heads, key and value have 3.*and \(2, 16, 3, 16\)$",
+    ),
+    (
+        {"query": zeros((1, 4, 5, D)), "key": zeros((1, 4, 2, D)), "value": zeros((1, 4, 2, D))},
+        ValueError,
+        r"(?m)query has 5 heads, key and value have 2.*and \(1, 4, 2, 16\)$",
+    ),
     ({"mask": zeros((B, N, T, S))}, TypeError, "mask has dtype float32; expected bool"),
     (
         {"mask": zeros((B, N, T, S + 1), bool)},
@@ -156,3 +176,85 @@ def test_what_is_beyond_a_length_may_be_nan():
         np.testing.assert_array_equal(got, want)
     for got, want in zip(jax.grad(loss, (0, 1, 2))(*dirty), jax.grad(loss, (0, 1, 2))(q, k, v)):
         np.testing.assert_array_equal(got, want)
+
+
+def draw(*shape):
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_a_soft_cap_beyond_all_scores_is_none(implementation):
+    q, kv = draw(B, T, N, D), draw(1, B, S, K, D)[0]
+    for cap in (float("inf"), 1e38, 1e30):
+        for attend in (
+            lambda **options: attention(q, kv, kv, implementation=implementation, **options),
+            lambda **options: pallas_kernels.decode_attention(
+                q, kv, kv, [7, 8], implementation=implementation, **options
+            ),
+        ):
+            np.testing.assert_array_equal(attend(logits_soft_cap=cap), attend())
+
+
+def test_decode_checks_its_arguments_as_attention_does():
+    q, kv = draw(B, 1, N, D), draw(1, B, S, K, D)[0]
+    decode = lambda **options: pallas_kernels.decode_attention(  # noqa: E731
+        **({"query": q, "key_cache": kv, "value_cache": kv, "lengths": [7, 8]} | options)
+    )
+    with pytest.raises(ValueError, match="scale is NaN"):
+        decode(scale=float("nan"))
+    for name in ("scale", "logits_soft_cap"):
+        with pytest.raises(TypeError, match=f"{name}=.*; expected a number that is known while"):
+            jax.jit(lambda x, name=name: decode(**{name: x}))(0.5)
+    np.testing.assert_array_equal(decode(sinks=[0.0] * N), decode(sinks=jnp.zeros(N)))
+    np.testing.assert_array_equal(decode(num_splits=np.int64(2)), decode(num_splits=2))
+    with pytest.raises(ValueError, match="num_splits=True; expected a positive int"):
+        decode(num_splits=True)
+    output, lse = decode(query=q[:, :0], return_residual=True)
+    assert output.shape == (B, 0, N, D)
+    assert lse.shape == (B, 0, N)
+
+
+def test_blocks_must_be_positive():
+    q = draw(B, T, N, D)
+    for sizes in ({"block_q": -1}, {"block_kv": 0}, {"tile": -5}):
+        with pytest.raises(ValueError, match=r"config=ChunkedConfig.*expected sizes that a kernel"):
+            attention(q, q, q, config=pallas_kernels.ChunkedConfig(**sizes))
+
+
+def test_xla_is_what_jax_calls_the_plain_form():
+    q = draw(B, T, N, D)
+    want = attention(q, q, q, implementation="chunked")
+    np.testing.assert_array_equal(attention(q, q, q, implementation="xla"), want)
+    np.testing.assert_array_equal(attention(q, q, q, implementation=["cudnn", "xla"]), want)
+
+
+def test_rows_without_keys_are_no_infinities_to_a_search_for_them():
+    q = draw(B, T, N, D)
+    mask = jnp.ones((T, T), bool).at[2].set(False)
+    grad = jax.grad(lambda q: (attention(q, q, q, mask=mask) ** 2).sum())
+    names = jax.checkpoint_policies.save_only_these_names("attention_output", "attention_lse")
+    again = jax.checkpoint(lambda q: attention(q, q, q, mask=mask), policy=names)
+    with jax.debug_infs(True):
+        assert (attention(q, q, q, mask=mask)[:, 2] == 0).all()
+        assert jnp.isfinite(grad(q)).all()
+        assert jnp.isfinite(jax.grad(lambda q: again(q).sum())(q)).all()
+        assert all(jnp.isfinite(x).all() for x in jax.jvp(grad, (q,), (q,)))
+
+
+def test_a_constant_mask_is_not_folded_by_the_compiler():
+    q = draw(1, 256, 2, 8)
+    mask = np.tril(np.ones((256, 256), bool))
+    program = jax.jit(lambda q: attention(q, q, q, mask=jnp.asarray(mask))).lower(q)
+    (barrier,) = (x for x in program.as_text().splitlines() if "optimization_barrier" in x)
+    assert "256x256xi1" in barrier
+
+
+def test_a_finite_additive_mask_hides_nothing_under_a_soft_cap():
+    q = draw(1, T, 1, D)
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    want = attention(q, q, q, mask=causal, logits_soft_cap=2.0)
+    cap = {"logits_soft_cap": 2.0}
+    hidden = attention(q, q, q, jnp.where(causal, 0.0, -jnp.inf), **cap)
+    np.testing.assert_allclose(hidden, want, rtol=1e-5, atol=1e-6)
+    leaks = attention(q, q, q, jnp.where(causal, 0.0, -1e9), **cap)
+    assert abs(leaks - want).max() > 0.1, "the documentation says so"

@@ -38,7 +38,9 @@ HALF = [
 ]
 
 
-@pytest.mark.parametrize("case", [*cases.some_slow(cases.CASES, QUICK), *HALF], ids=str)
+@pytest.mark.parametrize(
+    "case", [*cases.some_slow(cases.CASES, QUICK), *cases.BY_DISTANCE, *HALF], ids=str
+)
 def test_values_and_gradients(case):
     cases.check_route(chunked.ROUTE, case, config=SMALL)
 

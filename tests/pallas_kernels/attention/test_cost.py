@@ -23,7 +23,7 @@ def attention_cost(*args: Any, **kwargs: Any) -> Any:
     return costs.attention_cost(*args, **kwargs)
 
 
-def dense_mask(t, s, left, right, offset, query_lengths, key_value_lengths):
+def dense_mask(t, s, left, right, offset, query_lengths, key_value_lengths, starts, prefixes):
     """The mask of every batch entry, bool (B, T, S), entry by entry."""
     mask = Mask(
         left=left,
@@ -31,6 +31,8 @@ def dense_mask(t, s, left, right, offset, query_lengths, key_value_lengths):
         offset=offset,
         query_lengths=jnp.asarray(query_lengths, jnp.int32),
         key_value_lengths=jnp.asarray(key_value_lengths, jnp.int32),
+        starts=jnp.asarray(starts, jnp.int32),
+        prefix_lengths=jnp.asarray(prefixes, jnp.int32),
     )
     return oracle.visible(mask, len(query_lengths), t, s)[:, 0]
 
@@ -47,6 +49,8 @@ def problems(draw):
         "offset": draw(st.integers(-45, 45)),
         "query_lengths": draw(st.lists(st.integers(0, t), min_size=batch, max_size=batch)),
         "key_value_lengths": draw(st.lists(st.integers(0, s), min_size=batch, max_size=batch)),
+        "starts": draw(st.lists(st.integers(0, s), min_size=batch, max_size=batch)),
+        "prefixes": draw(st.lists(st.integers(0, s), min_size=batch, max_size=batch)),
         "blocks": (draw(st.integers(1, 16)), draw(st.integers(1, 16))),
     }
 
@@ -55,7 +59,9 @@ def problems(draw):
 @given(problems())
 def test_counts_are_those_of_the_mask(problem):
     t, s, (left, right), (bq, bk) = (problem[x] for x in ("t", "s", "window", "blocks"))
-    lengths = problem["query_lengths"], problem["key_value_lengths"]
+    lengths = tuple(
+        problem[x] for x in ("query_lengths", "key_value_lengths", "starts", "prefixes")
+    )
     batch, n, k, d, dv = len(lengths[0]), 6, 2, 8, 5
     cost = attention_cost(
         (batch, t, n, d),
@@ -67,6 +73,8 @@ def test_counts_are_those_of_the_mask(problem):
         query_offset=problem["offset"],
         query_seq_lengths=lengths[0],
         key_value_seq_lengths=lengths[1],
+        key_value_start=lengths[2],
+        prefix_lengths=lengths[3],
         block_q=bq,
         block_kv=bk,
     )

@@ -237,7 +237,7 @@ paged = {"key_cache": (5, 4, 2, 8), "value_cache": (5, 4, 2, 6)}
         ),
         (
             {"local_window_size": -1},
-            "local_window_size=-1; expected an int of at least 0",
+            "local_window_size=-1; expected integers of at least 0",
         ),
         ({"local_window_size": (1, 2, 3)}, "local_window_size=(1, 2, 3)"),
         ({"logits_soft_cap": 0.0}, "logits_soft_cap=0.0; expected a positive number"),

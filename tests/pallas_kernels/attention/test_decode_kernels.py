@@ -51,6 +51,12 @@ INTERPRETED = [
         "int8 pages",
         "float8_e4m3fn",
         "everything",
+        "left padding, window, pages",
+        "prefix, window, padding",
+        "the whole cache",
+        "a window to both sides",
+        "one scale for a tensor",
+        "one scale for a head",
     )
 ]
 
@@ -74,7 +80,10 @@ def test_triton_in_one_block():
     check(CASES[-1], implementation="triton", interpret=True)
 
 
-SIMULATED = ("a length of zero", "pages before the window", "int8 pages", "everything")
+SIMULATED = (
+    "a length of zero", "pages before the window", "int8 pages", "everything",
+    "prefix, window, padding", "one scale for a head",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -206,9 +215,9 @@ def test_default_number_of_splits(batch, kv_heads, capacity, splits):
 
 PROGRAMS_BY_CHIP = {
     "a100": ("contiguous", "odd", "e5m2", "float32"),
-    "h200": ("int8", "pages", "float8", "wide"),
+    "h200": ("int8", "pages", "float8", "wide", "padded"),
     "v5e": ("contiguous", "e5m2", "wide"),
-    "v6e": ("pages", "float32", "int8", "float8"),
+    "v6e": ("pages", "float32", "int8", "float8", "padded"),
 }
 
 

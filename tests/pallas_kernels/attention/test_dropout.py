@@ -16,7 +16,8 @@ SIZE = 512
 def draw(rate, seed=0, batch=2, heads=2):
     seeds = dropout.seeds(jax.random.key(seed), batch, heads)
     positions = jnp.arange(SIZE, dtype=jnp.int32)
-    kept = dropout.keep(seeds[..., None, None], positions[:, None], positions, rate)
+    rows, keys = positions[None, None, :, None], positions[None, None, None, :]
+    kept = dropout.keep(seeds[..., None, None], rows, keys, rate)
     return seeds, np.asarray(kept)
 
 
@@ -51,7 +52,7 @@ def test_rows_columns_heads_and_seeds_are_independent():
 def test_tiles_are_parts_of_the_whole_and_equal_the_formula():
     seeds, kept = draw(0.3)
     rows = jnp.arange(100, 120, dtype=jnp.int32)[:, None]
-    keys = jnp.arange(300, 340, dtype=jnp.int32)
+    keys = jnp.arange(300, 340, dtype=jnp.int32)[None, :]
     tile = dropout.keep(seeds[1, 0], rows, keys, 0.3)
     np.testing.assert_array_equal(tile, kept[1, 0, 100:120, 300:340])
     np.testing.assert_array_equal(kept, oracle.kept(seeds, SIZE, SIZE, 0.3))

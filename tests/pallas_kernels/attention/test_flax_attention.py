@@ -72,6 +72,82 @@ def test_decoding_layers():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+STEPS = 5
+
+
+def steps_of_nnx(attention_fn, **options):
+    """Returns what a layer gives for a whole sequence, and token by token."""
+    x = X[:, :STEPS]
+    layers = [
+        nnx.MultiHeadAttention(HEADS, E, decode=decode, rngs=nnx.Rngs(0), attention_fn=attention_fn)
+        for decode in (False, True)
+    ]
+    layers[1].init_cache(x.shape)
+    step = nnx.jit(lambda layer, token: layer(token, **options))
+    steps = [step(layers[1], x[:, t : t + 1]) for t in range(STEPS)]
+    return layers[0](x, **options), jnp.concatenate(steps, axis=1)
+
+
+def steps_of_linen(attention_fn):
+    whole = nn.MultiHeadDotProductAttention(HEADS, attention_fn=attention_fn)
+    layer = nn.MultiHeadDotProductAttention(HEADS, attention_fn=attention_fn, decode=True)
+    x = X[:, :STEPS]
+    variables = layer.init(jax.random.key(0), x)
+    params, cache = variables["params"], {"cache": variables["cache"]}
+    apply = jax.jit(lambda cache, x: layer.apply({"params": params, **cache}, x, mutable=["cache"]))
+    steps = []
+    for t in range(STEPS):
+        step, cache = apply(cache, x[:, t : t + 1])
+        steps.append(step)
+    return whole.apply({"params": params}, x), jnp.concatenate(steps, axis=1)
+
+
+FIXED = (
+    {"is_causal": True},
+    {"is_causal": True, "local_window_size": 2},
+    {"local_window_size": (1, 0), "implementation": "reference"},
+)
+
+
+@pytest.mark.parametrize("fixed", FIXED, ids=str)
+@pytest.mark.parametrize("steps_of", [steps_of_nnx, steps_of_linen])
+def test_a_fixed_causal_mask_or_window_is_the_same_by_steps_as_for_the_whole(steps_of, fixed):
+    whole, steps = steps_of(make_flax_attention_fn(**fixed))
+    np.testing.assert_allclose(steps, whole, rtol=1e-4, atol=1e-5)  # rounding of two orders of sums
+
+
+def test_a_layer_that_is_causal_itself_decodes():
+    whole, steps = steps_of_nnx(flax_attention_fn, is_causal=True)
+    np.testing.assert_allclose(steps, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+@pytest.mark.parametrize("sown", [False, True])
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_chunk_of_a_prompt_ends_where_the_cache_is_filled(window, sown):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, B, T, HEADS, 8))
+    kinds = {"is_causal": True} if window is None else {"local_window_size": (window, 0)}
+    whole = pallas_kernels.attention(q, k, v, **kinds)
+    # The batch entries are at different lengths; what is not filled yet is arbitrary.
+    filled = jnp.arange(T)[None] < jnp.array([[7], [10]])
+    unfilled = jnp.where(filled[:, :, None, None], 0.0, 9.0)
+    chunk = jnp.stack([q[0, 4:7], q[1, 7:10]])
+    want = jnp.stack([whole[0, 4:7], whole[1, 7:10]])
+    attend, options = make_flax_attention_fn(**kinds), {}
+    if sown and window is None:
+        attend, options = flax_attention_fn, {"is_causal": True, "module": nnx_layer()}
+    got = attend(chunk, k + unfilled, v + unfilled, mask=filled[:, None, None], **options)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fixed_position_comes_before_the_masks():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, B, T, HEADS, 8))
+    mask = jnp.ones((T,), bool)
+    attend = make_flax_attention_fn(is_causal=True, query_offset=0)
+    want = pallas_kernels.attention(q[:, :3], k, v, is_causal=True)
+    np.testing.assert_allclose(attend(q[:, :3], k, v, mask=mask), want, rtol=1e-5, atol=1e-6)
+
+
 def test_fixed_arguments():
     banded = make_flax_attention_fn(local_window_size=3, is_causal=True, logits_soft_cap=5.0)
     q, k, v = (
@@ -109,6 +185,14 @@ def test_dropout_may_be_shared_by_batch_and_heads():
     assert not (own == own[:1, :, :1]).all()
     assert 0.3 < (own == 0).mean() < 0.7
     np.testing.assert_allclose(weights(deterministic=True), 1 / T, rtol=1e-6)
+
+
+def test_recording_weights_changes_no_output():
+    mask = masks()[3]
+    forward = nnx.capture(nnx_layer(attention_fn=flax_attention_fn), nnx.Intermediate)
+    got, _ = forward(X, mask=mask, sow_weights=True)
+    want = nnx_layer(attention_fn=flax_attention_fn)(X, mask=mask)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_that_are_sown_come_from_flax():

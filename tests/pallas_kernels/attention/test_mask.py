@@ -24,13 +24,15 @@ windows = st.builds(
     left=limits_of_a_row,
     right=limits_of_a_row,
     offset=st.integers(-20, 20),
+    start=st.integers(0, S + 3) | st.just(0),
+    prefix=st.integers(0, S + 3) | st.just(0),
 )
 
 
 @hypothesis.given(windows, st.integers(0, T), st.integers(0, S))
-@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.settings(deadline=None, max_examples=300)
 def test_spans_hold_what_some_and_what_all_see(mask, query_length, key_value_length):
-    limits = Limits(mask.offset, query_length, key_value_length)
+    limits = mask.static_limits(query_length, key_value_length)
     rows, keys = np.arange(T)[:, None], np.arange(S)
     seen = np.asarray(masks.in_interval(mask, limits, rows, keys))
     for first, last in ((0, 3), (4, 4), (5, 11), (0, T - 1), (12, T + 2)):
@@ -79,6 +81,8 @@ def random_mask(rng, batch):
         offset=int(rng.integers(-10, 10)),
         offsets=maybe(jnp.asarray(rng.integers(-5, 5, batch), jnp.int32)),
         query_lengths=maybe(jnp.asarray(rng.integers(0, T + 3, batch), jnp.int32)),
+        start=int(rng.integers(0, 6)),
+        prefix_lengths=maybe(jnp.asarray(rng.integers(0, S + 3, batch), jnp.int32)),
         key_value_lengths=maybe(jnp.asarray(rng.integers(0, S + 3, batch), jnp.int32)),
         query_segment_ids=jnp.sort(jnp.asarray(rng.integers(0, 3, (batch, T))))
         if segments
@@ -129,4 +133,7 @@ def test_limits_are_clipped_to_the_arrays():
     )
     np.testing.assert_array_equal(mask.limits(2, T, S), [[3, 0, S], [1, T, S]])
     assert not mask.is_static
-    assert Mask(offset=4).static_limits(T, S) == (4, T, S)
+    assert Mask(offset=4).static_limits(T, S) == (4, T, S, None, None)
+    assert Mask(start=-1, prefix=99).static_limits(T, S) == (0, T, S, 0, S)
+    starts = Mask(starts=jnp.asarray([-3, 99], jnp.int32))
+    np.testing.assert_array_equal(starts.limits(2, T, S), [[0, T, S, 0, 0], [0, T, S, S, 0]])

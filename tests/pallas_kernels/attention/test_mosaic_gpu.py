@@ -73,6 +73,7 @@ def run_child(*arguments: str, timeout: float = 900) -> dict[str, str | None]:
         ("bfloat16", ("dropout", "dense mask, one for all", "negative scale")),
         ("float16", ("head dim 256", "wide values")),
         ("bfloat16", ("everything",)),
+        ("bfloat16", ("first key", "prefixes", "prefix, window, first keys, lengths")),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0],
 )
@@ -220,6 +221,7 @@ _COMPILED = [
     ("h200", "bias_segments_128"),
     ("h200", "float32_bias_128"),
     ("h200", "ragged_dropout_128"),
+    ("h200", "prefixes_128"),
     ("h200", "plain_256"),
     ("h200", "bias_segments_256"),
     ("h100", "causal_256"),

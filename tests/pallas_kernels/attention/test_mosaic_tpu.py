@@ -221,6 +221,7 @@ def programs(name, *chips):
         *programs("grouped", "v5e", "7x"),
         *programs("with_bias", "v4", "v6e"),
         *programs("with_key_bias", "v5p"),
+        *programs("with_prefixes", "v5e", "v6e"),
     ],
 )
 def test_default_blocks_compile(chip, name):

@@ -67,3 +67,33 @@ several_mosaic_gpu, several_triton, several_mosaic_tpu = (
 @pytest.mark.parametrize(("chip", "route"), [needs.on(c, r) for r, c in ROUTES.items()])
 def test_a_call_under_jit_compiles(chip, route):
     assert compile_in_child(f"{__name__}:several_{route}", chip)["memory"]["output"] > 0
+
+
+def moved(route_name):
+    """Tangents and a Hessian-vector product: the kernel forward, the rest in plain JAX."""
+    case = next(case for case in cases.CASES if case.name == "causal window")
+    route = routes.load(route_name)
+    settings, operands, _ = cases.build(case.replace(dtype="bfloat16"))
+
+    def attend(*x):
+        return core.attend(route, settings, operands._make((*x, *operands[3:])))
+
+    def gradient(*x):
+        return jax.grad(lambda *x: attend(*x)[0].astype("float32").sum(), (0, 1, 2))(*x)
+
+    def fn(x, directions):
+        return jax.jvp(attend, x, directions), jax.jvp(gradient, x, directions)[1]
+
+    structs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3])
+    return fn, (structs, structs), ()
+
+
+moved_mosaic_gpu, moved_triton, moved_mosaic_tpu = (
+    functools.partial(moved, route) for route in ROUTES
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "route"), [needs.on(c, r) for r, c in ROUTES.items()])
+def test_derivatives_beyond_the_gradient_compile(chip, route):
+    assert compile_in_child(f"{__name__}:moved_{route}", chip)["memory"]["output"] > 0

@@ -21,7 +21,9 @@ HALF = [
 ]
 
 
-@pytest.mark.parametrize("case", [*cases.some_slow(cases.CASES), *HALF], ids=str)
+@pytest.mark.parametrize(
+    "case", [*cases.some_slow(cases.CASES), *cases.BY_DISTANCE, *HALF], ids=str
+)
 def test_values_and_gradients(case):
     problem = cases.build(case)
     cases.check(case, cases.run(functools.partial(reference.attend, problem.settings), problem))

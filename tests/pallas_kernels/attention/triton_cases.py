@@ -40,13 +40,20 @@ def gradient(
             "seeds": struct((BATCH, HEADS), jnp.int32),
         }
 
+    if features == "by rule":
+        rest["diagonals"] = struct((1, HEADS, 2 * length - 1), jnp.float32)
+    if features == "prefixes":
+        rest |= {name: struct((BATCH,), jnp.int32) for name in ("starts", "prefix_lengths")}
+
     def fn(query: Any, key: Any, value: Any, cotangents: Any, rest: Any) -> Any:
-        arrays = {name: rest.get(name) for name in ("bias", "sinks")}
-        of_mask = {k: v for k, v in rest.items() if k not in ("bias", "sinks", "seeds")}
+        others = ("bias", "sinks", "seeds", "diagonals")
+        arrays = {name: rest.get(name) for name in others[:2]}
+        of_mask = {k: v for k, v in rest.items() if k not in others}
 
         def attend(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> Any:
             mask = Mask(right=0, **of_mask)
-            operands = Operands(query, key, value, bias, sinks, mask, rest.get("seeds"))
+            last = (rest.get(name) for name in others[2:])
+            operands = Operands(query, key, value, bias, sinks, mask, *last)
             return core.attend(triton.ROUTE, Settings(head_dim**-0.5, **settings), operands)
 
         out, vjp = jax.vjp(attend, query, key, value, *arrays.values())
@@ -63,5 +70,9 @@ bias_64 = functools.partial(gradient, 64, features="bias")
 full_bias_64 = functools.partial(gradient, 64, features="full bias")
 segments_64 = functools.partial(gradient, 64, features="segments")
 everything_64 = functools.partial(gradient, 64, features="everything")
+by_rule_64 = functools.partial(gradient, 64, features="by rule")
+by_rule_128 = functools.partial(gradient, 128, features="by rule")
+by_rule_256 = functools.partial(gradient, 256, features="by rule")
+prefixes_64 = functools.partial(gradient, 64, features="prefixes")
 ragged_80 = functools.partial(gradient, 80, length=2000)
 float32_64 = functools.partial(gradient, 64, jnp.float32)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pallas_kernels.targets import __main__ as command_line
 from pallas_kernels.targets.__main__ import format_report, main
 from tests.pallas_kernels.targets import cases, needs
 
@@ -35,6 +36,23 @@ def test_report_lists_the_largest_kernel_first():
     names = [line.split()[0] for line in lines if line.startswith("  ")]
     assert names == ["argument", "output", "b", "a"]
     assert lines[-1].split()[-1] == "30,600"
+
+
+def test_report_opens_with_the_route():
+    lines = format_report(REPORT | {"routes": ["mosaic_tpu", "decode, chunked"]}).splitlines()
+    assert lines[:2] == ["route: mosaic_tpu; decode, chunked", "module:case on h200, jax 1.2.3"]
+    assert format_report(REPORT | {"routes": []}) == format_report(REPORT)
+
+
+def test_a_missing_trip_count_is_asked_for_as_the_command_line_spells_it(capsys, monkeypatch):
+    def compile_(*_, **__):
+        raise ValueError(
+            "loop 'while.66' depends on data; expected it as trip_counts={'while.66': n}"
+        )
+
+    monkeypatch.setattr(command_line, "compile_with_resources", compile_)
+    assert main([SGD, "--chip", "h200"]) == 2
+    assert "expected it as --trip-count while.66=N" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,208 @@
+"""From the pairs of a file's modules to the factors of a kernel that stands for several."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab import _tree
+from jaxopt_lab.adapters import _kernels, _targets, dora
+from jaxopt_lab.adapters._kernels import Factors, Kernel
+from jaxopt_lab.adapters.files import _places, _torch_layers
+from jaxopt_lab.adapters.files._places import Names, Place
+from jaxopt_lab.adapters.files._torch_layers import Layer
+
+
+class Pair(NamedTuple):
+    """What a file says of one matrix: its change is scaling * a @ b."""
+
+    a: np.ndarray  # (inputs, r)
+    b: np.ndarray  # (r, outputs)
+    scaling: float
+    magnitude: np.ndarray | None = None  # (outputs,)
+
+
+class Named(NamedTuple):
+    """A kernel that the file has something for, and where."""
+
+    layer: Layer
+    places: list[Place]
+
+    @property
+    def each(self) -> int:
+        """Number of matrices that a place stands for: experts, or one."""
+        return self.layer.kernel.count // len(self.places)
+
+    def rows(self, place: Place) -> range | None:
+        """Which outputs of its module, or None for all."""
+        kernel = self.layer.kernel
+        if not place.is_part:
+            return None
+        return place.rows(kernel.matrix[1], f"names['{kernel.name}']")
+
+
+def named(
+    params: Any, names: Names, modules: Iterable[str], kernel_axes: Any, where: str, what: str
+) -> list[Named]:
+    """Returns the kernels that modules are named after, in the order of the tree.
+
+    Args:
+      params: the parameters.
+      names: the name map.
+      modules: all modules of the file.
+      kernel_axes: see `LoraConfig`.
+      where: the file, for messages.
+      what: what a name stands for, such as "module".
+
+    Raises:
+      ValueError: a module that no kernel is named after, with the nearest; a name used twice.
+    """
+    modules, candidates = set(modules), _targets.candidates(params)
+    own_axes = [pattern for pattern in kernel_axes or {} if pattern not in _targets.FLAX_KERNELS]
+    _targets.check_patterns(candidates, own_axes, "kernel_axes")
+    found, known = [], set()
+    for name, candidate in candidates.items():
+        own = _places.places(names, name)
+        known |= {place.module for place in own}
+        if not modules & {place.module for place in own}:
+            continue
+        one = layer(name, candidate, kernel_axes)
+        found.append(Named(one, _places.of_kernel(names, name, one.kernel.count)))
+    for module in sorted(modules - known):
+        raise ValueError(
+            f"{where}: no kernel is named after {what} '{module}'; the nearest names are "
+            f"{_places.nearest(module, known)}"
+        )
+    _places.check_apart(claims(found))
+    return found
+
+
+def layer(name: str, candidate: _targets.Candidate, kernel_axes: Any) -> Layer:
+    """Returns a kernel whose rank is not known yet."""
+    axes = _targets.FLAX_KERNELS if kernel_axes is None else kernel_axes
+    target = _targets.target(name, candidate, axes)
+    kernel = Kernel(target.name, target.shape, target.axes, 1, 1.0)
+    return _torch_layers.layer(kernel, candidate.role.kind)
+
+
+def claims(found: Iterable[Named]) -> list[tuple[str, Place, range]]:
+    """Returns what `check_apart` takes."""
+    return [
+        (
+            one.layer.kernel.name,
+            place,
+            place.rows(one.layer.kernel.matrix[1], f"names['{one.layer.kernel.name}']"),
+        )
+        for one in found
+        for place in one.places
+    ]
+
+
+def joined(
+    kernel: Kernel, pairs: Sequence[Pair | None], leaf: Any, use_dora: bool
+) -> tuple[Kernel, Factors]:
+    """Returns a kernel with its rank and scaling, and its factors.
+
+    A kernel has one rank and one scaling. Pairs of a lower rank are filled with zeros, and so are
+    matrices without a pair, which stay as they are; a pair with another scaling has it in `b`.
+
+    Args:
+      kernel: the kernel.
+      pairs: one a matrix; None for a matrix that the file does not change.
+      leaf: the kernel's own values.
+      use_dora: whether there are magnitudes.
+    """
+    there = [pair for pair in pairs if pair is not None]
+    counted = collections.Counter(pair.scaling for pair in there)
+    r, scaling = max(pair.a.shape[1] for pair in there), counted.most_common(1)[0][0]
+    fan_in, fan_out = kernel.matrix
+    a = np.zeros((kernel.count, fan_in, r), jnp.result_type(*(pair.a.dtype for pair in there)))
+    b = np.zeros((kernel.count, r, fan_out), dtype_of_b(there, scaling))
+    for index, pair in enumerate(pairs):
+        if pair is not None:
+            own = pair.a.shape[1]
+            a[index, :, :own] = pair.a
+            b[index, :own] = scaled_b(pair, scaling)
+    kernel = kernel._replace(r=r, scaling=scaling)
+    factors = kernel.pair(jnp.asarray(a), jnp.asarray(b))
+    if use_dora:
+        whole = jnp.asarray(leaf).astype(_tree.compute_dtype(jnp.result_type(leaf)))
+        lengths = kernel.outputs(dora.lengths(kernel, whole))
+        rows = np.array(lengths).reshape(kernel.count, fan_out)
+        kept = {pair.magnitude.dtype for pair in there if pair.magnitude is not None}
+        for index, pair in enumerate(pairs):
+            if pair is not None and pair.magnitude is not None:
+                rows[index] = pair.magnitude
+        magnitude = rows.astype(kept.pop()) if len(kept) == 1 else rows
+        factors["lora_magnitude"] = jnp.asarray(magnitude).reshape(lengths.shape)
+    return kernel, factors
+
+
+def dtype_of_b(pairs: Sequence[Pair], scaling: float) -> Any:
+    """Returns the dtype for `scaled_b` of all: at least float32 where values are changed."""
+    changed = [jnp.dtype(jnp.float32) for pair in pairs if pair.scaling != scaling]
+    return jnp.result_type(*(pair.b.dtype for pair in pairs), *changed[:1])
+
+
+def scaled_b(pair: Pair, scaling: float) -> np.ndarray:
+    """Returns b of a pair under another scaling."""
+    if pair.scaling == scaling:
+        return pair.b
+    return pair.b.astype(np.float64) * (pair.scaling / scaling)
+
+
+def read(
+    found: Sequence[Named],
+    leaves: Mapping[str, Any],
+    pairs_of: Callable[[Named, Place], list[Pair] | None],
+    use_dora: bool,
+) -> tuple[tuple[Kernel, ...], dict[str, Any]]:
+    """Returns kernels and adapters; `pairs_of` says what the file has for a place, if anything."""
+    kernels, adapters = [], {}
+    for one in found:
+        pairs: list[Pair | None] = []
+        for place in one.places:
+            pairs += pairs_of(one, place) or [None] * one.each
+        kernel, factors = joined(one.layer.kernel, pairs, leaves[one.layer.kernel.name], use_dora)
+        kernels.append(kernel)
+        _kernels.insert(adapters, kernel.name, factors)
+    return tuple(kernels), adapters
+
+
+def exactly(names: Iterable[str]) -> str:
+    """Returns a pattern for `target_modules` that matches these kernels and no others."""
+    return "|".join(re.escape(name.replace("/", ".")) for name in names)
+
+
+def options(kernels: Sequence[Kernel], use_rslora: bool) -> dict[str, Any]:
+    """Returns the arguments of a `LoraConfig` with which each kernel has its rank and scaling."""
+    ranks = {kernel.name: kernel.r for kernel in kernels}
+    alphas = {
+        kernel.name: whole(kernel.scaling * (math.sqrt(kernel.r) if use_rslora else kernel.r))
+        for kernel in kernels
+    }
+    return {
+        "target_modules": exactly(ranks),
+        "r": _commonest(ranks),
+        "lora_alpha": _commonest(alphas),
+        "use_rslora": use_rslora,
+        "rank_pattern": {"^" + exactly([n]): r for n, r in ranks.items() if r != _commonest(ranks)},
+        "alpha_pattern": {
+            "^" + exactly([n]): alpha for n, alpha in alphas.items() if alpha != _commonest(alphas)
+        },
+    }
+
+
+def whole(value: float) -> float:
+    """Undoes the rounding of a product that was a whole number."""
+    return round(value) if abs(value - round(value)) < 1e-9 * abs(value) else value
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return collections.Counter(values.values()).most_common(1)[0][0]

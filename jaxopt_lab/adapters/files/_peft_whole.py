@@ -1,0 +1,260 @@
+"""Tensors beside the factors: leaves that are trained whole, and copies of the base."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab import _names, _roles
+from jaxopt_lab.adapters import _kernels, _targets
+from jaxopt_lab.adapters.files import _pairs, _peft_config, _places
+from jaxopt_lab.adapters.files._peft_tensors import PREFIX, Content, Tensors
+from jaxopt_lab.adapters.files._places import Names, Place
+from jaxopt_lab.adapters.files._torch_layers import Layer
+
+_PARAMETERS = {"mean": "running_mean", "var": "running_var"}
+
+
+class _Piece(NamedTuple):
+    """One of the places of a leaf."""
+
+    leaf: str
+    layer: Layer | None  # None for biases, scales and the like
+    place: Place
+    index: int
+    count: int  # number of places of the leaf
+
+    def matrix(self, value: np.ndarray) -> np.ndarray:
+        """Returns the leaf as (places, inputs, outputs), or (places, outputs)."""
+        if self.layer is None:
+            return value.reshape(self.count, -1)
+        return np.asarray(self.layer.kernel.matrices(jnp.asarray(value)))
+
+    def read(self, tensor: np.ndarray, size: int) -> np.ndarray | None:
+        """Returns what a tensor has for this place, None if it has another shape."""
+        rows = self.place.rows(size, f"names['{self.leaf}']") if self.place.is_part else None
+        if self.layer is not None:
+            return self.layer.read_weight(tensor, rows)
+        if rows is not None and tensor.size > rows[-1]:
+            tensor = tensor.reshape(-1)[list(rows)]
+        return tensor.reshape(-1) if tensor.size == size else None
+
+
+def read(
+    content: Content,
+    fields: Mapping[str, Any],
+    params: Any,
+    names: Names,
+    kernel_axes: Any,
+    path: pathlib.Path,
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads what is trained whole, and compares the rest with `params`.
+
+    Returns:
+      The leaves that are trained whole, by name, and the modules of `modules_to_save` here.
+
+    Raises:
+      ValueError: a tensor without a leaf, of another shape, or a base that is not the user's.
+    """
+    if not content.whole and not content.base:
+        return {}, []
+    named = _named(params, names)
+    found = _index(
+        params, named, kernel_axes, (module for module, _ in (*content.whole, *content.base))
+    )
+    leaves = {name: np.asarray(leaf) for name, leaf in _kernels.named_leaves(params).items()}
+    modules = set()
+    trained: dict[str, list[tuple[_Piece, np.ndarray]]] = collections.defaultdict(list)
+    beside = fields.get("bias", "none") != "none"
+    for tensors, suffix in ((content.whole, ""), (content.base, ".base_layer")):
+        for (module, parameter), tensor in tensors.items():
+            where = f"{path}: '{PREFIX}{module}{suffix}.{parameter}'"
+            saved = not suffix and _peft_config.is_saved(fields, module)
+            is_trained = saved or (parameter == "bias" and beside)
+            for piece in _pieces(found, named, module, parameter, where):
+                own = piece.matrix(leaves[piece.leaf])
+                value = piece.read(tensor, own.shape[-1])
+                if value is None:
+                    raise ValueError(
+                        f"{where} has shape {tensor.shape}, which is not that of '{piece.leaf}' "
+                        f"{leaves[piece.leaf].shape} (was the vocabulary resized?)"
+                    )
+                if is_trained:
+                    trained[piece.leaf].append((piece, value))
+                    modules |= {_module(piece.leaf)} if saved else set()
+                elif not _same(own[piece.index], value):
+                    raise ValueError(
+                        f"{where} is the base below the adapter, and differs from '{piece.leaf}' "
+                        "of params: the adapter was made for other weights"
+                    )
+    values = {name: _put(leaf, trained[name]) for name, leaf in leaves.items() if name in trained}
+    return values, sorted(modules)
+
+
+def write(
+    base: Any, adapters: Mapping[str, Any], names: Names, adapted: Iterable[str]
+) -> tuple[Tensors, dict[str, Any]]:
+    """Returns the tensors of the leaves that are trained whole, and their fields.
+
+    Args:
+      base: from `init_adapters`.
+      adapters: with an array for each leaf in `base.whole`.
+      names: the name map.
+      adapted: modules that have factors.
+
+    Raises:
+      ValueError: a leaf without a name, a module that has factors too or whose name is the end of
+        another's, a part of a module without the rest.
+    """
+    if not base.whole:
+        return {}, {}
+    adapted = set(adapted)
+    named = _named(base.params, names)
+    for name in base.whole:
+        if name not in named:
+            raise ValueError(f"names has no PyTorch module for '{name}', which is trained whole")
+    modules = {place.module for name in base.whole for place in named[name]}
+    found = _index(base.params, named, base.config.kernel_axes, modules)
+    bias = getattr(base.config, "bias", "none")
+    saved, wanted = set(), set()
+    for name in base.whole:
+        own = {key for key, pieces in found.items() if any(p.leaf == name for p in pieces)}
+        for module, parameter in own:
+            wanted.add((module, parameter))
+            if parameter != "bias" or bias == "none":
+                saved.add(module)
+    _check_saved(saved, adapted, {place.module for own in named.values() for place in own})
+    wanted |= {key for key in found if key[0] in saved}
+    tensors = {}
+    leaves = _kernels.named_leaves(base.params)
+    for module, parameter in sorted(wanted):
+        pieces = found[module, parameter]
+        values = {
+            piece.leaf: np.asarray(
+                _kernels.lookup(adapters, piece.leaf)
+                if piece.leaf in base.whole
+                else leaves[piece.leaf]
+            )
+            for piece in pieces
+        }
+        suffix = ".base_layer" if module in adapted else ""
+        key = f"{PREFIX}{module}{suffix}.{parameter}"
+        tensors[key] = _tensor(pieces, values, key)
+    biases = any(parameter == "bias" and module not in saved for module, parameter in wanted)
+    return tensors, {
+        "bias": bias if biases else "none",
+        "modules_to_save": sorted(saved) or None,
+    }
+
+
+def _named(params: Any, names: Names) -> dict[str, list[Place]]:
+    """Returns the places of each leaf that has any; a bias is in the module of its kernel."""
+    own = {name: _places.places(names, name) for name in _targets.candidates(params)}
+    beside = {name.rpartition("/")[0]: found for name, found in own.items() if found}
+    for name, role in zip(_kernels.named_leaves(params), _roles.roles(params)):
+        if name not in own and role.kind == "vector":
+            above = name.rpartition("/")[0]
+            own[name] = _places.places(names, name) or beside.get(above, [])
+    return {name: found for name, found in own.items() if found}
+
+
+def _index(
+    params: Any, named: Mapping[str, list[Place]], kernel_axes: Any, modules: Iterable[str]
+) -> dict[tuple[str, str], list[_Piece]]:
+    """Returns the leaves of some modules by module and parameter."""
+    modules, candidates = set(modules), _targets.candidates(params)
+    found: dict[tuple[str, str], list[_Piece]] = collections.defaultdict(list)
+    for name, own in named.items():
+        if not modules & {place.module for place in own}:
+            continue
+        kernel = candidates.get(name)
+        layer = None if kernel is None else _pairs.layer(name, kernel, kernel_axes)
+        for index, place in enumerate(own):
+            parameter = place.parameter or _parameter(name, layer)
+            found[place.module, parameter].append(_Piece(name, layer, place, index, len(own)))
+    return found
+
+
+def _parameter(name: str, layer: Layer | None) -> str:
+    parts = _names.parts_of(name)
+    last = parts[-1].lower()
+    if layer is None and (last.startswith("bias") or last == "beta" or _names.may_be_bias(parts)):
+        return "bias"
+    return _PARAMETERS.get(last, "weight")
+
+
+def _pieces(
+    found: Mapping[tuple[str, str], list[_Piece]],
+    named: Mapping[str, list[Place]],
+    module: str,
+    parameter: str,
+    where: str,
+) -> list[_Piece]:
+    pieces = found.get((module, parameter), [])
+    if not pieces:
+        known = [place.module for own in named.values() for place in own]
+        raise ValueError(
+            f"{where} has no leaf: none is named after parameter '{parameter}' of module "
+            f"'{module}'; the nearest names are {_places.nearest(module, known)}"
+        )
+    for piece in pieces:
+        if piece.layer is not None and piece.place.parameter is not None:
+            raise ValueError(
+                f"{where} is a parameter of experts as a whole; only their adapters are read"
+            )
+    return pieces
+
+
+def _module(leaf: str) -> str:
+    """Returns the dotted name of the module that a leaf is in, its own if there is none."""
+    return (leaf.rpartition("/")[0] or leaf).replace("/", ".")
+
+
+def _put(leaf: np.ndarray, pieces: list[tuple[_Piece, np.ndarray]]) -> Any:
+    dtype = jnp.result_type(leaf.dtype, *(value.dtype for _, value in pieces))
+    first = pieces[0][0]
+    stack = np.array(first.matrix(leaf).astype(dtype))
+    for piece, value in pieces:
+        stack[piece.index] = value
+    if first.layer is None:
+        return jnp.asarray(stack.reshape(leaf.shape))
+    return first.layer.kernel.kernel(jnp.asarray(stack))
+
+
+def _tensor(pieces: list[_Piece], values: Mapping[str, np.ndarray], key: str) -> np.ndarray:
+    parts = []
+    for piece in pieces:
+        own = piece.matrix(values[piece.leaf])[piece.index]
+        size = own.shape[-1]
+        tensor = own if piece.layer is None else piece.layer.write_weight(own)
+        parts.append((piece.place.rows(size, f"names['{piece.leaf}']"), tensor))
+    if len(parts) == 1 and not pieces[0].place.is_part:
+        return parts[0][1]
+    rows = [row for own, _ in parts for row in own]
+    if sorted(rows) != list(range(len(rows))):
+        raise ValueError(f"'{key}' is written whole, but its parts in names are not all of it")
+    return np.concatenate([tensor for _, tensor in parts])[np.argsort(rows)]
+
+
+def _check_saved(saved: set[str], adapted: set[str], known: set[str]) -> None:
+    for module in sorted(saved):
+        if module in adapted:
+            raise ValueError(f"module '{module}' has an adapter and is trained whole; peft has one")
+        for other in sorted(known - saved):
+            if other.endswith(module):
+                raise ValueError(
+                    f"peft finds modules_to_save by the end of the name: '{module}' would be "
+                    f"'{other}' too, which is not trained whole"
+                )
+
+
+def _same(own: np.ndarray, other: np.ndarray) -> bool:
+    if own.shape != other.shape:
+        return False
+    dtype = min(own.dtype, other.dtype, key=lambda d: jnp.finfo(d).nmant)
+    return bool(np.array_equal(own.astype(dtype), other.astype(dtype)))

@@ -1,0 +1,152 @@
+"""`vmap` over some of the arguments copies nothing that is shared."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from tests.pallas_kernels.attention.cases import quick_jit
+
+A, B, T, S, N, KV, D = 3, 2, 4, 5, 4, 2, 8
+
+
+def normal(i, *shape):
+    return jnp.asarray(np.random.default_rng(i).normal(size=shape), jnp.float32)
+
+
+QUERIES, KEY, VALUE = normal(0, A, B, T, N, D), normal(1, B, S, KV, D), normal(2, B, S, KV, D)
+RULE = pallas_kernels.Alibi(pallas_kernels.alibi_slopes(N))
+SHARED = {
+    "positions": {"is_causal": True, "query_offset": 1, "local_window_size": 3},
+    "lengths": {"key_value_seq_lengths": jnp.array([3, 5]), "query_seq_lengths": [4, 2]},
+    "ids": {
+        "query_segment_ids": jnp.array([[0, 0, 1, 1], [1, 1, 2, 2]]),
+        "key_value_segment_ids": jnp.array([[0, 0, 1, 1, 1], [1, 2, 2, 2, 3]]),
+    },
+    "planes": {"bias": normal(3, N, T, S), "mask": normal(4, B, 1, T, S) > -0.5},
+    "sinks and dropout": {
+        "sinks": normal(5, N), "dropout_rate": 0.3, "dropout_rng": jax.random.key(0),
+    },
+    "prefix and first keys": {
+        "is_causal": True, "prefix_lengths": jnp.array([2, 3]), "key_value_start": [1, 0],
+    },
+    "a rule": {"bias": RULE, "is_causal": True, "query_offset": jnp.array([1, 0])},
+}  # fmt: skip
+
+
+def loss(q, k, v, **options):
+    output, lse = pallas_kernels.attention(q, k, v, return_residual=True, **options)
+    return (output**2).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_queries_alone(name):
+    options = SHARED[name]
+    attend = lambda q: pallas_kernels.attention(q, KEY, VALUE, **options)  # noqa: E731
+    got = quick_jit(jax.vmap(attend))(QUERIES)
+    want = jnp.stack([attend(q) for q in QUERIES])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+def test_gradients_of_queries_alone():
+    grad = jax.grad(loss, (0, 1, 2))
+    each = [grad(q, KEY, VALUE, **SHARED["positions"]) for q in QUERIES]
+    mapped = jax.vmap(lambda q: grad(q, KEY, VALUE, **SHARED["positions"]))
+
+    def total(q, k, v):
+        return jax.vmap(lambda q: loss(q, k, v, **SHARED["positions"]))(q).sum()
+
+    whole = jax.grad(total, (0, 1, 2))
+    got, summed = quick_jit(lambda q: (mapped(q), whole(q, KEY, VALUE)))(QUERIES)
+    for i in range(3):
+        stacked = jnp.stack([x[i] for x in each])
+        np.testing.assert_allclose(got[i], stacked, rtol=1e-4, atol=1e-5)
+        want = stacked if i == 0 else stacked.sum(axis=0)
+        np.testing.assert_allclose(summed[i], want, rtol=1e-4, atol=3e-5)
+
+
+def test_masks_and_biases_that_are_mapped_with_the_queries():
+    bias, mask = normal(3, A, N, T, S), normal(4, A, B, N, T, S) > 0
+    attend = lambda q, b, m: pallas_kernels.attention(q, KEY, VALUE, b, m)  # noqa: E731
+    got = quick_jit(jax.vmap(attend))(QUERIES, bias, mask)
+    want = jnp.stack([attend(*x) for x in zip(QUERIES, bias, mask)])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", [1, N])
+def test_a_bias_or_a_rule_that_is_mapped_alone(heads):
+    q, k = QUERIES[0, :, :, :heads], KEY[:, :, : max(1, heads // 2)]
+    bias, slopes, sinks = normal(3, A, 1, T, S), normal(4, A, heads), normal(5, heads)
+
+    def attend(bias, slopes):
+        return (
+            pallas_kernels.attention(q, k, k, bias, sinks=sinks),
+            pallas_kernels.attention(q, k, k, pallas_kernels.Alibi(slopes), is_causal=True),
+        )
+
+    got = quick_jit(jax.vmap(attend))(bias, slopes)
+    each = [attend(*x) for x in zip(bias, slopes)]
+    for mapped, want in zip(got, zip(*each)):
+        np.testing.assert_allclose(mapped, jnp.stack(want), rtol=1e-5, atol=2e-6)
+
+
+def test_derivatives_of_queries_alone():
+    """Forward mode, and forward over reverse, of queries and slopes under one `vmap`."""
+    masks = SHARED["prefix and first keys"]
+
+    def attend(q, slopes):
+        return pallas_kernels.attention(q, KEY, VALUE, pallas_kernels.Alibi(slopes), **masks)
+
+    def gradient(q, slopes):
+        return jax.grad(lambda *x: (attend(*x) ** 2).sum(), (0, 1))(q, slopes)
+
+    def both(q, dq):
+        here, there = (q, RULE.slopes), (dq, 0.1 + RULE.slopes)
+        return jax.jvp(attend, here, there)[1], jax.jvp(gradient, here, there)[1]
+
+    got = quick_jit(jax.vmap(both))(QUERIES, QUERIES[::-1])
+    one = quick_jit(both)
+    each = [one(*x) for x in zip(QUERIES, QUERIES[::-1])]
+    want = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    # Float32; second derivatives of sums of squares over all rows.
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=3e-5), got, want)
+
+
+@pytest.mark.parametrize("route", ["triton", "mosaic_tpu"])
+def test_kernels_with_more_heads(route):
+    attend = lambda q: pallas_kernels.attention(  # noqa: E731
+        q, KEY, VALUE, is_causal=True, implementation=route, interpret=True
+    )
+    want = jax.vmap(lambda q: pallas_kernels.attention(q, KEY, VALUE, is_causal=True))(QUERIES)
+    # mosaic_tpu multiplies float32 in passes of bfloat16 unless asked for more.
+    np.testing.assert_allclose(jax.vmap(attend)(QUERIES), want, rtol=2e-2, atol=2e-2)
+
+
+def temporaries(fn, *shapes):
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return quick_jit(fn).lower(*structs).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_shared_keys_are_not_copied():
+    shapes = (32, 1, 16, 4, 64), (1, 2048, 4, 64), (1, 2048, 4, 64)
+    mapped = jax.vmap(pallas_kernels.attention, (0, None, None))
+
+    def by_hand(q, k, v):
+        return pallas_kernels.attention(q.reshape(1, 512, 4, 64), k, v)
+
+    def gradient(fn):
+        return jax.grad(lambda q, k, v: (fn(q, k, v) ** 2).sum())
+
+    assert temporaries(mapped, *shapes) <= 1.2 * temporaries(by_hand, *shapes)
+    assert temporaries(gradient(mapped), *shapes) <= 1.2 * temporaries(gradient(by_hand), *shapes)
+
+
+def test_no_entries():
+    nothing = QUERIES[:0]
+    got = jax.vmap(lambda q: pallas_kernels.attention(q, KEY, VALUE))(nothing)
+    assert got.shape == nothing.shape
+    both = jax.vmap(jax.grad(loss, (0, 1, 2)))(nothing, *[jnp.zeros((0, *KEY.shape))] * 2)
+    assert [x.shape[0] for x in both] == [0, 0, 0]
