@@ -48,6 +48,7 @@ def compile_in_child(
       A JSON-able dictionary::
 
         {"function", "chip", "jax_version",
+         "routes": [name],  # that calls of `attention` took
          "memory": {"argument", "output", "alias", "temp", "generated_code"},  # bytes
          "scoped_memory": {kernel: bytes},  # of vector memory, of a TPU's Pallas kernels
          "traffic": {"total_bytes",

@@ -24,6 +24,7 @@ def test_report_is_json(chip):
         "function",
         "chip",
         "jax_version",
+        "routes",
         "memory",
         "traffic",
         "scoped_memory",
