@@ -167,9 +167,9 @@ class Int8:
 
         return self._entrywise(decoded, codes, scales).astype(dtype)
 
-    # Of tiles: what `scales`, `encode` and `decode` do, without tables of operations that kernels
-    # have. A row of a tile is a block, whole or the rest of an array's row; its scales have shape
-    # (rows, 1).
+    # Of tiles: what `scales`, `encode` and `decode` do, of operations that kernels have; with
+    # `tables` by look-up, which they have not. A row of a tile is a block, whole or the rest of an
+    # array's row; its scales have shape (rows, 1).
 
     def tiling(self, shape: tuple[int, ...]) -> Tiling:
         """Returns the blocks of an array as a matrix; if all are whole, each is a row of it."""
@@ -341,7 +341,7 @@ def int8(block_size: int = 256, code: Code = "dynamic", signed: bool | None = No
       code: "dynamic" for `dynamic_code`, which covers 7 decades: AdamW's movement over ten steps is
         off by 7% in rms where the gradients of a block span three decades. "linear" for levels at
         equal distance, within :math:`|s| / 254` of the entry (signed) or :math:`s / 510` (entries
-        below that go up to :math:`s / 255`): off by 60% there, and on a CPU a third faster.
+        below that go up to :math:`s / 255`): off by 60% there.
       signed: whether the levels reach from -1 to 1 or from 0 to 1, which has twice the resolution.
         None leaves the choice to `quantize_state`, and means signed elsewhere.
 

@@ -109,11 +109,7 @@ def canonical(
     offset, offsets = number_or_entries("query_offset", query_offset, leading, -integers.FAR)
     start, starts = number_or_entries("key_value_start", key_value_start, leading, 0)
     prefix, prefix_lengths = number_or_entries("prefix_lengths", prefix_lengths, leading, 0)
-    if right is None and (prefix or prefix_lengths is not None):
-        raise ValueError(
-            "prefix_lengths was given where nothing is hidden on the right; expected "
-            "is_causal=True or a local_window_size with a right side"
-        )
+    options.check_prefix(prefix != 0 or prefix_lengths is not None, right)
     start, prefix, distance = (
         max(low, min(x, integers.FAR))
         for x, low in ((start, 0), (prefix, 0), (offset, -integers.FAR))

@@ -17,7 +17,7 @@ from pallas_kernels.attention.gather import gather
 from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.parts import key_positions
-from pallas_kernels.attention.position_bias import RULES, Rule
+from pallas_kernels.attention.position_bias import Rule, check_rule
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 from pallas_kernels.attention.ring import Axis, ring
 
@@ -360,11 +360,7 @@ def _check_choice(name: str, given: str, known: tuple[str, ...]) -> None:
 
 
 def _check_whole(method: str, bias: Any, mask: Any) -> None:
-    if bias is not None and not isinstance(bias, RULES):
-        kinds = " or ".join(kind.__name__ for kind in RULES)
-        raise TypeError(
-            f"bias is of type {type(bias).__name__}; expected {kinds}, which know all positions"
-        )
+    check_rule(bias, ", which know all positions")
     if mask is not None and method == "all_to_all":
         raise NotImplementedError(
             "method='all_to_all' cannot take a mask, whose rows are spread over the devices; "

@@ -52,7 +52,7 @@ def attend(
     # them, which is what the transpose of this cast does.
     axes = varying_axes(*jax.tree.leaves(operands))
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
-    if settings.interpret not in (False, True):
+    if settings.is_ordered:
         return differentiable(batched(route), settings, operands)
     if not residual:
         return _compiled_output(batched(route), settings, operands), None
@@ -68,7 +68,7 @@ def batched(route: Route) -> Route:
     """
 
     def forward(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        if settings.interpret not in (False, True):
+        if settings.is_ordered:
             return route.forward(settings, operands)
         arrays, structure = jax.tree.flatten(operands)
 
@@ -86,7 +86,7 @@ def batched(route: Route) -> Route:
         delta: jax.Array,
         bias_gradient: bool,
     ) -> Gradients:
-        if settings.interpret not in (False, True):
+        if settings.is_ordered:
             return route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
         arrays, structure = jax.tree.flatten(operands)
         axes, names = axes_of(operands), _names(operands)

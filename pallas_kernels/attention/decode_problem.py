@@ -24,7 +24,7 @@ from pallas_kernels._compat import Device
 from pallas_kernels.attention import options, tuning
 from pallas_kernels.attention.integers import FAR, number_or_entries, to_int32
 from pallas_kernels.attention.placement import Leading
-from pallas_kernels.attention.position_bias import RULES, Rule
+from pallas_kernels.attention.position_bias import Rule, check_rule
 
 QUANTIZED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
@@ -131,17 +131,11 @@ def canonical(
     kv_heads = key_cache.shape[2]
     key_scale, head_scale = _scales("key_scale", key_scale, key_cache)
     value_scale, value_head_scale = _scales("value_scale", value_scale, value_cache)
-    if bias is not None and not isinstance(bias, RULES):
-        kinds = " or ".join(kind.__name__ for kind in RULES)
-        raise TypeError(f"bias is of type {type(bias).__name__}; expected {kinds}")
+    check_rule(bias)
     if bias is not None:
         bias.check(n)
     left, right = options.window(local_window_size, is_causal)
-    if prefix_lengths is not None and right is None:
-        raise ValueError(
-            "prefix_lengths was given where nothing is hidden on the right; expected "
-            "is_causal=True or a local_window_size with a right side"
-        )
+    options.check_prefix(prefix_lengths is not None, right)
     lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if lengths.shape not in ((), (b,)) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(

@@ -113,7 +113,7 @@ def push(
 
 def _bind(form: Form, known: Sequence[Any], groups: Sequence[Sequence[Any]]) -> list[Any]:
     arguments = (*known, *(x for group in groups for x in group))
-    if form.settings.interpret not in (False, True) and form.directions == ():
+    if form.settings.is_ordered and form.directions == ():
         return list(_evaluate(form, *arguments))  # its effects have an order, which no jaxpr keeps
     # Traced here and not when it is lowered, in the mesh and the axes of its place.
     traced = jax.make_jaxpr(functools.partial(_evaluated, form))(*arguments)

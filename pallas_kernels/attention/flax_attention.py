@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import api, arguments
+from pallas_kernels.attention.mask import Mask, visible
 
 
 def flax_attention_fn(
@@ -238,9 +239,7 @@ def _with_all_axes(query: jax.Array, mask: jax.Array | None) -> jax.Array | None
 
 def _causal(query: jax.Array, key: jax.Array, offset: Any) -> jax.Array:
     """Returns the causal mask (..., 1, T, S)."""
-    first = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), query.shape[:-3])[
-        ..., None, None, None
-    ]
-    shape = (1,) * (query.ndim - 2) + (query.shape[-3], key.shape[-3])
-    rows, keys = (jax.lax.broadcasted_iota(jnp.int32, shape, query.ndim - i) for i in (2, 1))
-    return keys <= rows + first
+    leading = query.shape[:-3]
+    offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), leading).reshape(-1)
+    seen = visible(Mask(right=0, offsets=offsets), offsets.size, query.shape[-3], key.shape[-3])
+    return seen.reshape(*leading, *seen.shape[1:])

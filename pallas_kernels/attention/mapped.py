@@ -4,7 +4,8 @@ A kernel is opaque to JAX: `vmap` would loop over it, and the partitioner would 
 every device. But all attention asks of them is known from the axes of its arrays, written here as
 strings: b batch entries, n query heads, k key/value heads; every other axis stays whole.
 
-* Under `vmap` the mapped axis is folded into b.
+* Under `vmap` the mapped axis is folded into b, or into the query heads where all entries have the
+  same keys.
 * Under `jit` with sharded arguments, and on meshes with explicit axes, b and the heads are computed
   where they are; no input moves. A sequence that is sharded is gathered (automatic axes) or refused
   (explicit axes): that is what `ring_attention` is for.
@@ -163,16 +164,13 @@ def _in_parts(
     part = next(n for n in range(min(axis_size, at_once), 0, -1) if axis_size % n == 0)
     if part == axis_size:
         return _more_entries(run, spec, axis_size, in_batched, args)
-    mapped = [
-        x.reshape(axis_size // part, part, *x.shape[1:]) for x, b in zip(args, in_batched) if b
-    ]
+    shape = (axis_size // part, part)
+    parts = [x.reshape(*shape, *x.shape[1:]) if b else x for x, b in zip(args, in_batched)]
 
-    def step(parts: Sequence[jax.Array]) -> Arrays:
-        rest = iter(parts)
-        these = [next(rest) if b else x for x, b in zip(args, in_batched)]
+    def entries(*these: jax.Array) -> Arrays:
         return _more_entries(run, spec, part, in_batched, these)[0]
 
-    found = lax.map(step, mapped)
+    found, _ = _one_by_one(entries, in_batched, parts, len(spec.out_axes))
     return tuple(x.reshape(axis_size, *x.shape[2:]) for x in found), (True,) * len(found)
 
 
@@ -216,7 +214,7 @@ def _one_by_one(
     args: Sequence[jax.Array],
     results: int,
 ) -> tuple[Arrays, tuple[bool, ...]]:
-    """Maps over an argument without batch entries, such as the sinks, in a loop."""
+    """Maps in a loop, as over an argument without batch entries, such as the sinks."""
     mapped = [x for x, batched in zip(args, in_batched) if batched]
 
     def step(parts: Sequence[jax.Array]) -> Arrays:

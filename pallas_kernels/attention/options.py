@@ -28,6 +28,15 @@ def window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
     return left, 0 if is_causal else right
 
 
+def check_prefix(given: bool, right: int | None) -> None:
+    """Raises ValueError where a prefix is given, and no key after a query's own is hidden."""
+    if given and right is None:
+        raise ValueError(
+            "prefix_lengths was given where nothing is hidden on the right; expected "
+            "is_causal=True or a local_window_size with a right side"
+        )
+
+
 def soft_cap(cap: Any) -> float | None:
     """Returns a checked soft cap, or None where there is none."""
     if cap is None:

@@ -143,6 +143,13 @@ Rule = Alibi | RelativePositionBias
 RULES = (Alibi, RelativePositionBias)
 
 
+def check_rule(bias: Any, because: str = "") -> None:
+    """Raises TypeError where a bias is neither a rule nor None."""
+    if bias is not None and not isinstance(bias, RULES):
+        kinds = " or ".join(kind.__name__ for kind in RULES)
+        raise TypeError(f"bias is of type {type(bias).__name__}; expected {kinds}{because}")
+
+
 def alibi_slopes(heads: int) -> jax.Array:
     """Returns the slopes that `Alibi` had in its paper, float32 (heads,).
 

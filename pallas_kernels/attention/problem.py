@@ -68,6 +68,11 @@ class Settings(NamedTuple):
     config: Hashable = None  # block sizes of the route, None for those of the file
     interpret: Any = False  # False, True or an interpreter's parameter object
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether an interpreter with parameters runs the kernels: its effects have an order."""
+        return self.interpret not in (False, True)
+
 
 class Gradients(NamedTuple):
     """What a backward pass returns, each in the dtype and shape of its primal."""
