@@ -18,27 +18,21 @@ version = release = jaxopt_lab.__version__
 
 extensions = [
     "myst_nb",
-    "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_design",
     "mathml",
 ]
-exclude_patterns = ["_extensions"]
 default_role = "py:obj"
 
-autodoc_typehints = "none"  # the signature has them; arguments are described by hand
-autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # docstrings say what arguments are; with types, overloads stand thrice
+autodoc_member_order = "bysource"  # of classes whose methods are listed
+autodoc_preserve_defaults = True  # names of defaults, where their values would be addresses
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
-napoleon_google_docstring = True
-napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
-myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
-myst_heading_anchors = 3
-nb_execution_mode = "force"
+myst_enable_extensions = ["colon_fence"]
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
@@ -49,7 +43,6 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_theme_options = {
-    "show_navbar_depth": 1,
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,

@@ -174,12 +174,11 @@ def cost() -> str:
             floor = traffic["floor"].get(name, "")
             bytes_moved = f"{moved[name]:.2f}" if name in moved else ""
             lines.append(f"| `{name}` | {bytes_moved} | {floor} | {ratios[name]:.2f} |")
-    by_gap = bench.get("galore_ratios_by_gap", {})
-    if by_gap:
-        gaps = next(iter(by_gap.values()))
-        header = ["time beside `optax.contrib.galore`, CPU", *(f"gap {gap}" for gap in gaps)]
-        rows = ([f"`{name}`", *(f"{x:.2f}" for x in by_gap[name].values())] for name in by_gap)
-        lines += ["", _table(header, rows)]
+    by_gap = bench["galore_ratios_by_gap"]
+    gaps = next(iter(by_gap.values()))
+    header = ["time beside `optax.contrib.galore`, CPU", *(f"gap {gap}" for gap in gaps)]
+    rows = ([f"`{name}`", *(f"{x:.2f}" for x in by_gap[name].values())] for name in by_gap)
+    lines += ["", _table(header, rows)]
     return "\n".join(lines)
 
 

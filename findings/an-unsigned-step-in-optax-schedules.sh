@@ -20,7 +20,8 @@ from flax import nnx
 
 model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
 schedule = optax.linear_schedule(1.0, 0.0, 100, transition_begin=1000)
-step = nnx.Optimizer(model, optax.sgd(schedule), wrt=nnx.Param).step[...]
+optimizer = nnx.Optimizer(model, optax.sgd(schedule), wrt=nnx.Param)
+step = optimizer.step[...]
 print(step.dtype, float(schedule(step)), "int32", float(schedule(jnp.int32(0))))
 assert step.dtype == jnp.uint32
 assert float(schedule(step)) == 0.0
@@ -29,4 +30,9 @@ assert [float(schedule(jnp.uint32(t))) for t in (999, 1000, 1050)] == [0.0, 1.0,
 decay = optax.exponential_decay(1.0, 100, 0.5, transition_begin=1000)
 print("exponential_decay", float(decay(jnp.uint32(5))), "int32", float(decay(jnp.int32(5))))
 assert (float(decay(jnp.uint32(5))), float(decay(jnp.int32(5)))) == (0.0, 1.0)
+polynomial = optax.polynomial_schedule(1.0, 0.0, 2, 100, transition_begin=1000)
+assert (float(polynomial(step)), float(polynomial(jnp.int32(0)))) == (0.0, 1.0)
+before = model.bias[...]
+optimizer.update(model, nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model))
+assert (before - model.bias[...]).tolist() == [1.0, 1.0]  # the optimizer's own rate is 1
 PYTHON

@@ -36,6 +36,8 @@ print("float16", half, "float32", full)
 print("400 leaves", norm, "right 80; after the clip", after, "right 1; one leaf", one, "right 256")
 assert half.tolist() == [0.0, 0.0]
 assert full.tolist() == [1.0, 0.0]
+assert clipped({"w": jnp.array([255.0, 0.0], jnp.float16)})["w"].tolist() == [1.0, 0.0]
+assert clipped({"w": jnp.array([256.0, 0.0], jnp.float16)})["w"].tolist() == [0.0, 0.0]
 assert norm == 64.0
 assert 1.24 < after < 1.26
 assert one == 256.0

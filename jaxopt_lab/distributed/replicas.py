@@ -99,8 +99,8 @@ class Replicas:
         Args:
           tx: the transformation.
           params: parameters of one replica; with several processes, equal in all of them. Where
-            these are `jax.ShapeDtypeStruct`s, so are the results, with their shardings, and nothing
-            is allocated: what a checkpoint is restored into.
+            they are of type `jax.ShapeDtypeStruct`, so are the results, with their shardings, and
+            nothing is allocated: what a checkpoint is restored into.
           mutable: arrays of the model that a step changes and no gradient does, such as Flax's
             `batch_stats`, which the loss of `train_step` is then given and returns.
 
