@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant("plain", "jnp.concatenate([b, -b_0], -2)", "jnp.concatenate([b, b_0], -2)"),
     Mutant("plain", "math.sqrt(times) if config.use_rslora", "times if config.use_rslora"),
     # Files of other libraries
-    Mutant("peft", "scaling * (r**0.5 if config.use_rslora else r)", "scaling * r"),
+    Mutant("_pairs", "scaling * (math.sqrt(r) if use_rslora else r)", "scaling * r"),
     Mutant("_torch_layers", "*window, channels), -1, 1)", "*window, channels), -1, -1)"),
     Mutant("_torch_layers", "a = np.moveaxis(a, 1, -1)", "pass"),
     Mutant(
@@ -171,12 +171,11 @@ MUTANTS = [
     ),
     Mutant("_pairs", "* (pair.scaling / scaling)", "* 1"),
     Mutant("_pairs", "*changed[:1]", "*changed[:0]"),
-    Mutant("_pairs", '"^" + exactly([n]): r for', "exactly([n]): r for"),
+    Mutant("_targets", '"^" + re.escape(', "re.escape("),
     Mutant("_pairs", "rows[index] = pair.magnitude", "pass"),
     Mutant("_places", "whole = not (place.is_part and its_place.is_part)", "whole = False"),
     Mutant("_places", "set(rows) & set(its_rows)", "rows == its_rows"),
     Mutant("_peft_config", 'rf"(.*\\.)?({pattern})$"', 'rf"({pattern})$"'),
-    Mutant("_peft_config", '{"^" + re.escape(name): v', "{re.escape(name): v"),
     Mutant("_peft_config", "type(value) is type(x)", "True"),
     Mutant("_peft_tensors", "starts = [0 if shared else", "starts = [0 if True else"),
     Mutant("_peft_tensors", "np.array_equal(mine.a, first.a)", "True"),

@@ -54,12 +54,8 @@ class Kernel(NamedTuple):
 
     def pair(self, a: jax.Array, b: jax.Array) -> Factors:
         """Returns (matrices, inputs, r) and (matrices, r, outputs) with the kernel's axes."""
-        rank = a.shape[-1]
-        batch, inputs, outputs = (tuple(self.shape[i] for i in group) for group in self.axes)
-        return {
-            "lora_a": a.reshape((*batch, *inputs, rank)),
-            "lora_b": b.reshape((*batch, rank, *outputs)),
-        }
+        shapes = self._replace(r=a.shape[-1]).pair_shapes()
+        return {"lora_a": a.reshape(shapes["lora_a"]), "lora_b": b.reshape(shapes["lora_b"])}
 
     def pair_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of what `pair` makes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,6 +109,17 @@ def by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
         if any(re.fullmatch(rf"(.*\.)?({pattern})", known) for known in _names(name)):
             return value
     return default
+
+
+def exactly(name: str) -> str:
+    """Returns a pattern for one kernel or layer alone: "head" is not to mean "model.head" too."""
+    return "^" + re.escape(name.replace("/", "."))
+
+
+def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the commonest value, and the others by patterns for one kernel or layer alone."""
+    default = collections.Counter(values.values()).most_common(1)[0][0]
+    return default, {exactly(n): value for n, value in values.items() if value != default}
 
 
 def check_patterns(names: Iterable[str], patterns: Iterable[str], what: str) -> None:

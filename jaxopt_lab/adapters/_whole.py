@@ -59,7 +59,7 @@ def leaves(params: Any, choice: Choice, kernels: Sequence[Kernel]) -> tuple[str,
     wanted = saved(floating, choice.modules_to_save)
     if choice.bias != "none":
         vectors = {n for n, role in zip(names, _roles.roles(params)) if role.kind == "vector"}
-        biases = {name for name in floating if name in vectors and _is_bias(name)}
+        biases = {name for name in floating if name in vectors and is_bias(name)}
         if choice.bias == "lora_only":
             biases = {n for n in biases if any(_belongs(n, kernel.name) for kernel in kernels)}
         wanted |= biases
@@ -100,7 +100,8 @@ def of(params: Any, names: Sequence[str], adapter_dtype: Any) -> dict[str, jax.A
     return {n: jnp.array(found[n], adapter_dtype or found[n].dtype, copy=True) for n in names}
 
 
-def _is_bias(name: str) -> bool:
+def is_bias(name: str) -> bool:
+    """Whether a leaf that is a vector is a bias, by its path."""
     parts = _names.parts_of(name)
     own = parts[-1]
     return _names.words(own)[0] == "bias" or (own != "g" and _names.may_be_bias(parts))

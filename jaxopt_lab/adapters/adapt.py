@@ -97,7 +97,7 @@ class AdapterBase:
       params: the caller's container; the kernels of an initialisation that computes its start
         (PiSSA, OLoRA, CorDA, LoRA-GA) have given up what the first factors add.
       undo: by path, what unmerging needs beside the adapters; empty for most.
-      config: the `LoraConfig` or `MissConfig`.
+      config: the `LoraConfig`, `PerpConfig` or `MissConfig`.
       kernels: the kernels that have adapters, with their axes, rank and scaling.
       merged: whether adapters are part of `params`.
       gave_up: whether the kernels have given up what the first factors added.
@@ -126,9 +126,10 @@ def init_adapters(
 ) -> tuple[AdapterBase, dict[str, Any]]:
     r"""Makes adapters for the kernels that `config` chooses.
 
-    With `init` the base gives up what the factors add, :math:`K_0 = K - s a b`, computed in at
-    least float32 from the factors as they are stored, and rounded once to the kernel's dtype: the
-    function stays the same. The container, its other leaves and their shardings stay.
+    With a start that is computed (`init` other than that of `eva`, or a name such as "pissa") the
+    base gives up what the factors add, :math:`K_0 = K - s a b`, computed in at least float32 from
+    the factors as they are stored, and rounded once to the kernel's dtype: the function stays the
+    same. The container, its other leaves and their shardings stay.
 
     Args:
       params: tree of real floating point parameters: nested dictionaries, Linen's `params`, an NNX
@@ -136,13 +137,14 @@ def init_adapters(
       config: a `LoraConfig`, a `PerpConfig` or a `MissConfig`.
       key: random key; what draws nothing does without.
       init: for a `LoraConfig`, a start that is computed: `pissa()`, `olora()`,
-        `lora_ga(gradients)`, `corda(covariances)`, or a function of one's own.
+        `lora_ga(gradients)`, `corda(covariances)`, that of `eva`, or a function of one's own.
 
     Returns:
       The base, for `apply_adapters`, and the adapters: a tree of nested dictionaries with the paths
       of the kernels, which is what is trained. For LoRA each kernel has `lora_a`, shape (batch...,
       inputs..., r), and `lora_b`, (batch..., r, outputs...), at least float32. Leaves that are
-      trained whole (`bias`, `modules_to_save`) are there as copies of their own shape and dtype.
+      trained whole (`bias`, `modules_to_save`) are there as copies, of their own dtype unless
+      `config.adapter_dtype` names one.
 
     Raises:
       ValueError: adapters on adapters; patterns that match nothing, with the nearest paths; axes
@@ -242,7 +244,7 @@ def apply_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> Any:
             "the inputs of each layer: train with factored(fun)(base, adapters, ..., key=key), and "
             "evaluate with factored without a key or with merge_adapters"
         )
-    return _edited(base, adapters, base.config.effective)
+    return _edited(base, *parts(base, adapters), base.config.effective)
 
 
 def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBase:
@@ -272,15 +274,15 @@ def merge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterBas
     require_apart(base, "merge_adapters")
     leaves = _kernels.named_leaves(base.params)
     factors, whole = parts(base, adapters)
-    # A merged base outlives adapters that are donated to a next step.
-    adapters = _kernels.replace_leaves(adapters, {name: jnp.copy(x) for name, x in whole.items()})
     undo = {name: leaves[name] for name in base.whole}
     for kernel in base.kernels:
         operands = _operands(leaves[kernel.name], factors[kernel.name])
         found = base.config.undo(kernel, *operands)
         if found is not None:
             undo[kernel.name] = found
-    params = _edited(base, adapters, base.config.merged)
+    # A merged base outlives adapters that are donated to a next step.
+    copies = {name: jnp.copy(x) for name, x in whole.items()}
+    params = _edited(base, factors, copies, base.config.merged)
     return dataclasses.replace(base, params=params, undo=undo, merged=True)
 
 
@@ -316,7 +318,7 @@ def unmerge_adapters(base: AdapterBase, adapters: Mapping[str, Any]) -> AdapterB
         return base.config.restored(kernel, whole, factors, base.undo.get(kernel.name))
 
     whole = {name: base.undo[name] for name in base.whole}
-    params = _edited(base, adapters, restored, whole)
+    params = _edited(base, parts(base, adapters)[0], whole, restored)
     return dataclasses.replace(base, params=params, undo={}, merged=False)
 
 
@@ -353,14 +355,13 @@ def parts(
 
 def _edited(
     base: AdapterBase,
-    adapters: Mapping[str, Any],
+    factors: Mapping[str, Factors],
+    whole: Mapping[str, jax.Array],
     rule: Callable[[Kernel, jax.Array, Factors], jax.Array],
-    whole: Mapping[str, jax.Array] | None = None,
 ) -> Any:
-    """Applies `rule` to the kernels and puts `whole`, by default the adapters' own, in place."""
+    """Puts what `rule` makes of the kernels, and `whole`, in the place of the base's leaves."""
     leaves = _kernels.named_leaves(base.params)
-    factors, own = parts(base, adapters)
-    new = {n: x.astype(leaves[n].dtype) for n, x in (own if whole is None else whole).items()}
+    new = {n: x.astype(leaves[n].dtype) for n, x in whole.items()}
     for kernel in base.kernels:
         leaf = jnp.asarray(leaves[kernel.name])
         operands = _operands(leaf, factors[kernel.name])

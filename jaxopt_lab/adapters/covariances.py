@@ -8,7 +8,6 @@ Task-Aware Parameter-Efficient Fine-tuning", NeurIPS 2024, arXiv:2406.05223, sec
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _tree
-from jaxopt_lab.adapters import _trace
+from jaxopt_lab.adapters import _inputs, _trace
 from jaxopt_lab.adapters._kernels import Kernel
-from jaxopt_lab.adapters._trace import Convolution, Dot, Record, Tracked
+from jaxopt_lab.adapters._trace import Dot, Record
 from jaxopt_lab.adapters.adapt import AdapterConfig
 
 
@@ -69,7 +67,7 @@ def estimate_covariances(
 
     @jax.jit
     def collect(params: Any, batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
-        _, records = _trace.evaluate(fun, params, kernels, {}, _Collector(), batch)
+        _, records = _trace.evaluate(fun, params, kernels, {}, _inputs.Collector(_moment), batch)
         return {k.name: _total(k, records[k.name]) for k in kernels if k.name in records}
 
     sums: dict[str, np.ndarray] = {}
@@ -103,31 +101,13 @@ def _total(kernel: Kernel, records: list[Record]) -> tuple[jax.Array, jax.Array]
     return moment.reshape(-1, width, width), count.reshape(-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Collector:
-    def materialise(self, kernel: Tracked) -> jax.Array:
-        """Returns the kernel as it is."""
-        return kernel.value
-
-    def repeated(self, kernel: Tracked, step: jax.Array) -> Tracked:
-        """Returns the kernel."""
-        del step
-        return kernel
-
-    def product(self, product: Dot | Convolution) -> tuple[jax.Array, dict[str, Any]] | None:
-        """Records the inputs' second moment, (batch..., inputs, inputs), and 1 for the product."""
-        if isinstance(product, Convolution):
-            return None
-        x = _trace.rows(product.x, product.x_batch, product.x_inputs)
-        x = x.astype(_tree.compute_dtype(x.dtype))
-        largest = jnp.max(jnp.abs(x), (1, 2), initial=0)
-        signed = jnp.abs(jnp.max(x, (1, 2), initial=-jnp.inf))
-        divisor = jnp.where(signed > 1e-6 * largest, signed, largest)
-        empty = divisor == 0
-        x = x / jnp.where(empty, 1, divisor)[:, None, None]
-        moment = jnp.matmul(jnp.swapaxes(x, 1, 2), x, precision="highest")
-        kernel = product.kernel
-        batch = [kernel.kernel.shape[axis] for axis in kernel.batch]
-        count = jnp.where(empty, 0, 1).astype(jnp.int32).reshape(batch)
-        record = moment.reshape(*batch, *moment.shape[1:]), count
-        return product.whole(), {kernel.kernel.name: record}
+def _moment(product: Dot, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the second moment, (matrices, inputs, inputs), and 1 for the product."""
+    del product
+    largest = jnp.max(jnp.abs(x), (1, 2), initial=0)
+    signed = jnp.abs(jnp.max(x, (1, 2), initial=-jnp.inf))
+    divisor = jnp.where(signed > 1e-6 * largest, signed, largest)
+    empty = divisor == 0
+    x = x / jnp.where(empty, 1, divisor)[:, None, None]
+    moment = jnp.matmul(jnp.swapaxes(x, 1, 2), x, precision="highest")
+    return moment, jnp.where(empty, 0, 1).astype(jnp.int32)

@@ -10,6 +10,7 @@ arXiv:2410.07170, section 3.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _checks, _tree
-from jaxopt_lab.adapters import _trace, lora
+from jaxopt_lab import _checks
+from jaxopt_lab.adapters import _inputs, _targets, _trace, lora
 from jaxopt_lab.adapters._kernels import Kernel
-from jaxopt_lab.adapters._trace import Convolution, Dot, Record, Tracked
+from jaxopt_lab.adapters._trace import Dot, Record
 from jaxopt_lab.adapters.adapt import AdapterConfig
 from jaxopt_lab.adapters.lora import LoraConfig
 
@@ -76,7 +77,7 @@ def estimate_scatter(
     @jax.jit
     def collect(params: Any, batch: Any) -> dict[str, list[Record]]:
         weights = None if mask is None else jnp.asarray(mask(batch) != 0)
-        collector = _Collector(weights)
+        collector = _inputs.Collector(functools.partial(_varying, weights))
         return _trace.evaluate(fun, params, kernels, {}, collector, batch)[1]
 
     sums: dict[str, _Rows] = {}
@@ -159,9 +160,8 @@ def eva(
     ranks = _ranks({n: shares for n, (_, _, shares) in found.items()}, scatter, config, rho)
     alphas = {}
     for name, rank in ranks.items():
-        before = config.rank(name)
-        alphas[name] = config.scaling(name) * (before**0.5 if config.use_rslora else before)
-        alphas[name] *= rank / before if adjust_scaling_factors else 1
+        alphas[name] = _targets.by_pattern(name, config.alpha_pattern, config.lora_alpha)
+        alphas[name] *= rank / config.rank(name) if adjust_scaling_factors else 1
     config = lora.of_kernels(config, {n: rank for n, rank in ranks.items() if rank}, alphas)
     return config, _Start(found, ranks, whiten)
 
@@ -273,47 +273,28 @@ def _joined(parts: list[_Rows]) -> _Rows:
     return _Rows(count, mean, scatter)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Collector:
-    weights: jax.Array | None
+def _varying(mask: jax.Array | None, product: Dot, x: jax.Array) -> _Rows:
+    """Returns how the inputs vary, for each matrix."""
+    weights = _weights(mask, product).astype(x.dtype)
+    count = jnp.broadcast_to(jnp.sum(weights), x.shape[:1])
+    counts = weights[:, None] > 0
+    mean = jnp.sum(jnp.where(counts, x, 0), 1) / jnp.maximum(count, 1)[:, None]
+    apart = jnp.where(counts, x - mean[:, None], 0)
+    scatter = jnp.matmul(jnp.swapaxes(apart, 1, 2), apart, precision="highest")
+    return _Rows(count, mean, scatter)
 
-    def materialise(self, kernel: Tracked) -> jax.Array:
-        """Returns the kernel as it is."""
-        return kernel.value
 
-    def repeated(self, kernel: Tracked, step: jax.Array) -> Tracked:
-        """Returns the kernel."""
-        del step
-        return kernel
-
-    def product(self, product: Dot | Convolution) -> tuple[jax.Array, dict[str, Any]] | None:
-        """Records how the inputs vary, for each matrix."""
-        if isinstance(product, Convolution):
-            return None
-        kernel = product.kernel
-        x = _trace.rows(product.x, product.x_batch, product.x_inputs)
-        x = x.astype(_tree.compute_dtype(x.dtype))
-        weights = self._weights(product).astype(x.dtype)
-        count = jnp.broadcast_to(jnp.sum(weights), x.shape[:1])
-        counts = weights[:, None] > 0
-        mean = jnp.sum(jnp.where(counts, x, 0), 1) / jnp.maximum(count, 1)[:, None]
-        apart = jnp.where(counts, x - mean[:, None], 0)
-        scatter = jnp.matmul(jnp.swapaxes(apart, 1, 2), apart, precision="highest")
-        batch = [kernel.kernel.shape[axis] for axis in kernel.batch]
-        rows = _Rows(*(z.reshape(*batch, *z.shape[1:]) for z in (count, mean, scatter)))
-        return product.whole(), {kernel.kernel.name: rows}
-
-    def _weights(self, product: Dot) -> jax.Array:
-        """Returns 1 for the rows that count, (rows,)."""
-        taken = (*product.x_batch, *product.x_inputs)
-        middle = [n for axis, n in enumerate(product.x.shape) if axis not in taken]
-        if self.weights is None:
-            return jnp.ones(int(np.prod(middle, dtype=np.int64)))
-        shape = self.weights.shape
-        if list(shape) != middle[: len(shape)]:
-            raise ValueError(
-                f"the mask has shape {shape}; the inputs of kernel '{product.kernel.kernel.name}' "
-                f"have the axes {tuple(middle)} beside those that the kernel sums over"
-            )
-        whole = self.weights.reshape(*shape, *[1] * (len(middle) - len(shape)))
-        return jnp.broadcast_to(whole, middle).reshape(-1)
+def _weights(mask: jax.Array | None, product: Dot) -> jax.Array:
+    """Returns 1 for the rows that count, (rows,)."""
+    taken = (*product.x_batch, *product.x_inputs)
+    middle = [n for axis, n in enumerate(product.x.shape) if axis not in taken]
+    if mask is None:
+        return jnp.ones(int(np.prod(middle, dtype=np.int64)))
+    shape = mask.shape
+    if list(shape) != middle[: len(shape)]:
+        raise ValueError(
+            f"the mask has shape {shape}; the inputs of kernel '{product.kernel.kernel.name}' "
+            f"have the axes {tuple(middle)} beside those that the kernel sums over"
+        )
+    whole = mask.reshape(*shape, *[1] * (len(middle) - len(shape)))
+    return jnp.broadcast_to(whole, middle).reshape(-1)

@@ -78,10 +78,10 @@ def factored(fun: Callable[..., Any]) -> Callable[..., Any]:
         leaves = _kernels.named_leaves(base.params)
         new = {name: x.astype(leaves[name].dtype) for name, x in whole.items()}
         params = _kernels.replace_leaves(base.params, new)
-        rate = 0.0 if key is None else getattr(base.config, "lora_dropout", 0.0)
-        key = None if key is None else _typed(key)
-        if rate and key is not None:
-            factors = _with_keys(base, factors, key)
+        rate = getattr(base.config, "lora_dropout", 0.0)
+        if key is not None:
+            key = _typed(key)
+            factors = _with_keys(base, factors, key) if rate else factors
         handler = _Factored(base.config, rate, collections.Counter())
         out, _ = _trace.evaluate(fun, params, base.kernels, factors, handler, *args)
         return out
@@ -91,11 +91,10 @@ def factored(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 def _typed(key: jax.Array) -> jax.Array:
     """Returns one random key, of those with a type of their own."""
+    if getattr(key, "dtype", None) == jnp.uint32:
+        key = jax.random.wrap_key_data(key)
     dtype = getattr(key, "dtype", None)
-    if dtype == jnp.uint32:
-        key, dtype = jax.random.wrap_key_data(key), None
-    typed = dtype is None or jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not hasattr(key, "dtype") or not typed or key.shape != ():
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape != ():
         raise TypeError(f"key must be one random key, as from jax.random.key(0), got {key!r}")
     return key
 

@@ -9,7 +9,6 @@ or the best approximation of it of a given rank. These are "cat" and "svd" of th
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_lab import _checks, _matrices, _tree
-from jaxopt_lab.adapters import _kernels, _task_vectors, lora
+from jaxopt_lab.adapters import _kernels, _svd, _targets, _task_vectors, lora
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 from jaxopt_lab.adapters.adapt import AdapterBase, parts, require_apart
 from jaxopt_lab.adapters.lora import LoraConfig
@@ -134,21 +133,20 @@ def _truncated(a: jax.Array, b: jax.Array, rank: int) -> Pair:
     left, upper = jnp.linalg.qr(a)
     right, lower = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
     core = _kernels.product(upper, jnp.swapaxes(lower, -1, -2))
-    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    root = jnp.sqrt(s[:, :rank])
-    new_a = _kernels.product(left, u[:, :, :rank]) * root[:, None, :]
-    new_b = _kernels.product(vt[:, :rank], jnp.swapaxes(right, -1, -2))
-    return new_a, root[:, :, None] * new_b
+    u, s, vt = _svd.leading(core, rank, "full")
+    root = jnp.sqrt(s)
+    new_a = _kernels.product(left, u) * root[:, None, :]
+    return new_a, root[:, :, None] * _kernels.product(vt, jnp.swapaxes(right, -1, -2))
 
 
 def _moved(leaf: Any, changed: Sequence[Any], weights: jax.Array) -> jax.Array:
     """Returns a leaf plus the weighted changes of those adapters that have it."""
     leaf = jnp.asarray(leaf)
     there = [(x, weight) for x, weight in zip(changed, weights) if x is not None]
-    dtype = _tree.compute_dtype(leaf.dtype, *(x.dtype for x, _ in there))
-    start = leaf.astype(dtype)
-    moves = [weight.astype(dtype) * (x.astype(dtype) - start) for x, weight in there]
-    return (start + sum(moves)).astype(jnp.result_type(*(x for x, _ in there)))
+    moves = _task_vectors.differences(leaf, [x for x, _ in there])
+    dtype = moves[0].dtype
+    total = sum(weight.astype(dtype) * move for move, (_, weight) in zip(moves, there))
+    return (leaf.astype(dtype) + total).astype(jnp.result_type(*(x for x, _ in there)))
 
 
 def _config(configs: Sequence[LoraConfig], kernels: Sequence[Kernel]) -> LoraConfig:
@@ -156,7 +154,7 @@ def _config(configs: Sequence[LoraConfig], kernels: Sequence[Kernel]) -> LoraCon
     saved = {entry: None for config in configs for entry in config.modules_to_save or ()}
     biases = {config.bias for config in configs}
     bias = next((b for b in ("all", "lora_only") if b in biases), "none")
-    axes = {f"^{re.escape(k.name.replace('/', '.'))}": k.axes for k in kernels if len(k.shape) > 2}
+    axes = {_targets.exactly(k.name): k.axes for k in kernels if len(k.shape) > 2}
     config = dataclasses.replace(
         configs[0],
         use_rslora=False,

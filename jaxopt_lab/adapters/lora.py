@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -33,7 +32,7 @@ class LoraConfig:
       K' = K + s\, a b, \quad s = \alpha / r \text{ or } \alpha / \sqrt{r}
 
     By default `a` is uniform in :math:`\pm 1/\sqrt{\text{inputs}}` and `b` zero, so that the
-    function starts unchanged; a computed start is `init_adapters(..., init=...)`.
+    function starts unchanged; other starts are `init_lora_weights` and `init_adapters(..., init=)`.
 
     Attributes:
       target_modules: layers by the end of their dotted name ("query", "blocks.0.up"), a list of
@@ -219,16 +218,17 @@ def of_kernels(
       ranks: by the kernel's path, at least one.
       alphas: likewise.
     """
-    # From the first name on: "head" is not to mean "model.head" too.
-    names = {name: re.escape(name.replace("/", ".")) for name in ranks}
+    r, rank_pattern = _targets.patterns(ranks)
+    lora_alpha, alpha_pattern = _targets.patterns({name: alphas[name] for name in ranks})
     return dataclasses.replace(
         config,
-        target_modules="|".join(names.values()),
+        target_modules="|".join(map(_targets.exactly, ranks)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        r=max(ranks.values()),
-        rank_pattern={f"^{own}": ranks[name] for name, own in names.items()},
-        alpha_pattern={f"^{own}": alphas[name] for name, own in names.items()},
+        r=r,
+        lora_alpha=lora_alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         init_lora_weights=True,
     )

@@ -10,8 +10,6 @@ import pytest
 from jaxopt_lab import adapters
 from tests.adapters import golden, models
 
-KEY = jax.random.key(0)
-
 
 def data():
     with np.load(golden.FOLDER / "eva.npz") as arrays:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxopt_lab import adapters
 from tests.adapters.test_files import (
+    PREFIX,
     change,
     draw,
     expected,
@@ -25,7 +26,6 @@ from tests.adapters.test_files import (
 )
 
 Dims = optax.contrib.MuonDimensionNumbers
-PREFIX = "base_model.model."
 
 
 def trained(params, config, seed=0):
@@ -109,14 +109,15 @@ class TestStacks:
         same(found[1], wanted - STACK["layers"]["up"]["kernel"][1])
 
     def test_blocks_of_miss_are_filled_likewise(self, tmp_path):
-        block = draw(1, 2, 6)
+        block = draw(1, 2, 6).astype(jnp.bfloat16)
         path = folder(
             tmp_path, {"layers.1.up": {"miss_block": block}}, peft_type="MISS", lora_alpha=...
         )
         base, lora = adapters.read_peft_folder(path, STACK, STACK_NAMES)
         found = change(base, lora, "layers", "up", "kernel")
         np.testing.assert_array_equal(found[[0, 2]], 0)
-        same(found[1], np.tile(block, (2, 1)))
+        same(found[1], np.tile(block.astype(np.float32), (2, 1)))
+        assert lora["layers"]["up"]["kernel"]["miss_block"].dtype == jnp.bfloat16
 
 
 QKV = {n: {"kernel": jnp.asarray(draw(i, 4, 6)), "bias": jnp.zeros(6)} for i, n in enumerate("qkv")}
@@ -479,6 +480,14 @@ class TestWholeLeaves:
         same(lora["head"]["bias"], modules["head"]["bias"])
         same(adapters.apply_adapters(base, lora)["head"]["kernel"], modules["head"]["weight"].T)
 
+    def test_a_gain_beside_its_bias_is_the_weight(self, tmp_path):
+        params = {"up": WHOLE["up"], "norm": {"g": jnp.ones(6), "b": jnp.zeros(6)}}
+        names = {"up/kernel": "up", "norm/g": "norm", "norm/b": "norm"}
+        config = adapters.LoraConfig(target_modules=["up"], r=2, modules_to_save=["norm"])
+        base, lora = trained(params, config)
+        there_and_back(tmp_path, base, lora, names, params)
+        same(tensors_of(tmp_path)[f"{PREFIX}norm.weight"], lora["norm"]["g"])
+
     def test_stacks_and_parts(self, tmp_path):
         params = {
             "layers": {
@@ -517,7 +526,9 @@ class TestWholeLeaves:
 
 class TestMiss:
     @pytest.mark.parametrize(
-        "options", [{}, {"init_weights": "mini", "mini_r": 3}, {"init_weights": "bat"}], ids=str
+        "options",
+        [{}, {"init_weights": "mini", "mini_r": 3}, {"init_weights": "bat"}, {"bias": "lora_only"}],
+        ids=str,
     )
     def test_there_and_back(self, tmp_path, options):
         config = adapters.MissConfig(target_modules=["up", "query"], r=2, **options)

@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import safetensors.numpy
 
 from jaxopt_lab import adapters
 from jaxopt_lab.adapters.files import _foreign, _peft_config
 
-Dims = optax.contrib.MuonDimensionNumbers
 PREFIX = "base_model.model."
 
 
@@ -319,7 +317,7 @@ class TestKeys:
             ("unet.q.lora.down.weight", "early release of diffusers"),
             ("lora_unet_q.hada_w1_a", "LyCORIS"),
             ("something.else", "is no tensor of an adapter of peft"),
-            (f"{PREFIX}q.lora_C.weight", "'C.weight' of module|no leaf|no tensor"),
+            (f"{PREFIX}q.lora_C.weight", "has no tensors of a LORA adapter"),
         ],
     )
     def test_other_keys_are_named_as_what_they_are(self, tmp_path, key, message):
@@ -398,7 +396,7 @@ class TestPlaces:
         (tmp_path / "notes.txt").write_text("")
         with pytest.raises(FileNotFoundError, match=r"config.json is missing.*has notes.txt"):
             adapters.read_peft_folder(tmp_path, W, W_NAMES)
-        with pytest.raises(FileNotFoundError, match=r"there is not there|gone is not there.*notes"):
+        with pytest.raises(FileNotFoundError, match=r"gone is not there.*notes"):
             adapters.read_peft_folder(tmp_path / "gone", W, W_NAMES)
         path = folder(tmp_path / "f", {"m.w": pair(1, 6, 9)})
         with pytest.raises(

@@ -134,9 +134,6 @@ def read(folder, names=NAMES, params=PARAMS):
     [
         ({"r": ...}, "the field 'r' is missing"),
         ({"target_modules": ...}, "the field 'target_modules' is missing"),
-        ({"new_thing": 3}, "the field 'new_thing' is unknown, with value 3"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"lora_bias": True}, "lora_bias=True is not supported: merge it with peft"),
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base"),
         ({"r": 3}, r"'lora_A.weight' has shape \(2, 8\).* needs \(3, 8\)"),
         ({"use_dora": True}, "'lora_magnitude_vector' is missing"),
@@ -148,8 +145,6 @@ def test_bad_fields(tmp_path, fields, message):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not there"):
-        read(tmp_path / "nowhere")
     folder = written(tmp_path)
     with pytest.raises(
         ValueError, match=r"no kernel is named after module 'model.attn.q_proj'.*q_proy"

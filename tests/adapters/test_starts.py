@@ -58,11 +58,16 @@ def test_false_leaves_both_factors_random():
 
 @pytest.mark.parametrize("name", [True, "gaussian"])
 def test_what_is_looked_up_starts_at_zero(name):
-    params = {"wte": {"weight": jnp.ones((9, 4))}, "embedding": {"kernel": jnp.ones((9, 4))}}
+    params = {
+        "wte": {"weight": jnp.ones((9, 4))},
+        "embed": {"embedding": jnp.ones((9, 4))},
+        "embedding": {"kernel": jnp.ones((9, 4))},
+    }
     config = adapters.LoraConfig(target_modules=["wte", "embedding"], r=2, init_lora_weights=name)
     _, factors = adapters.init_adapters(params, config, KEY)
-    assert not factors["wte"]["weight"]["lora_a"].any()
-    assert factors["wte"]["weight"]["lora_b"].any()
+    for table in (factors["wte"]["weight"], factors["embed"]["embedding"]):
+        assert not table["lora_a"].any()
+        assert table["lora_b"].any()
     # A dense layer of that name is multiplied with its inputs.
     assert factors["embedding"]["kernel"]["lora_a"].any()
     assert not factors["embedding"]["kernel"]["lora_b"].any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,8 @@ WEIGHTS, PYTORCH_WEIGHTS, MLX_WEIGHTS = (
 )
 
 _UNKNOWN = "of a kind that is not known"
+_KOHYA = "kohya's scripts; use read_kohya_file"
+_PEFT = "an adapter of peft; read_peft_folder takes its folder"
 READABLE = ("LORA", "MISS")
 # Kinds of peft, by what they train.
 KINDS = {
@@ -93,7 +94,7 @@ def locate(folder: pathlib.Path, adapter_name: str | None) -> tuple[pathlib.Path
         if (folder / name).exists():
             return config, folder / name
     if (folder / MLX_WEIGHTS).exists():
-        check_kind(_fields(config), config)  # mlx-lm's has no peft_type
+        check_kind(_tensors.load_json(config), config)  # mlx-lm's has no peft_type
     raise FileNotFoundError(
         f"{folder / WEIGHTS} is missing, and {PYTORCH_WEIGHTS} too; the folder has "
         f"{_content(folder)}"
@@ -119,7 +120,7 @@ def check_file(path: pathlib.Path) -> None:
       ValueError: another format.
     """
     found = describe(path)
-    if "kohya" not in found and found != _UNKNOWN:
+    if found not in (_KOHYA, _UNKNOWN):
         raise ValueError(f"{path} is {found}; expected a file of kohya's scripts")
 
 
@@ -140,7 +141,7 @@ def describe(path: pathlib.Path) -> str:
 def wrong_key(key: str, path: pathlib.Path, prefix: str) -> ValueError:
     """Returns the error for a key that is none of peft's LoRA: a wrong prefix is named as such."""
     other = _of_keys([key])
-    if other is not None and "peft" not in other:
+    if other not in (None, _PEFT):
         return ValueError(f"{path}: '{key}' is a tensor of {other}")
     match = re.fullmatch(r"(.+?)\.?(lora_(?:A|B|embedding_A|embedding_B)|miss_block)\.?(.*)", key)
     if match is None:
@@ -164,13 +165,13 @@ def _of_keys(keys: Iterable[str]) -> str | None:
         if re.search(r"\.(hada_w[12]_[ab]|lokr_w[12])", key):
             return "LyCORIS (LoHa or LoKr), which is not read here"
         if ".lora_down." in key or ".lora_up." in key:
-            return "kohya's scripts; use read_kohya_file"
+            return _KOHYA
         if key.endswith((".lora_a", ".lora_b")):
             return "mlx-lm; use read_mlx_folder"
         if ".lora.down." in key or ".lora.up." in key or "_lora.down." in key:
             return "an early release of diffusers, which is not read here; save it with a newer one"
         if key.startswith("base_model.model."):
-            return "an adapter of peft; read_peft_folder takes its folder"
+            return _PEFT
     return None
 
 
@@ -188,11 +189,3 @@ def _content(folder: pathlib.Path) -> str:
         return "nothing, and is not there itself"
     names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
     return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "nothing"
-
-
-def _fields(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import collections
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _tree
-from jaxopt_lab.adapters import _kernels, _targets, dora
+from jaxopt_lab import _matrices, _tree
+from jaxopt_lab.adapters import _kernels, _targets, dora, lora
 from jaxopt_lab.adapters._kernels import Factors, Kernel
+from jaxopt_lab.adapters.adapt import AdapterBase
 from jaxopt_lab.adapters.files import _places, _torch_layers
 from jaxopt_lab.adapters.files._places import Names, Place
 from jaxopt_lab.adapters.files._torch_layers import Layer
+from jaxopt_lab.adapters.lora import LoraConfig
+
+Tensors = dict[str, np.ndarray]
 
 
 class Pair(NamedTuple):
@@ -44,11 +47,11 @@ class Named(NamedTuple):
         kernel = self.layer.kernel
         if not place.is_part:
             return None
-        return place.rows(kernel.matrix[1], f"names['{kernel.name}']")
+        return place.rows(kernel.matrix[1], kernel.name)
 
 
 def named(
-    params: Any, names: Names, modules: Iterable[str], kernel_axes: Any, where: str, what: str
+    params: Any, names: Names, modules: Iterable[str], kernel_axes: Any, where: str
 ) -> list[Named]:
     """Returns the kernels that modules are named after, in the order of the tree.
 
@@ -58,7 +61,6 @@ def named(
       modules: all modules of the file.
       kernel_axes: see `LoraConfig`.
       where: the file, for messages.
-      what: what a name stands for, such as "module".
 
     Raises:
       ValueError: a module that no kernel is named after, with the nearest; a name used twice.
@@ -76,8 +78,8 @@ def named(
         found.append(Named(one, _places.of_kernel(names, name, one.kernel.count)))
     for module in sorted(modules - known):
         raise ValueError(
-            f"{where}: no kernel is named after {what} '{module}'; the nearest names are "
-            f"{_places.nearest(module, known)}"
+            f"{where}: no kernel is named after module '{module}'; the nearest names are "
+            f"{_matrices.nearest(module, known)}"
         )
     _places.check_apart(claims(found))
     return found
@@ -94,12 +96,9 @@ def layer(name: str, candidate: _targets.Candidate, kernel_axes: Any) -> Layer:
 def claims(found: Iterable[Named]) -> list[tuple[str, Place, range]]:
     """Returns what `check_apart` takes."""
     return [
-        (
-            one.layer.kernel.name,
-            place,
-            place.rows(one.layer.kernel.matrix[1], f"names['{one.layer.kernel.name}']"),
-        )
+        (kernel.name, place, place.rows(kernel.matrix[1], kernel.name))
         for one in found
+        for kernel in (one.layer.kernel,)
         for place in one.places
     ]
 
@@ -157,52 +156,43 @@ def scaled_b(pair: Pair, scaling: float) -> np.ndarray:
     return pair.b.astype(np.float64) * (pair.scaling / scaling)
 
 
-def read(
-    found: Sequence[Named],
-    leaves: Mapping[str, Any],
-    pairs_of: Callable[[Named, Place], list[Pair] | None],
-    use_dora: bool,
-) -> tuple[tuple[Kernel, ...], dict[str, Any]]:
-    """Returns kernels and adapters; `pairs_of` says what the file has for a place, if anything."""
-    kernels, adapters = [], {}
+def load(
+    params: Any,
+    names: Names,
+    modules: Mapping[str, Tensors],
+    pairs_of: Callable[[Named, Place, Tensors], list[Pair]],
+    where: str,
+    **options: Any,
+) -> tuple[AdapterBase, dict[str, Any]]:
+    """Returns a base and adapters of a file's modules.
+
+    Args:
+      params: the parameters.
+      names: the name map.
+      modules: the tensors of each module of the file.
+      pairs_of: what these are for a place.
+      where: the file, for messages.
+      **options: fields of the `LoraConfig` beside those that say which kernels, rank and alpha.
+    """
+    found = named(params, names, modules, options["kernel_axes"], where)
+    leaves, kernels, adapters = _kernels.named_leaves(params), [], {}
     for one in found:
         pairs: list[Pair | None] = []
         for place in one.places:
-            pairs += pairs_of(one, place) or [None] * one.each
-        kernel, factors = joined(one.layer.kernel, pairs, leaves[one.layer.kernel.name], use_dora)
+            own = modules.get(place.module)
+            pairs += [None] * one.each if own is None else pairs_of(one, place, own)
+        leaf = leaves[one.layer.kernel.name]
+        kernel, factors = joined(one.layer.kernel, pairs, leaf, options.get("use_dora", False))
         kernels.append(kernel)
         _kernels.insert(adapters, kernel.name, factors)
-    return tuple(kernels), adapters
-
-
-def exactly(names: Iterable[str]) -> str:
-    """Returns a pattern for `target_modules` that matches these kernels and no others."""
-    return "|".join(re.escape(name.replace("/", ".")) for name in names)
-
-
-def options(kernels: Sequence[Kernel], use_rslora: bool) -> dict[str, Any]:
-    """Returns the arguments of a `LoraConfig` with which each kernel has its rank and scaling."""
+    config = LoraConfig(target_modules="", **options)
     ranks = {kernel.name: kernel.r for kernel in kernels}
-    alphas = {
-        kernel.name: whole(kernel.scaling * (math.sqrt(kernel.r) if use_rslora else kernel.r))
-        for kernel in kernels
-    }
-    return {
-        "target_modules": exactly(ranks),
-        "r": _commonest(ranks),
-        "lora_alpha": _commonest(alphas),
-        "use_rslora": use_rslora,
-        "rank_pattern": {"^" + exactly([n]): r for n, r in ranks.items() if r != _commonest(ranks)},
-        "alpha_pattern": {
-            "^" + exactly([n]): alpha for n, alpha in alphas.items() if alpha != _commonest(alphas)
-        },
-    }
+    alphas = {k.name: alpha(k.r, k.scaling, config.use_rslora) for k in kernels}
+    config = lora.of_kernels(config, ranks, alphas)
+    return AdapterBase(params, {}, config, tuple(kernels)), adapters
 
 
-def whole(value: float) -> float:
-    """Undoes the rounding of a product that was a whole number."""
+def alpha(r: int, scaling: float, use_rslora: bool) -> float:
+    """Returns lora_alpha; one that was a whole number is it again."""
+    value = scaling * (math.sqrt(r) if use_rslora else r)
     return round(value) if abs(value - round(value)) < 1e-9 * abs(value) else value
-
-
-def _commonest(values: Mapping[str, Any]) -> Any:
-    return collections.Counter(values.values()).most_common(1)[0][0]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import collections
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxopt_lab.adapters.files import _foreign
+from jaxopt_lab.adapters import _targets
+from jaxopt_lab.adapters.files import _foreign, _tensors
 from jaxopt_lab.adapters.files._places import Place
 from jaxopt_lab.adapters.lora import LoraConfig
 from jaxopt_lab.adapters.miss import MissConfig
 
 _REQUIRED = {"LORA": ("r", "lora_alpha", "target_modules"), "MISS": ("r", "target_modules")}
+
+# What `bias` of the layers with an adapter is called.
+LORA_ONLY = {"LORA": "lora_only", "MISS": "MiSS_only"}
 
 # Fields that decide what the adapter is.
 TAKEN = {
@@ -78,11 +80,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       ValueError: another kind of adapter; fields that are missing, unknown, or ask for what is not
         supported, each by name and value.
     """
-    try:
-        fields = json.loads(path.read_text())
-        assert isinstance(fields, dict)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"{path} is no JSON object: {error}") from error
+    fields = _tensors.load_json(path)
     _foreign.check_kind(fields, path)
     kind = fields["peft_type"]
     for name in _REQUIRED[kind]:
@@ -103,7 +101,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
             f"{path}: init_weights={fields['init_weights']!r} is unknown; expected true, false, "
             "'bat' or 'mini'"
         )
-    only = "lora_only" if kind == "LORA" else "MiSS_only"
+    only = LORA_ONLY[kind]
     if fields.get("bias", "none") not in ("none", "all", only):
         raise ValueError(
             f"{path}: bias={fields['bias']!r} is unknown; expected 'none', 'all' or '{only}'"
@@ -136,13 +134,14 @@ def of_lora(
     config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
 ) -> dict[str, Any]:
     """Returns the fields of LoRA with rank and alpha of each module."""
-    r, alpha = (collections.Counter(d.values()).most_common(1)[0][0] for d in (ranks, alphas))
+    r, rank_pattern = _targets.patterns(ranks)
+    alpha, alpha_pattern = _targets.patterns(alphas)
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": _patterns(ranks, r),
-        "alpha_pattern": _patterns(alphas, alpha),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "lora_dropout": config.lora_dropout,
@@ -200,11 +199,6 @@ def _own_names(
         for group in (places, known)
     )
     return sorted(own), every - own
-
-
-def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Returns what is not the default, by patterns that match one module alone."""
-    return {"^" + re.escape(name): v for name, v in sorted(values.items()) if v != default}
 
 
 def _by_pattern(module: str, found: Mapping[str, Any] | None, default: Any) -> Any:

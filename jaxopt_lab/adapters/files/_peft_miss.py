@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab.adapters import _kernels
+from jaxopt_lab.adapters import _kernels, _targets
 from jaxopt_lab.adapters._kernels import Kernel
-from jaxopt_lab.adapters.files import _pairs, _peft_tensors
+from jaxopt_lab.adapters.files import _peft_config, _peft_tensors
 from jaxopt_lab.adapters.files._pairs import Named
 from jaxopt_lab.adapters.files._peft_tensors import Part, Tensors
 from jaxopt_lab.adapters.miss import MissConfig
@@ -32,12 +32,12 @@ def read(
     """
     start, bias = fields.get("init_weights", True), fields.get("bias", "none")
     config = MissConfig(
-        target_modules=_pairs.exactly(one.layer.kernel.name for one in found),
+        target_modules="|".join(_targets.exactly(one.layer.kernel.name) for one in found),
         r=fields["r"],
         mini_r=fields.get("mini_r", 1),
         init_weights=True if isinstance(start, bool) else start,
         kernel_axes=kernel_axes,
-        bias="lora_only" if bias == "MiSS_only" else bias,
+        bias="lora_only" if bias == _peft_config.LORA_ONLY["MISS"] else bias,
         modules_to_save=saved or None,
     )
     kernels, adapters = [], {}
@@ -46,10 +46,10 @@ def read(
         config.check(kernel)
         batch = tuple(kernel.shape[axis] for axis in kernel.axes.batch)
         shape = config.shapes(kernel)["miss_block"][len(batch) :]
-        blocks = []
+        blocks: list[np.ndarray | None] = []
         for place in one.places:
             if place.module not in modules:  # a layer of the stack that is not adapted
-                blocks.append(np.zeros(shape, np.float32))
+                blocks.append(None)
                 continue
             where = f"{path}, module '{place.module}'"
             _peft_tensors.check_names(modules[place.module], ["miss_block"], where)
@@ -64,8 +64,11 @@ def read(
                     f"{kernel.matrix[0]} inputs and {kernel.matrix[1]} outputs needs {shape}"
                 )
             blocks.append(block.swapaxes(-1, -2) if config.init_weights == "bat" else block)
-        dtype = jnp.result_type(*(block.dtype for block in blocks))
-        stack = np.stack([block.astype(dtype) for block in blocks])
+        dtype = jnp.result_type(*(block.dtype for block in blocks if block is not None))
+        stack = np.zeros((len(blocks), *shape), dtype)
+        for index, own in enumerate(blocks):
+            if own is not None:
+                stack[index] = own
         factors = {"miss_block": jnp.asarray(stack.reshape(*batch, *shape))}
         _kernels.insert(adapters, kernel.name, factors)
         kernels.append(kernel)

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.adapters.files import _foreign, _peft_config, _torch_layers
-from jaxopt_lab.adapters.files._pairs import Named, Pair, dtype_of_b, scaled_b
+from jaxopt_lab.adapters.files._pairs import Named, Pair, Tensors, dtype_of_b, scaled_b
 from jaxopt_lab.adapters.files._places import Place
 from jaxopt_lab.adapters.files._torch_layers import Layer
 
 PREFIX = "base_model.model."
-Tensors = dict[str, np.ndarray]
 _OF_ADAPTERS = re.compile(
     r"(.*\.)?(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|miss_block)\b"
 )
@@ -42,8 +41,7 @@ def split(tensors: Mapping[str, np.ndarray], kind: str, path: pathlib.Path) -> C
     """
     found = Content({}, {}, {})
     for key, value in tensors.items():
-        name = key.removeprefix(PREFIX).removesuffix("lora_magnitude_vector.weight")
-        name += "lora_magnitude_vector" if key.endswith("lora_magnitude_vector.weight") else ""
+        name = re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", key.removeprefix(PREFIX))
         match = re.fullmatch(rf"(.+)\.({_NAMES[kind]})", name)
         if not key.startswith(PREFIX) or (match is None and _OF_ADAPTERS.match(name)):
             raise _foreign.wrong_key(key, path, PREFIX)
@@ -78,7 +76,7 @@ def read_pairs(
     a, b = (tensors[name] for name in wanted[:2])
     r, scaling = _peft_config.rank_and_scaling(fields, place)
     if place.parameter is not None:
-        return _read_experts(one, place, a, b, fields, where)
+        return _read_experts(one, place, a, b, r, scaling, fields, where)
     square = layer.kernel.matrix[0] == layer.kernel.matrix[1]
     if layer.kind == "embedding" and not embedding and square:
         raise ValueError(
@@ -110,9 +108,15 @@ def read_pairs(
 
 
 def _read_experts(
-    one: Named, place: Place, a: np.ndarray, b: np.ndarray, fields: Any, where: str
+    one: Named,
+    place: Place,
+    a: np.ndarray,
+    b: np.ndarray,
+    r: int,
+    scaling: float,
+    fields: Any,
+    where: str,
 ) -> list[Pair]:
-    r, scaling = _peft_config.rank_and_scaling(fields, place)
     if a.shape[0] != one.each * r:
         raise ValueError(
             f"{where}: 'lora_A.weight' has shape {a.shape}; {one.each} experts of rank {r} need "

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _names, _roles
-from jaxopt_lab.adapters import _kernels, _targets
+from jaxopt_lab import _matrices, _names, _roles
+from jaxopt_lab.adapters import _kernels, _targets, _whole
 from jaxopt_lab.adapters.files import _pairs, _peft_config, _places
 from jaxopt_lab.adapters.files._peft_tensors import PREFIX, Content, Tensors
 from jaxopt_lab.adapters.files._places import Names, Place
@@ -37,7 +37,7 @@ class _Piece(NamedTuple):
 
     def read(self, tensor: np.ndarray, size: int) -> np.ndarray | None:
         """Returns what a tensor has for this place, None if it has another shape."""
-        rows = self.place.rows(size, f"names['{self.leaf}']") if self.place.is_part else None
+        rows = self.place.rows(size, self.leaf) if self.place.is_part else None
         if self.layer is not None:
             return self.layer.read_weight(tensor, rows)
         if rows is not None and tensor.size > rows[-1]:
@@ -67,7 +67,8 @@ def read(
     found = _index(
         params, named, kernel_axes, (module for module, _ in (*content.whole, *content.base))
     )
-    leaves = {name: np.asarray(leaf) for name, leaf in _kernels.named_leaves(params).items()}
+    leaves = _kernels.named_leaves(params)
+    matrices: dict[str, np.ndarray] = {}  # of the leaves that the file has something for
     modules = set()
     trained: dict[str, list[tuple[_Piece, np.ndarray]]] = collections.defaultdict(list)
     beside = fields.get("bias", "none") != "none"
@@ -77,12 +78,14 @@ def read(
             saved = not suffix and _peft_config.is_saved(fields, module)
             is_trained = saved or (parameter == "bias" and beside)
             for piece in _pieces(found, named, module, parameter, where):
-                own = piece.matrix(leaves[piece.leaf])
+                if piece.leaf not in matrices:
+                    matrices[piece.leaf] = piece.matrix(np.asarray(leaves[piece.leaf]))
+                own = matrices[piece.leaf]
                 value = piece.read(tensor, own.shape[-1])
                 if value is None:
                     raise ValueError(
                         f"{where} has shape {tensor.shape}, which is not that of '{piece.leaf}' "
-                        f"{leaves[piece.leaf].shape} (was the vocabulary resized?)"
+                        f"{jnp.shape(leaves[piece.leaf])} (was the vocabulary resized?)"
                     )
                 if is_trained:
                     trained[piece.leaf].append((piece, value))
@@ -92,7 +95,11 @@ def read(
                         f"{where} is the base below the adapter, and differs from '{piece.leaf}' "
                         "of params: the adapter was made for other weights"
                     )
-    values = {name: _put(leaf, trained[name]) for name, leaf in leaves.items() if name in trained}
+    values = {
+        name: _put(matrices[name], jnp.shape(leaf), trained[name])
+        for name, leaf in leaves.items()
+        if name in trained
+    }
     return values, sorted(modules)
 
 
@@ -120,14 +127,9 @@ def write(
             raise ValueError(f"names has no PyTorch module for '{name}', which is trained whole")
     modules = {place.module for name in base.whole for place in named[name]}
     found = _index(base.params, named, base.config.kernel_axes, modules)
-    bias = getattr(base.config, "bias", "none")
-    saved, wanted = set(), set()
-    for name in base.whole:
-        own = {key for key, pieces in found.items() if any(p.leaf == name for p in pieces)}
-        for module, parameter in own:
-            wanted.add((module, parameter))
-            if parameter != "bias" or bias == "none":
-                saved.add(module)
+    bias = base.config.bias
+    wanted = {key for key, pieces in found.items() if any(p.leaf in base.whole for p in pieces)}
+    saved = {module for module, parameter in wanted if parameter != "bias" or bias == "none"}
     _check_saved(saved, adapted, {place.module for own in named.values() for place in own})
     wanted |= {key for key in found if key[0] in saved}
     tensors = {}
@@ -181,9 +183,8 @@ def _index(
 
 
 def _parameter(name: str, layer: Layer | None) -> str:
-    parts = _names.parts_of(name)
-    last = parts[-1].lower()
-    if layer is None and (last.startswith("bias") or last == "beta" or _names.may_be_bias(parts)):
+    last = _names.parts_of(name)[-1].lower()
+    if layer is None and (last == "beta" or _whole.is_bias(name)):
         return "bias"
     return _PARAMETERS.get(last, "weight")
 
@@ -200,7 +201,7 @@ def _pieces(
         known = [place.module for own in named.values() for place in own]
         raise ValueError(
             f"{where} has no leaf: none is named after parameter '{parameter}' of module "
-            f"'{module}'; the nearest names are {_places.nearest(module, known)}"
+            f"'{module}'; the nearest names are {_matrices.nearest(module, known)}"
         )
     for piece in pieces:
         if piece.layer is not None and piece.place.parameter is not None:
@@ -215,14 +216,15 @@ def _module(leaf: str) -> str:
     return (leaf.rpartition("/")[0] or leaf).replace("/", ".")
 
 
-def _put(leaf: np.ndarray, pieces: list[tuple[_Piece, np.ndarray]]) -> Any:
-    dtype = jnp.result_type(leaf.dtype, *(value.dtype for _, value in pieces))
-    first = pieces[0][0]
-    stack = np.array(first.matrix(leaf).astype(dtype))
+def _put(
+    matrix: np.ndarray, shape: tuple[int, ...], pieces: list[tuple[_Piece, np.ndarray]]
+) -> Any:
+    dtype = jnp.result_type(matrix.dtype, *(value.dtype for _, value in pieces))
+    first, stack = pieces[0][0], matrix.astype(dtype)
     for piece, value in pieces:
         stack[piece.index] = value
     if first.layer is None:
-        return jnp.asarray(stack.reshape(leaf.shape))
+        return jnp.asarray(stack.reshape(shape))
     return first.layer.kernel.kernel(jnp.asarray(stack))
 
 
@@ -230,9 +232,8 @@ def _tensor(pieces: list[_Piece], values: Mapping[str, np.ndarray], key: str) ->
     parts = []
     for piece in pieces:
         own = piece.matrix(values[piece.leaf])[piece.index]
-        size = own.shape[-1]
         tensor = own if piece.layer is None else piece.layer.write_weight(own)
-        parts.append((piece.place.rows(size, f"names['{piece.leaf}']"), tensor))
+        parts.append((piece.place.rows(own.shape[-1], piece.leaf), tensor))
     if len(parts) == 1 and not pieces[0].place.is_part:
         return parts[0][1]
     rows = [row for own, _ in parts for row in own]

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import collections
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -42,7 +41,7 @@ class Place(NamedTuple):
             return self.module
         return f"{self.module.replace('.base_layer', '')}.{self.parameter}"
 
-    def rows(self, count: int, where: str) -> range:
+    def rows(self, count: int, leaf: str) -> range:
         """Returns which outputs a kernel with `count` of them has.
 
         Raises:
@@ -51,8 +50,9 @@ class Place(NamedTuple):
         found = range(self.start, self.start + count * self.step, self.step)
         if self.stop is not None and len(range(self.start, self.stop, self.step)) != count:
             raise ValueError(
-                f"{where}: '{self}' are {len(range(self.start, self.stop, self.step))} outputs of "
-                f"'{self.module}', but the kernel has {count}"
+                f"names['{leaf}']: '{self}' are "
+                f"{len(range(self.start, self.stop, self.step))} outputs of '{self.module}', but "
+                f"the kernel has {count}"
             )
         return found
 
@@ -116,11 +116,6 @@ def check_apart(claims: Iterable[tuple[str, Place, range]]) -> None:
                     "name, or a part of its outputs, of its own"
                 )
         by_module[place.module].append((kernel, place, rows))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the names that look most like one, as a text."""
-    return ", ".join(difflib.get_close_matches(name, set(known), n=3, cutoff=0.0)) or "none"
 
 
 def _parsed(text: str, leaf: str) -> Place:

@@ -28,13 +28,12 @@ def load(path: pathlib.Path) -> dict[str, np.ndarray]:
         not real floating point.
       ImportError: the package that reads it is not installed.
     """
-    data = path.read_bytes()
-    if data.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file; fetch it with 'git lfs pull'")
-    if path.suffix in (".bin", ".pt", ".pth"):
-        tensors = _load_torch(path)
-    else:
-        tensors = _load_safetensors(path, data)
+    with path.open("rb") as file:
+        if file.read(32).startswith(b"version https://git-lfs"):
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the file; fetch it with 'git lfs pull'"
+            )
+    tensors = _load_torch(path) if path.suffix == ".bin" else _load_safetensors(path)
     return {key: _floating(key, tensor, path) for key, tensor in tensors.items()}
 
 
@@ -55,6 +54,21 @@ def save_text(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def load_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the fields of a JSON object.
+
+    Raises:
+      ValueError: the file is none.
+    """
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no JSON object, but a {type(fields).__name__}")
+    return fields
+
+
 def keys(path: pathlib.Path) -> list[str]:
     """Returns the names in a safetensors file, from its beginning, or nothing if it is none."""
     with path.open("rb") as file:
@@ -68,10 +82,10 @@ def keys(path: pathlib.Path) -> list[str]:
     return [key for key in header if key != "__metadata__"] if isinstance(header, dict) else []
 
 
-def _load_safetensors(path: pathlib.Path, data: bytes) -> dict[str, np.ndarray]:
+def _load_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     safetensors = _safetensors()
     try:
-        found = safetensors.deserialize(data)
+        found = safetensors.deserialize(path.read_bytes())
     except Exception as error:  # the package's own exception is no subclass of a public one
         raise ValueError(f"{path} is damaged or cut short: {error}") from error
     tensors = {}

@@ -82,10 +82,8 @@ class Layer(NamedTuple):
             self.b_shape(r) if rows is None else (f"{rows[-1] + 1} or more", *self.b_shape(r)[1:])
         )
         fits = b.ndim > 1 and b.shape[1] == r and math.prod(b.shape[2:]) == 1
-        if rows is None and fits:
-            fits = b.shape[0] == self.kernel.matrix[1]
-        elif fits and rows is not None:
-            fits = b.shape[0] > rows[-1]
+        if fits:
+            fits = b.shape[0] == self.kernel.matrix[1] if rows is None else b.shape[0] > rows[-1]
         if not fits:
             grouped = b.ndim > 2 and b.shape[0] == self.kernel.matrix[1] and r % b.shape[1] == 0
             raise ValueError(

@@ -8,6 +8,7 @@ The module's name is that of PyTorch with "_" for each dot, behind "lora_unet" o
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
@@ -16,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters.adapt import AdapterBase
 from jaxopt_lab.adapters.files import _foreign, _pairs, _peft_tensors, _places, _tensors
 from jaxopt_lab.adapters.files._pairs import Named, Pair
 from jaxopt_lab.adapters.files._places import Names, Place
-from jaxopt_lab.adapters.lora import LoraConfig
 
 _REFUSED = {
     "dora_scale": "DoRA, whose lengths are kept in several ways by these scripts",
@@ -85,15 +84,8 @@ def read_kohya_file(
     def written(kernel: str) -> list[str]:
         return [_underscores(place) for place in _places.places(names, kernel)]
 
-    found = _pairs.named(params, written, modules, kernel_axes, str(path), "module")
-
-    def pairs_of(one: Named, place: Place) -> list[Pair] | None:
-        tensors = modules.get(place.module)
-        return None if tensors is None else _pairs_of(one, place, tensors, path)
-
-    kernels, adapters = _pairs.read(found, _kernels.named_leaves(params), pairs_of, False)
-    config = LoraConfig(**_pairs.options(kernels, use_rslora=False), kernel_axes=kernel_axes)
-    return AdapterBase(params, {}, config, kernels), adapters
+    pairs_of = functools.partial(_pairs_of, path=path)
+    return _pairs.load(params, written, modules, pairs_of, str(path), kernel_axes=kernel_axes)
 
 
 def _underscores(place: Place) -> str:

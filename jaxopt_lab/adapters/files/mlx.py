@@ -8,7 +8,7 @@ Factors are applied from the right, and s is in the file as it is, not divided b
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import pathlib
 import re
@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters.adapt import AdapterBase
 from jaxopt_lab.adapters.files import _foreign, _pairs, _peft_tensors, _tensors
 from jaxopt_lab.adapters.files._pairs import Named, Pair
 from jaxopt_lab.adapters.files._places import Names, Place
-from jaxopt_lab.adapters.lora import LoraConfig
 
 
 def read_mlx_folder(
@@ -75,26 +73,14 @@ def read_mlx_folder(
             raise _foreign.missing(file, "a folder of mlx-lm")
     scale, dora = _read_config(config)
     modules = _by_module(_tensors.load(path), path)
-    found = _pairs.named(params, names, modules, kernel_axes, str(path), "module")
-
-    def pairs_of(one: Named, place: Place) -> list[Pair] | None:
-        tensors = modules.get(place.module)
-        return None if tensors is None else _pairs_of(one, place, tensors, scale, dora, path)
-
-    kernels, adapters = _pairs.read(found, _kernels.named_leaves(params), pairs_of, dora)
-    made = LoraConfig(
-        **_pairs.options(kernels, use_rslora=False), use_dora=dora, kernel_axes=kernel_axes
-    )
-    return AdapterBase(params, {}, made, kernels), adapters
+    pairs_of = functools.partial(_pairs_of, scale=scale, dora=dora, path=path)
+    options = {"use_dora": dora, "kernel_axes": kernel_axes}
+    return _pairs.load(params, names, modules, pairs_of, str(path), **options)
 
 
 def _read_config(path: pathlib.Path) -> tuple[float, bool]:
     """Returns the scaling and whether it is DoRA."""
-    try:
-        fields = json.loads(path.read_text())
-        assert isinstance(fields, dict)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"{path} is no JSON object: {error}") from error
+    fields = _tensors.load_json(path)
     if "peft_type" in fields:
         raise ValueError(f"{path} is of peft, not of mlx-lm; use read_peft_folder")
     kind = fields.get("fine_tune_type", "lora")

@@ -12,6 +12,8 @@ refused.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -36,7 +38,7 @@ from jaxopt_lab.adapters.files import (
 )
 from jaxopt_lab.adapters.files._pairs import Named, Pair
 from jaxopt_lab.adapters.files._peft_tensors import PREFIX, Part, Tensors
-from jaxopt_lab.adapters.files._places import Names, Place
+from jaxopt_lab.adapters.files._places import Names
 from jaxopt_lab.adapters.lora import LoraConfig, TaskType
 from jaxopt_lab.adapters.miss import MissConfig
 
@@ -115,7 +117,7 @@ def write_peft_folder(
             found, r, scaling = _peft_tensors.write_pairs(own, outputs[module])
             name = own[0].place.own_name
             ranks[name] = r
-            alphas[name] = _pairs.whole(scaling * (r**0.5 if config.use_rslora else r))
+            alphas[name] = _pairs.alpha(r, scaling, config.use_rslora)
         tensors |= {f"{PREFIX}{module}.{suffix}": value for suffix, value in found.items()}
     whole, more = _peft_whole.write(base, adapters, names, modules)
     if isinstance(config, MissConfig):
@@ -125,6 +127,8 @@ def write_peft_folder(
     first = [own[0].place for own in modules.values()]
     every = [p for name in _targets.candidates(base.params) for p in _places.places(names, name)]
     fields |= more | _peft_config.targets(first, every)
+    if fields["bias"] == "lora_only":
+        fields["bias"] = _peft_config.LORA_ONLY[fields["peft_type"]]
     fields["base_model_name_or_path"] = base_model_name_or_path
     fields["task_type"] = task_type or getattr(config, "task_type", None)
     folder = pathlib.Path(folder)
@@ -177,26 +181,23 @@ def read_peft_folder(
     config_path, path = _foreign.locate(pathlib.Path(folder), adapter_name)
     fields = _peft_config.read(config_path)
     content = _peft_tensors.split(_tensors.load(path), fields["peft_type"], path)
-    found = _pairs.named(params, names, content.adapters, kernel_axes, str(path), "module")
     whole, saved = _peft_whole.read(content, fields, params, names, kernel_axes, path)
     if fields["peft_type"] == "MISS":
+        found = _pairs.named(params, names, content.adapters, kernel_axes, str(path))
         config, kernels, adapters = _peft_miss.read(
             found, content.adapters, fields, saved, kernel_axes, path
         )
+        base = AdapterBase(params, {}, config, kernels)
     else:
-
-        def pairs_of(one: Named, place: Place) -> list[Pair] | None:
-            tensors = content.adapters.get(place.module)
-            if tensors is None:
-                return None
-            return _peft_tensors.read_pairs(one, place, tensors, fields, path)
-
-        dora = bool(fields.get("use_dora"))
-        kernels, adapters = _pairs.read(found, _kernels.named_leaves(params), pairs_of, dora)
         task = fields.get("task_type")
-        config = LoraConfig(
-            **_pairs.options(kernels, bool(fields.get("use_rslora"))),
-            use_dora=dora,
+        base, adapters = _pairs.load(
+            params,
+            names,
+            content.adapters,
+            functools.partial(_peft_tensors.read_pairs, fields=fields, path=path),
+            str(path),
+            use_rslora=bool(fields.get("use_rslora")),
+            use_dora=bool(fields.get("use_dora")),
             kernel_axes=kernel_axes,
             bias=fields.get("bias", "none"),
             modules_to_save=saved or None,
@@ -204,7 +205,7 @@ def read_peft_folder(
         )
     for name, value in whole.items():
         _kernels.insert(adapters, name, value)
-    return AdapterBase(params, {}, config, kernels, whole=tuple(whole)), adapters
+    return dataclasses.replace(base, whole=tuple(whole)), adapters
 
 
 def _known(base: AdapterBase, names: Names) -> dict[str, Named]:
@@ -234,7 +235,7 @@ def _parts(
         one = known[kernel.name]
         pairs = _pairs_of(kernel, factors[kernel.name])
         for index, place in enumerate(one.places):
-            rows = place.rows(kernel.matrix[1], f"names['{kernel.name}']")
+            rows = place.rows(kernel.matrix[1], kernel.name)
             own = pairs[index * one.each : (index + 1) * one.each]
             found[place.module].append(Part(one.layer, place, rows, own))
     return {m: sorted(own, key=lambda part: part.rows[0]) for m, own in found.items()}
@@ -258,7 +259,6 @@ def _outputs(known: Mapping[str, Named], modules: Mapping[str, list[Part]]) -> d
     for one in known.values():
         for place in one.places:
             if place.module in found:
-                size = one.layer.kernel.matrix[1]
-                rows = place.rows(size, f"names['{one.layer.kernel.name}']")
+                rows = place.rows(one.layer.kernel.matrix[1], one.layer.kernel.name)
                 found[place.module] = max(found[place.module], rows[-1] + 1)
     return found
