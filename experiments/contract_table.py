@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.parts import UserError
-from experiments.parts.store import read_json, write_atomically, write_json
+from experiments.harness import UserError
+from experiments.harness.store import read_json, write_atomically, write_json
 
 _ROOT = Path(__file__).parents[1]
 _RESULTS = Path(__file__).parent / "results"

@@ -10,22 +10,21 @@ from __future__ import annotations
 import argparse
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import jaxopt_lab
-from experiments import (
-    bench_attention,
-    bench_update,
-    compare,
-    finetune,
-    low_communication,
-    memory,
-    merge_models,
-)
-from experiments.parts import store
+from experiments.bench_attention import summary as bench_attention
+from experiments.bench_update.methods import FUSED
+from experiments.compare import summary as compare
+from experiments.finetune import summary as finetune
+from experiments.harness import runs, store
+from experiments.low_communication import summary as low_communication
+from experiments.memory import summary as memory
+from experiments.merge_models import summary as merge_models
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -120,26 +119,22 @@ def methods() -> str:
 
 def comparison() -> str:
     """The table of the main job's committed run."""
-    results = store.read_json(RESULTS / "compare.json", "compare")
-    return _table(compare.HEADER, map(compare.row_cells, results["table"]))
+    return _study(compare, "compare", "adamw")
 
 
 def budgets() -> str:
     """The table of the committed run on optimizer state."""
-    results = store.read_json(RESULTS / "memory.json", "memory")
-    return _table(memory.HEADER, map(memory.row_cells, results["table"]))
+    return _study(memory, "memory", "adamw")
 
 
 def communication() -> str:
     """The table of the committed run on replicas."""
-    results = store.read_json(RESULTS / "low_communication.json", "low_communication")
-    return _table(low_communication.HEADER, map(low_communication.row_cells, results["table"]))
+    return _study(low_communication, "low_communication", "sync")
 
 
 def finetuning() -> str:
     """The table of the committed run on adapters."""
-    results = store.read_json(RESULTS / "finetune.json", "finetune")
-    return _table(finetune.HEADER, map(finetune.row_cells, results["table"]))
+    return _study(finetune, "finetune", "full")
 
 
 def merging() -> str:
@@ -147,6 +142,20 @@ def merging() -> str:
     results = store.read_json(RESULTS / "merge_models.json", "merge_models")
     tasks = list(results["settings"]["texts"])
     return _table(merge_models.header(tasks), map(merge_models.row_cells, results["table"]))
+
+
+def _study(summary: Any, name: str, baseline: str) -> str:
+    """The table of the committed run of a study; what it did not measure is left out."""
+    results = store.read_json(RESULTS / f"{name}.json", name)
+    timing = runs.Timing(results["seconds_per_step"], results.get("cpu_seconds_per_step", {}))
+    rows = []
+    for row in results["table"]:
+        # Runs from before quartiles were kept have the seconds that they are made from.
+        times = runs.times(row["optimizer"], timing, baseline)
+        rows.append(summary.row_cells({**times, **row}))
+    columns = [i for i in range(len(rows[0])) if any(cells[i] != "-" for cells in rows)]
+    header = [summary.HEADER[i] for i in columns]
+    return _table(header, ([cells[i] for i in columns] for cells in rows))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -166,7 +175,7 @@ def cost() -> str:
     ]
     others = (
         "galore_adamw_gram", "products_of_dct", "products_of_galore", "int8_linear_adamw",
-        "int8_dynamic_adamw", *bench_update.FUSED, "bfloat16_adamw",
+        "int8_dynamic_adamw", *FUSED, "bfloat16_adamw",
     )  # fmt: skip
     methods = (name for rules in METHODS.values() for name in rules)
     for name in ("optax.lion", "optax.adabelief", *methods, *others):

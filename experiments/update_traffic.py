@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxopt_lab
-from experiments.parts import environment, store
+from experiments.harness import environment, store
 from jaxopt_lab import quantization
 from pallas_kernels import targets
 

@@ -12,8 +12,8 @@ import re
 import jax
 import pytest
 
-from experiments import bench_update
-from experiments.parts import compile_times
+from experiments.bench_update import compile_times
+from experiments.bench_update.methods import steps
 
 # Beside `optax.adamw`'s, of half kernels and half biases: a tenth above what they are.
 LIMITS = {
@@ -53,7 +53,7 @@ def instructions(step, leaves: int) -> int:
 
 def slope(name: str) -> float:
     """Instructions that eight more leaves add, for each of them."""
-    step = bench_update.steps(width=160)[name]
+    step = steps(width=160)[name]
     return (instructions(step, 24) - instructions(step, 16)) / 8
 
 
@@ -68,5 +68,5 @@ def test_instructions_a_leaf(name):
 
 
 def test_no_rule_is_left_out():
-    names = {name for name in bench_update.steps(width=160) if not name.startswith("products")}
+    names = {name for name in steps(width=160) if not name.startswith("products")}
     assert set(LIMITS) == {name for name in names if not name.startswith("optax")}

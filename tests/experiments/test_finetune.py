@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +14,28 @@ import optax
 import pytest
 from rich.console import Console
 
-from experiments import finetune
-from experiments.parts import UserError, finetuning, finetuning_study, texts
-from experiments.parts import finetuning_summary as summary
-from experiments.parts import study as study_module
-from experiments.parts.optimizers import Candidate
-from experiments.parts.progress import Progress
-from experiments.parts.training import train
-from experiments.parts.weights import read_tree, write_tree
-from experiments.parts.workload import Workload
-from tests.experiments import tiny_texts
+from experiments.finetune import methods, pictures, study, summary
+from experiments.finetune.__main__ import DEFAULT
+from experiments.harness import UserError
+from experiments.harness.candidates import Candidate
+from experiments.harness.progress import Progress
+from experiments.harness.runs import Timing
+from experiments.harness.store import read_tree, write_tree
+from experiments.harness.workload import Workload
+from experiments.workloads import texts
+from experiments.workloads.language_model import read_text
+from tests.experiments.tiny import SCRIPTS, TEXTS, results
 
-TINY = ["--methods", "lora-ga", "--budget", "20", "--pretrain-budget", "20", "--rates", "1",
-        "--seeds", "2", "--size", "tiny", "--memory-size", "none"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_texts.write(tmp_path_factory.mktemp("texts"))
-
-
-def run(out: Path, paths: dict[str, Path], *more: str) -> int:
-    given = [f"--text={paths['second']}", f"--pretrain-text={paths['first']}", "--out", str(out)]
-    return finetune.main([*TINY, *given, *more])
-
-
-def results(out: Path) -> dict:
-    return json.loads((out / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> Path:
-    out = tmp_path_factory.mktemp("finetune") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_module, "TIMING_ROUNDS", 1)
-        assert run(out, paths) == 0
-    return out
+FINETUNE = SCRIPTS["finetune"]
 
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, Workload]:
-    found = {"first": tiny_texts.FIRST, "second": tiny_texts.SECOND}
-    return texts.workloads("tiny", found)
+    return texts.workloads("tiny", {name: TEXTS[name] for name in ("first", "second")})
 
 
-@pytest.fixture
-def training_runs(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Collects (peak rate, seed) of every run that is really trained."""
-    trained = []
-
-    def counted(loop, validation, peak, seed, on_chunk):
-        trained.append((peak, seed))
-        return train(loop, validation, peak, seed, on_chunk)
-
-    monkeypatch.setattr(finetuning_study, "train", counted)
-    return trained
-
-
-def test_results_hold_table_runs_and_origin(finished: Path) -> None:
-    content = results(finished)
-    assert content["kind"] == "finetune"
-    assert {"date", "argv", "device", "versions", "settings", "verdict"} <= content.keys()
+def test_table_says_what_is_trained_and_what_is_forgotten(finished: Callable[..., Path]) -> None:
+    content = results(finished("finetune"))
     full, lora, other = content["table"]
     assert [line["optimizer"] for line in (full, lora, other)] == ["full", "lora", "lora-ga"]
     assert full["trained"] == content["settings"]["parameters"]
@@ -85,8 +45,6 @@ def test_results_hold_table_runs_and_origin(finished: Path) -> None:
             r for r in content["runs"]
             if (r["optimizer"], r["learning_rate"]) == (line["optimizer"], line["learning_rate"])
         ]  # fmt: skip
-        assert [r["seed"] for r in own] == [0, 1]
-        assert line["final_loss"] == pytest.approx(np.mean([r["validation_loss"][-1] for r in own]))
         assert line["first_loss"] == pytest.approx(np.mean([r["first_loss"][-1] for r in own]))
         assert 8 * line["trained"] < line["state_bytes"] <= 8 * line["trained"] + 8
     assert lora["part_of_lora"] == 1
@@ -94,8 +52,8 @@ def test_results_hold_table_runs_and_origin(finished: Path) -> None:
     assert [line["learning_rate"] for line in content["equal_rates"]] == [7.41e-5, 2.22e-4, 6.67e-4]
 
 
-def test_all_start_from_the_pretrained_model(finished: Path) -> None:
-    content = results(finished)
+def test_all_start_from_the_pretrained_model(finished: Callable[..., Path]) -> None:
+    content = results(finished("finetune"))
     start = content["runs"][0]
     for one in content["runs"]:
         for name in ("validation_loss", "first_loss"):
@@ -107,7 +65,7 @@ def test_all_start_from_the_pretrained_model(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_that_of_what_is_trained() -> None:
-    found = {"size": "tiny", "rank": 8, **finetuning_study.step_memory("tiny", 50)}
+    found = {"size": "tiny", "rank": 8, **study.step_memory("tiny", 50)}
     steps = found["steps"]
     assert list(steps) == ["full", "lora", "lora-factored"]
     for one in steps.values():
@@ -118,49 +76,44 @@ def test_memory_is_that_of_what_is_trained() -> None:
     assert said.startswith("At size tiny and rank 8 LoRA trains")
 
 
-def test_files_are_complete_and_hold_no_path_of_the_machine(
-    finished: Path, paths: dict[str, Path]
-) -> None:
-    page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    for name in ("curves.png", "rates.png", "equal_rates.png"):
-        assert (finished / name).read_bytes().startswith(b"\x89PNG")
-    for content in (page, (finished / "results.json").read_text()):
-        assert str(finished.parent) not in content
-        assert str(paths["first"].parent) not in content
-
-
-def test_finished_runs_are_not_repeated(
-    finished: Path, paths: dict[str, Path], training_runs: list
-) -> None:
-    before = results(finished)
-    assert run(finished, paths) == 0
-    assert training_runs == []
-    assert {**results(finished), "date": 0} == {**before, "date": 0}
-    (lost,) = (finished / "runs").glob("lora-ga*seed1.json")
-    lost.unlink()
-    assert run(finished, paths) == 0
-    assert training_runs == [(0.002, 1)]
-    assert results(finished)["table"] == before["table"]
-
-
 def test_other_weights_are_refused(
-    finished: Path, paths: dict[str, Path], capsys: pytest.CaptureFixture
+    copied: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
-    path = finished / "pretrained.npz"
-    whole = path.read_bytes()
-    try:
-        path.write_bytes(whole[: len(whole) // 2])
-        assert run(finished, paths) == 2
-        assert "pretrained.npz: no weights of a model of these settings" in capsys.readouterr().err
-        assert path.read_bytes() == whole[: len(whole) // 2]
-    finally:
-        path.write_bytes(whole)
+    out = copied("finetune")
+    path = out / "pretrained.npz"
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(half)
+    assert FINETUNE.run(out) == 2
+    assert "pretrained.npz: no weights of a model of these settings" in capsys.readouterr().err
+    assert path.read_bytes() == half
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--methods pissa-3", "unknown method 'pissa-3'"),
+        ("--methods lora-ga-0", "'lora-ga-0': expected a positive gamma, such as lora-ga-64"),
+        ("--methods lora-ga-x", "'lora-ga-x': expected a positive gamma"),
+        ("--pretrain-budget 7", "--pretrain-budget 7: expected a multiple of 20"),
+        ("--rank 0", "--rank: 0 is not a positive whole number"),
+        ("--rank 17", "--rank 17: rank 17 is above the smaller side of kernel"),
+        ("--rank 9", "--rank 9: lora_ga takes 2 r = 18 directions"),
+        ("--memory-size 7B", "--memory-size 7B: unknown; expected none or one of"),
+        ("--pretrain-text no/such/file", "--pretrain-text no/such/file: cannot be read"),
+    ],
+)
+def test_bad_options_are_one_line(
+    options: str, message: str, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert message in FINETUNE.refused(out, capsys, *options.split())
 
 
 @pytest.mark.slow
 def test_pretraining_goes_on_where_it_was(
-    finished: Path, tiny: dict[str, Workload], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Callable[..., Path],
+    tiny: dict[str, Workload],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     progress = Progress(20, Console(quiet=True))
     path, written = tmp_path / "pretrained.npz", []
@@ -171,14 +124,17 @@ def test_pretraining_goes_on_where_it_was(
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuning_study, "write_tree", stopping)
+    monkeypatch.setattr(study, "write_tree", stopping)
     with pytest.raises(KeyboardInterrupt):
-        finetuning_study.pretrain(tiny["first"], 20, path, progress)
-    weights, curve = finetuning_study.pretrain(tiny["first"], 20, path, progress)
+        study.pretrain(tiny["first"], 20, path, progress)
+    weights, curve = study.pretrain(tiny["first"], 20, path, progress)
     assert written == list(range(1, 21))  # one step a chunk, none twice
     assert curve["steps"] == written
-    expected, _ = finetuning_study.pretrain(
-        tiny["first"], 20, finished / "pretrained.npz", Progress(20, Console(quiet=True))
+    expected, _ = study.pretrain(
+        tiny["first"],
+        20,
+        finished("finetune") / "pretrained.npz",
+        Progress(20, Console(quiet=True)),
     )
     jax.tree.map(np.testing.assert_array_equal, weights, expected)
 
@@ -195,20 +151,20 @@ def test_weights_of_other_shapes_are_refused(tmp_path: Path) -> None:
 
 
 def test_adapters_have_equally_many_parameters() -> None:
-    workload = texts.workloads("0.15M", {"first": tiny_texts.FIRST})["first"]
+    workload = texts.workloads("0.15M", {"first": TEXTS["first"]})["first"]
     weights = jax.eval_shape(workload.init, jax.random.key(0))
-    found = {name: finetuning.trainable(name, 4, weights) for name in finetune.DEFAULT}
+    found = {name: methods.trainable(name, 4, weights) for name in DEFAULT}
     assert found.pop("full") == workload.identity["parameters"]
     assert set(found.values()) == {4 * 3 * (4 * 128 + 2 * 320)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in finetuning.METHODS if name != "full"])
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "full"])
 def test_every_method_starts_at_the_same_function(name: str, tiny: dict[str, Workload]) -> None:
     workload = tiny["second"]
     params = workload.init(jax.random.key(0))
-    base, trained = finetuning.begin(finetuning.METHODS[name], 4, workload, params, 0)
-    found = finetuning.effective(base, trained)
+    base, trained = methods.begin(methods.METHODS[name], 4, workload, params, 0)
+    found = methods.effective(base, trained)
     # OLoRA with LoRA's scaling, for one, would not.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, params)
     moved = [
@@ -221,13 +177,13 @@ def test_every_method_starts_at_the_same_function(name: str, tiny: dict[str, Wor
 
 def test_lora_plus_is_faster_in_b_alone(tiny: dict[str, Workload]) -> None:
     (candidate,) = (
-        c for c in finetuning.contenders(["lora-plus"], tiny["second"]) if c.name == "lora-plus"
+        c for c in methods.contenders(["lora-plus"], tiny["second"]) if c.name == "lora-plus"
     )
     params = {"w": {"lora_a": jnp.zeros((2, 1)), "lora_b": jnp.zeros((1, 2))}}
     tx = candidate.make(optax.constant_schedule(0.1))
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     of_a, of_b = (float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(updates))
-    assert of_b / of_a == pytest.approx(finetuning.RATIO)
+    assert of_b / of_a == pytest.approx(methods.RATIO)
 
 
 def test_one_alphabet_for_all_texts() -> None:
@@ -237,55 +193,7 @@ def test_one_alphabet_for_all_texts() -> None:
     assert alphabet.unknown_share("abcz") == 0.5
     assert texts.Alphabet.of("abc").tokens("abc").tolist() == [0, 0, 0]
     assert len(texts.standard_library()) > 1e6
-    assert texts.Alphabet.of(texts.read_text(None)).unknown_share(texts.standard_library()) < 0.01
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--methods", "lora-gas"], "unknown method 'lora-gas'; known: full, lora, lora-ga"),
-        (["--methods", "pissa-3"], "unknown method 'pissa-3'"),
-        (["--methods", "lora-ga-0"], "'lora-ga-0': expected a positive gamma, such as lora-ga-64"),
-        (["--methods", "lora-ga-x"], "'lora-ga-x': expected a positive gamma"),
-        (["--budget", "30"], "--budget 30: expected a multiple of 20"),
-        (["--pretrain-budget", "7"], "--pretrain-budget 7: expected a multiple of 20"),
-        (["--rank", "0"], "--rank: 0 is not a positive whole number"),
-        (["--rank", "17"], "--rank 17: rank 17 is above the smaller side of kernel"),
-        (["--rank", "9"], "--rank 9: lora_ga takes 2 r = 18 directions"),
-        (["--size", "7B"], "--size 7B: unknown"),
-        (["--memory-size", "7B"], "--memory-size 7B: unknown; expected none or one of"),
-        (["--text", "no/such/file"], "--text no/such/file: cannot be read"),
-        (["--pretrain-text", "no/such/file"], "--pretrain-text no/such/file: cannot be read"),
-        (["--no-such-option"], "unrecognized arguments"),
-    ],
-)
-def test_bad_options_are_one_line(
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    paths: dict[str, Path],
-    capsys: pytest.CaptureFixture,
-) -> None:
-    assert run(tmp_path, paths, *options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("finetune: error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
-
-
-def test_results_of_another_experiment_are_not_overwritten(
-    tmp_path: Path, paths: dict[str, Path], capsys: pytest.CaptureFixture
-) -> None:
-    (tmp_path / "results.json").write_text('{"kind": "memory"}')
-    assert run(tmp_path, paths) == 2
-    assert "no finetune" in capsys.readouterr().err
-
-
-def test_list_names_every_method(capsys: pytest.CaptureFixture) -> None:
-    assert finetune.main(["--list"]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in finetuning.METHODS)
+    assert texts.Alphabet.of(read_text(None)).unknown_share(texts.standard_library()) < 0.01
 
 
 def made_up(name: str, losses: Sequence[float], rate: float = 1.0, seed: int = 0) -> dict:
@@ -303,7 +211,7 @@ def rows_of(**curves: Sequence[float]) -> list[summary.Row]:
     return summary.table(
         candidates,
         {name: [made_up(name, losses)] for name, losses in runs.items()},
-        {name: [0.1] for name in runs},
+        Timing({name: [0.1] for name in runs}, {}),
         dict.fromkeys(runs, 5) | {"full": 10},
         10,
     )
@@ -349,14 +257,14 @@ def test_equal_rates_compare_the_runs_of_one_rate() -> None:
     said = " ".join(summary.verdict(rows, [low, high], (4.0, 0.5)))
     assert "0.1: 50%; 0.2: never" in said
     assert "3.0 times as far as LoRA at the smallest of these rates" in said
-    assert summary.shared_rates([low, high], "nats").startswith(b"\x89PNG")
+    assert pictures.shared_rates([low, high], 0.5, "nats").startswith(b"\x89PNG")
 
 
 def test_names_are_moved_apart_and_stay_in_order() -> None:
     values = [1.0, 1.01, 1.02, 2.0, 2.9, 2.95, 2.99]
-    places = summary.spread(values, 0.1, 0.9, 3.0)
+    places = pictures.spread(values, 0.1, 0.9, 3.0)
     assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(places))
     assert min(places) >= 0.9 - 1e-9
     assert max(places) <= 3.0 + 1e-9
     assert places[3] == 2.0
-    assert summary.spread([], 0.1, 0, 1) == []
+    assert pictures.spread([], 0.1, 0, 1) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,79 +12,31 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import low_communication
-from experiments.parts import communication, communication_summary, processes, replica_study, study
-from experiments.parts.communication import METHODS, Setting, contenders, sent
-from experiments.parts.language_model import language_model
-from experiments.parts.replica_study import train
-from experiments.parts.weights import write_tree
+from experiments.harness import processes, training
+from experiments.harness.store import write_tree
+from experiments.low_communication import methods, study, summary
+from experiments.low_communication.__main__ import DEFAULT
+from experiments.low_communication.methods import METHODS, Setting, contenders, sent, sent_after
+from experiments.workloads.language_model import language_model
 from jaxopt_lab.distributed import WireBytes, simulated_replicas, wire_bytes
-from tests.experiments.tiny_low_communication import SIZES
+from tests.experiments.tiny import SCRIPTS, results
 
-TINY = ["--methods", "diloco", "--replicas", "2", "--budget", "20", "--rates", "1", "--seeds", "2",
-        "--sync-every", "5", "--size", "tiny"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text"
-    path.write_text("The quick brown fox jumps over the lazy dog; nothing else happens.\n" * 120)
-    return path
+LOW = SCRIPTS["low_communication"]
 
 
-assert "tiny" in SIZES
-
-
-def run(out: Path, text: Path, *more: str) -> int:
-    return low_communication.main([*TINY, f"--text={text}", "--out", str(out), *more])
-
-
-def results(out: Path) -> dict:
-    return json.loads((out / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    out = tmp_path_factory.mktemp("low") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "TIMING_ROUNDS", 1)
-        assert run(out, text) == 0
-    return out
-
-
-@pytest.fixture
-def training_runs(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Collects (peak rate, seed) of every run that is really trained."""
-    trained = []
-
-    def counted(loop, validation, peak, seed, on_chunk):
-        trained.append((peak, seed))
-        return train(loop, validation, peak, seed, on_chunk)
-
-    monkeypatch.setattr(replica_study, "train", counted)
-    return trained
-
-
-def test_results_hold_table_runs_and_origin(finished: Path) -> None:
-    content = results(finished)
-    assert content["kind"] == "low_communication"
-    assert {"date", "argv", "device", "versions", "settings", "verdict"} <= content.keys()
-    assert len(content["runs"]) == 2 * 2
+def test_losses_are_those_above_synchronous_training(finished: Callable[..., Path]) -> None:
+    content = results(finished("low_communication"))
     sync, diloco = content["table"]
     assert (sync["optimizer"], diloco["optimizer"]) == ("sync", "diloco")
-    for line in (sync, diloco):
-        losses = [r["validation_loss"][-1] for r in content["runs"]
-                  if r["optimizer"] == line["optimizer"]]  # fmt: skip
-        assert line["final_loss"] == pytest.approx(np.mean(losses), rel=1e-12)  # one rounding
     assert sync["single_loss"] == pytest.approx(sync["final_loss"], rel=1e-6)  # equal replicas
     above = 100 * (diloco["final_loss"] / sync["final_loss"] - 1)
     assert diloco["percent_above_sync"] == pytest.approx(above, rel=1e-9)
     assert content["verdict"][1].startswith("diloco ends ")
 
 
-def test_bytes_are_those_of_the_traced_step(finished: Path, text: Path) -> None:
-    sync, diloco = results(finished)["table"]
-    workload, setting = language_model("tiny", str(text), 2), Setting(20, 2, 5)
+def test_bytes_are_those_of_the_traced_step(finished: Callable[..., Path], shared: Path) -> None:
+    sync, diloco = results(finished("low_communication"))["table"]
+    workload, setting = language_model("tiny", str(shared / "first.txt"), 2), Setting(20, 2, 5)
     params = jax.eval_shape(workload.init, jax.random.key(0))
     for line, candidate in zip((sync, diloco), contenders(["sync", "diloco"], setting, workload)):
         tx = optax.with_extra_args_support(candidate.make(optax.constant_schedule(0.1)))
@@ -99,62 +52,49 @@ def test_bytes_are_those_of_the_traced_step(finished: Path, text: Path) -> None:
     assert diloco["times_fewer_bytes"] == 5
 
 
-def test_files_are_complete_and_hold_no_path_of_the_machine(finished: Path, text: Path) -> None:
-    page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
-    for name in ("bytes.png", "rates.png"):
-        assert (finished / name).read_bytes().startswith(b"\x89PNG")
-    for content in (page, (finished / "results.json").read_text()):
-        assert str(finished.parent) not in content
-        assert str(text.parent) not in content
+WARM = ["--warm-start", "20", "--seeds", "1"]
 
 
-def test_finished_runs_are_not_repeated(finished: Path, text: Path, training_runs: list) -> None:
-    before = results(finished)
-    assert run(finished, text) == 0
-    assert training_runs == []
-    assert {**results(finished), "date": 0} == {**before, "date": 0}
-    (lost,) = (finished / "runs").glob("diloco*seed1.json")
-    lost.unlink()
-    assert run(finished, text) == 0
-    assert training_runs == [(0.006, 1)]
-    assert results(finished)["table"] == before["table"]
+@pytest.fixture
+def warmed(finished: Callable[..., Path]) -> Path:
+    return finished("low_communication", "-warm", *WARM)
 
 
+@pytest.fixture
+def warm_copy(warmed: Path, out: Path) -> Path:
+    return shutil.copytree(warmed, out)
+
+
+@pytest.fixture
 def tiny_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = processes.run_processes
-    module = "tests.experiments.tiny_low_communication"
+    real, module = processes.run_processes, "tests.experiments.tiny"
     monkeypatch.setattr(processes, "run_processes", lambda _, *rest: real(module, *rest))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("expected", "more"), [("finished", []), ("warmed", ["--warm-start=20"])])
+@pytest.mark.parametrize("more", [[], WARM])
 def test_processes_give_the_losses_of_the_simulation(
-    expected: str,
     more: list[str],
-    request: pytest.FixtureRequest,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    finished: Callable[..., Path],
+    warmed: Path,
+    out: Path,
+    tiny_processes: None,
 ) -> None:
-    of_one_device = results(request.getfixturevalue(expected))
-    tiny_processes(monkeypatch)
-    assert run(tmp_path, text, "--processes", "2", "--seeds", "1", *more) == 0
+    of_one_device = results(warmed if more else finished("low_communication"))
+    assert LOW.run(out, "--processes", "2", "--seeds", "1", *more) == 0
     simulated = [found for found in of_one_device["runs"] if found["seed"] == 0]
-    for one, other in zip(results(tmp_path)["runs"], simulated, strict=True):
+    for one, other in zip(results(out)["runs"], simulated, strict=True):
         assert one["optimizer"] == other["optimizer"]
         np.testing.assert_allclose(one["validation_loss"], other["validation_loss"], rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    out: Path, tiny_processes: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    tiny_processes(monkeypatch)
     monkeypatch.setenv("KILLED_PROCESS", "1")
-    assert run(tmp_path, text, "--processes", "2") == 2
-    error = capfd.readouterr().err
-    assert error == (
+    assert LOW.run(out, "--processes", "2") == 2
+    assert capfd.readouterr().err == (
         "low_communication: error: process 1 of 2 was ended by SIGKILL; finished runs are kept, "
         "the same command goes on from here\n"
     )
@@ -162,10 +102,9 @@ def test_a_killed_process_ends_the_run(
 
 @pytest.mark.slow
 def test_a_mistake_is_one_line_from_processes_too(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    out: Path, tiny_processes: None, capfd: pytest.CaptureFixture
 ) -> None:
-    tiny_processes(monkeypatch)
-    assert run(tmp_path, text, "--processes", "2", "--methods", "dilocos") == 2
+    assert LOW.run(out, "--processes", "2", "--methods", "dilocos") == 2
     error = capfd.readouterr().err
     assert error.startswith("low_communication: error: --methods: unknown method 'dilocos'; known")
     assert error.count("\n") == 1
@@ -174,46 +113,22 @@ def test_a_mistake_is_one_line_from_processes_too(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "dilocos"], "unknown method 'dilocos'; known: sync, one-bit-adam"),
-        (["--budget", "30"], "--budget 30: expected a multiple of 20"),
-        (["--warm-start", "30"], "--warm-start 30: expected a multiple of 20"),
-        (["--warm-start", "-20"], "--warm-start: -20 is neither 0 nor a positive whole number"),
-        (["--replicas", "0"], "--replicas: 0 is not a positive whole number"),
-        (["--replicas", "600"], "--replicas 600: a replica's slice of the text has"),
-        (["--processes", "3"], "--processes 3: does not divide --replicas 2"),
-        (["--sync-every", "x"], "--sync-every: x is not a positive whole number"),
-        (["--size", "7B"], "--size 7B: unknown"),
-        (["--text", "no/such/file"], "cannot be read"),
-        (["--no-such-option"], "unrecognized arguments"),
+        ("--warm-start 30", "--warm-start 30: expected a multiple of 20"),
+        ("--warm-start -20", "--warm-start: -20 is neither 0 nor a positive whole number"),
+        ("--replicas 0", "--replicas: 0 is not a positive whole number"),
+        ("--replicas 600", "--replicas 600: a replica's slice of the text has"),
+        ("--processes 3", "--processes 3: does not divide --replicas 2"),
+        ("--sync-every x", "--sync-every: x is not a positive whole number"),
     ],
 )
 def test_bad_options_are_one_line(
-    options: list[str], message: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
+    options: str, message: str, out: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run(tmp_path, text, *options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("low_communication: error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
-
-
-def test_results_of_another_experiment_are_not_overwritten(
-    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
-) -> None:
-    (tmp_path / "results.json").write_text('{"kind": "memory"}')
-    assert run(tmp_path, text) == 2
-    assert "no low_communication" in capsys.readouterr().err
-
-
-def test_list_names_every_method(capsys: pytest.CaptureFixture) -> None:
-    assert low_communication.main(["--list"]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in METHODS)
+    assert message in LOW.refused(out, capsys, *options.split())
 
 
 def test_the_default_run_has_every_method() -> None:
-    assert sorted(low_communication.DEFAULT) == sorted(METHODS)
+    assert sorted(DEFAULT) == sorted(METHODS)
 
 
 def test_every_method_sends_what_it_should() -> None:
@@ -238,17 +153,17 @@ def test_every_method_sends_what_it_should() -> None:
 
 def test_bytes_and_modelled_time() -> None:
     setting, wire = Setting(200, 8, 20), WireBytes(())
-    assert communication_summary.sent_after("sync", setting, wire, 200) == 0
+    assert sent_after("sync", setting, wire, 200) == 0
 
     class Fixed(WireBytes):
         least, peak = 1.0, 11.0  # type: ignore[assignment]
 
     fixed = Fixed(())
-    after = communication_summary.sent_after
+    after = sent_after
     assert after("sync", setting, fixed, 200) == 200 * 11
     assert after("diloco", setting, fixed, 39) == 39 + 10
     assert after("one-bit-adam", setting, fixed, np.array([20, 200])).tolist() == [220, 200 + 400]
-    seconds = communication_summary.wall_seconds
+    seconds = summary.wall_seconds
     assert seconds("diloco", setting, fixed, 0.5, 100.0) == pytest.approx(100 + 3.0)
     # A round of co2 sends 30 bytes while it computes for 10 seconds.
     assert seconds("co2", setting, fixed, 0.5, 100.0) == pytest.approx(100)
@@ -260,45 +175,37 @@ def row(name: str, loss: float | None, above: float | None) -> dict:
         "optimizer": name, "final_loss": loss, "percent_above_sync": above,
         "final_loss_spread": None, "seeds": 1, "seeds_diverged": int(loss is None),
         "bytes_per_step": 1.0, "times_fewer_bytes": 20.0, "learning_rate_at_edge": False,
-        "modelled_seconds": dict.fromkeys(communication_summary.LINKS, 1.0),
+        "modelled_seconds": dict.fromkeys(summary.LINKS, 1.0),
+        "modelled_quartiles": {link: [0.9, 1.05] for link in summary.LINKS},
     }  # fmt: skip
 
 
 def test_verdict_says_what_the_runs_say() -> None:
-    said = communication_summary.verdict([
+    said = summary.verdict([
         row("sync", 2.0, 0.0), row("diloco", 2.04, 2.0), row("noloco", 2.05, 2.5),
         row("one-bit-adam", 2.03, 1.5), row("ef21-top1", None, None),
     ])  # fmt: skip
     assert said[1].startswith("diloco ends within 2% of sync: +2.00%, with 20.0 times fewer")
     assert said[2].startswith("noloco ends not within 2% of sync: +2.50%")
     assert said[3].startswith("one-bit-adam ends not within 1% of sync: +1.50%")
-    assert said[4] == "ef21-top1 diverged at every learning rate."
-    said = communication_summary.verdict([row("sync", None, None), row("diloco", 2.0, None)])
+    assert "ef21-top1 diverged at every learning rate." in said
+    alike = "the middle halves of the times of sync, diloco, noloco, one-bit-adam overlap."
+    assert f"At 1 Gbit/s nothing is said about which ends its steps first: {alike}" in said
+    said = summary.verdict([row("sync", None, None), row("diloco", 2.0, None)])
     assert said == ["sync diverged at every learning rate: there is nothing to compare with."]
 
 
-WARM = ["--warm-start", "20", "--seeds", "1"]
-
-
-@pytest.fixture(scope="module")
-def warmed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    out = tmp_path_factory.mktemp("low") / "warmed"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "TIMING_ROUNDS", 1)
-        assert run(out, text, *WARM) == 0
-    return out
-
-
 def kept_weights(out: Path) -> tuple[list[np.ndarray], dict]:
-    with np.load(out / communication.WARM_FILE) as file:
+    with np.load(out / methods.WARM_FILE) as file:
         leaves = [file[name] for name in file.files if name != "record"]
         return leaves, json.loads(str(file["record"]))
 
 
-def test_a_warm_start_is_a_run_of_sync_at_its_own_rate(warmed: Path, finished: Path) -> None:
-    (scratch,) = (
-        r for r in results(finished)["runs"] if (r["optimizer"], r["seed"]) == ("sync", 0)
-    )
+def test_a_warm_start_is_a_run_of_sync_at_its_own_rate(
+    warmed: Path, finished: Callable[..., Path]
+) -> None:
+    runs = results(finished("low_communication"))["runs"]
+    (scratch,) = (r for r in runs if (r["optimizer"], r["seed"]) == ("sync", 0))
     content = results(warmed)
     end = content["warm_start"]["validation_loss"]
     assert content["warm_start"] == {"steps": 20, "learning_rate": 0.006, "validation_loss": end}
@@ -312,36 +219,36 @@ def test_a_warm_start_is_a_run_of_sync_at_its_own_rate(warmed: Path, finished: P
 
 
 def test_all_seeds_start_from_the_warm_weights_with_batches_of_their_own(
-    warmed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warm_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    starts, start = [], replica_study.ReplicaLoop.start
+    starts, start = [], study.ReplicaLoop.start
 
     def seen(loop, peak, seed):
         state = start(loop, peak, seed)
         starts.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.params)])
         return state
 
-    monkeypatch.setattr(replica_study.ReplicaLoop, "start", seen)
-    shutil.copytree(warmed, tmp_path / "more")
-    assert run(tmp_path / "more", text, *WARM, "--seeds", "2") == 0
-    kept, _ = kept_weights(warmed)
+    monkeypatch.setattr(study.ReplicaLoop, "start", seen)
+    assert LOW.run(warm_copy, *WARM, "--seeds", "2") == 0
+    kept, _ = kept_weights(warm_copy)
     assert len(starts) == 4  # seed 1 of two methods, each after the start that compiles its loop
     for leaves in starts:
         for leaf, own in zip(leaves, kept, strict=True):
             np.testing.assert_array_equal(leaf, np.stack([own] * 2))
-    first, second = (r for r in results(tmp_path / "more")["runs"] if r["optimizer"] == "sync")
+    first, second = (r for r in results(warm_copy)["runs"] if r["optimizer"] == "sync")
     assert first["validation_loss"][0] == second["validation_loss"][0]
     assert first["train_loss"][1] != second["train_loss"][1]
 
 
-def test_batches_of_the_warm_start_do_not_come_again(text: Path) -> None:
-    workload, replicas = language_model("tiny", str(text), 2), simulated_replicas(2, "replica")
-    slices = communication.shards(workload, 2)
+def test_batches_of_the_warm_start_do_not_come_again(shared: Path) -> None:
+    workload = language_model("tiny", str(shared / "first.txt"), 2)
+    replicas = simulated_replicas(2, "replica")
+    slices = methods.shards(workload, 2)
 
     def losses(steps: int, warm_start: int) -> list[float]:
         setting = Setting(steps, 2, 5, warm_start)
         (method,) = contenders(["sync"], setting, workload)
-        loop = replica_study.ReplicaLoop(workload, method.make, setting, replicas, slices)
+        loop = study.ReplicaLoop(workload, method.make, setting, replicas, slices)
         state, found = loop.start(0.0, 0), []
         while state.step < steps:
             state, loss = loop.run_chunk(state, 0.0, 0)  # at rate 0 only the batches differ
@@ -353,30 +260,32 @@ def test_batches_of_the_warm_start_do_not_come_again(text: Path) -> None:
 
 
 def test_a_kept_warm_start_is_not_trained_again(
-    warmed: Path, text: Path, tmp_path: Path, training_runs: list, monkeypatch: pytest.MonkeyPatch
+    warm_copy: Path,
+    training_runs: list,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    shutil.copytree(warmed, tmp_path / "again")
-    monkeypatch.delattr(replica_study, "write_tree")
-    assert run(tmp_path / "again", text, *WARM) == 0
-    assert training_runs == []
-    (lost,) = (tmp_path / "again" / "runs").glob("diloco*seed0.json")
+    before = results(warm_copy)
+    monkeypatch.delattr(study, "write_tree")
+    (lost,) = (warm_copy / "runs").glob("diloco*seed0.json")
     lost.unlink()
-    assert run(tmp_path / "again", text, *WARM) == 0
+    assert LOW.run(warm_copy, *WARM) == 0
+    assert "found again: 20 of 20 steps of the warm start" in capsys.readouterr().out
     assert training_runs == [(0.002, 0)]
-    assert results(tmp_path / "again")["table"] == results(warmed)["table"]
-    assert results(tmp_path / "again")["warm_start"] == results(warmed)["warm_start"]
+    assert results(warm_copy)["table"] == before["table"]
+    assert results(warm_copy)["warm_start"] == before["warm_start"]
 
 
 def test_a_warm_start_is_kept_before_any_run_is_finished(
-    warmed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warmed: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(replica_study, "train", interrupted)
-    assert run(tmp_path, text, *WARM) == 130
-    assert not list((tmp_path / "runs").iterdir())
-    (leaves, record), (expected, of_the_whole) = kept_weights(tmp_path), kept_weights(warmed)
+    monkeypatch.setattr(training, "train", interrupted)
+    assert LOW.run(out, *WARM) == 130
+    assert not list((out / "runs").iterdir())
+    (leaves, record), (expected, of_the_whole) = kept_weights(out), kept_weights(warmed)
     assert record == of_the_whole
     for leaf, other in zip(leaves, expected, strict=True):
         np.testing.assert_array_equal(leaf, other)
@@ -384,9 +293,9 @@ def test_a_warm_start_is_kept_before_any_run_is_finished(
 
 @pytest.mark.parametrize("steps", ["0", "40"])
 def test_another_warm_start_needs_another_folder(
-    steps: str, warmed: Path, text: Path, capsys: pytest.CaptureFixture
+    steps: str, warmed: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run(warmed, text, *WARM, "--warm-start", steps) == 2
+    assert LOW.run(warmed, *WARM, "--warm-start", steps) == 2
     assert f"warm_start was 20, is {steps}" in capsys.readouterr().err
 
 
@@ -402,28 +311,25 @@ def test_other_warm_weights_are_not_taken_for_these(
     changed: dict,
     moved: float,
     message: str,
-    warmed: Path,
-    text: Path,
-    tmp_path: Path,
+    warm_copy: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    out = shutil.copytree(warmed, tmp_path / "other")
-    leaves, record = kept_weights(warmed)
+    leaves, record = kept_weights(warm_copy)
     leaves[0] = leaves[0] + np.float32(moved)
     record["made_by"] |= changed
-    write_tree(out / communication.WARM_FILE, leaves, record)
-    assert run(out, text, *WARM) == 2
+    write_tree(warm_copy / methods.WARM_FILE, leaves, record)
+    assert LOW.run(warm_copy, *WARM) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
 def test_a_diverged_warm_start_is_an_error(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(replica_study.Validation, "of_consensus", lambda *rest: float("nan"))
-    assert run(tmp_path, text, *WARM) == 2
+    monkeypatch.setattr(study.Validation, "of_consensus", lambda *rest: float("nan"))
+    assert LOW.run(out, *WARM) == 2
     assert capsys.readouterr().err == (
         "low_communication: error: --warm-start 20: diverged after 1 steps\n"
     )
-    assert not (tmp_path / communication.WARM_FILE).exists()
+    assert not (out / methods.WARM_FILE).exists()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,195 +15,100 @@ import pytest
 from rich.console import Console
 
 import jaxopt_lab
-from experiments import memory
-from experiments.parts import budgets, optimizers
-from experiments.parts import study as study_module
-from experiments.parts.budget_summary import table, verdict
-from experiments.parts.environment import without_folders
-from experiments.parts.figures import loss_by_state_figure
-from experiments.parts.language_model import language_model
-from experiments.parts.progress import Progress
-from experiments.parts.store import Store
-from experiments.parts.training import train
+from experiments.harness import candidates, timing, training
+from experiments.harness.environment import without_folders
+from experiments.harness.progress import Progress
+from experiments.harness.runs import Timing
+from experiments.harness.store import Store
+from experiments.harness.study import Study
+from experiments.memory import methods
+from experiments.memory.__main__ import DEFAULT
+from experiments.memory.pictures import loss_by_state
+from experiments.memory.summary import table, verdict
+from experiments.workloads.language_model import language_model
+from tests.experiments.tiny import SCRIPTS, results
 
 LAB = Path(jaxopt_lab.__file__).parent
-TINY = ["--contenders", "galore-0.25", "--budget", "20", "--batch-size", "2", "--rates", "1",
-        "--seeds", "2"]  # fmt: skip
+MEMORY = SCRIPTS["memory"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text"
-    path.write_text("The quick brown fox jumps over the lazy dog; nothing else happens.\n" * 120)
-    return path
-
-
-def run(out: Path, text: Path, *more: str) -> int:
-    return memory.main([*TINY, f"--text={text}", "--out", str(out), *more])
-
-
-def results(out: Path) -> dict:
-    return json.loads((out / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    out = tmp_path_factory.mktemp("memory") / "finished"
-    assert run(out, text) == 0
-    return out
-
-
-@pytest.fixture
-def training_runs(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Collects (peak rate, seed) of every run that is really trained."""
-    trained = []
-
-    def counted(loop, validation_loss, peak, seed, on_chunk):
-        trained.append((peak, seed))
-        return train(loop, validation_loss, peak, seed, on_chunk)
-
-    monkeypatch.setattr(study_module, "train", counted)
-    return trained
-
-
-def test_results_hold_table_runs_and_origin(finished: Path) -> None:
-    content = results(finished)
-    assert content["kind"] == "memory"
-    assert {"date", "argv", "device", "versions", "settings", "verdict"} <= content.keys()
-    assert len(content["runs"]) == 2 * 2
-    lines = {line["optimizer"]: line for line in content["table"]}
-    assert list(lines) == ["adamw", "galore-0.25"]
+def test_differences_are_in_spreads_of_the_baseline(finished: Callable[..., Path]) -> None:
+    content = results(finished("memory"))
+    adamw, galore = content["table"]
+    assert (adamw["optimizer"], galore["optimizer"]) == ("adamw", "galore-0.25")
     parameters = content["settings"]["parameters"]
-    assert 8 < lines["adamw"]["state_bytes_per_parameter"] <= 8 + 8 / parameters
-    for name, line in lines.items():
-        losses = [r["validation_loss"][-1] for r in content["runs"] if r["optimizer"] == name]
-        assert line["final_loss_low"] == min(losses)
-        assert line["final_loss_high"] == max(losses)
-        assert line["final_loss"] == pytest.approx(np.mean(losses), rel=1e-12)  # one rounding
-    excess = lines["galore-0.25"]["final_loss"] - lines["adamw"]["final_loss"]
-    spread = lines["adamw"]["final_loss_spread"]
-    assert lines["galore-0.25"]["excess_in_spreads"] == pytest.approx(excess / spread, rel=1e-12)
-    assert lines["adamw"]["excess"] == 0
+    assert 8 < adamw["state_bytes_per_parameter"] <= 8 + 8 / parameters
+    excess = galore["final_loss"] - adamw["final_loss"]
+    in_spreads = excess / adamw["final_loss_spread"]
+    assert galore["excess_in_spreads"] == pytest.approx(in_spreads, rel=1e-12)
+    assert adamw["excess"] == 0
 
 
-def test_files_are_complete_and_hold_no_path_of_the_machine(finished: Path, text: Path) -> None:
-    page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    for name in ("budget.png", "curves.png", "rates.png"):
-        assert (finished / name).read_bytes().startswith(b"\x89PNG")
-    settings = results(finished)["settings"]
-    full = 2 * 64 * settings["vocabulary"] + 64 * 64 + 7 * 64  # embeddings, output layer, norms
+def test_page_says_what_keeps_all_of_its_state(finished: Callable[..., Path]) -> None:
+    settings = results(finished("memory"))["settings"]
+    full = 2 * 16 * settings["vocabulary"] + 16 * 16 + 3 * 16  # embeddings, output layer, norms
     share = full / settings["parameters"]
+    page = (finished("memory") / "report.html").read_text()
     assert f"{share:.1%} of the parameters, which is {8 * share:.2f} bytes a parameter" in page
-    for content in (page, (finished / "results.json").read_text()):
-        assert str(finished.parent) not in content
-        assert str(text.parent) not in content
-    assert f"--text={text.name}" in results(finished)["argv"]
-
-
-def test_finished_runs_are_not_repeated(finished: Path, text: Path, training_runs: list) -> None:
-    before = results(finished)
-    assert run(finished, text) == 0
-    assert training_runs == []
-    assert {**results(finished), "date": 0} == {**before, "date": 0}
-    (lost,) = (finished / "runs").glob("galore*seed1.json")
-    lost.unlink()
-    assert run(finished, text) == 0
-    assert training_runs == [(0.018, 1)]
-    assert results(finished)["table"] == before["table"]
 
 
 def test_other_code_is_refused(
-    finished: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    finished: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    def changed(name: str, *arguments: Any) -> optimizers.Candidate:
-        found = optimizers.candidate(name, *arguments)
+    def changed(name: str, *arguments: Any) -> candidates.Candidate:
+        found = candidates.candidate(name, *arguments)
         return dataclasses.replace(found, fingerprint="x") if name != "adamw" else found
 
-    monkeypatch.setattr(budgets, "candidate", changed)
-    assert run(finished, text) == 2
+    monkeypatch.setattr(methods, "candidate", changed)
+    assert MEMORY.run(finished("memory")) == 2
     assert "made by other code of galore-0.25" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lion-0.5", "unknown contender 'lion-0.5'"),
+        ("frugal", "'frugal': expected a density in [0, 1], such as frugal-0.25"),
+        ("frugal-1.5", "'frugal-1.5': expected a density in [0, 1]"),
+        ("frugal-nan", "'frugal-nan': expected a density in [0, 1]"),
+        ("galore-0", "'galore-0': expected a density in (0, 1]"),
+    ],
+)
+def test_bad_contenders_are_one_line(
+    name: str, message: str, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert message in MEMORY.refused(out, capsys, "--contenders", name)
 
 
 def test_timing_of_other_code_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
-    def counted(loops, peaks, rounds, on_chunk):
+    def counted(loops, peaks, baseline, on_chunk):
         measured.append(list(loops))
-        return {name: [0.1] * rounds for name in loops}
+        return Timing(*({name: [0.1] for name in loops} for _ in range(2)))
 
-    monkeypatch.setattr(study_module, "interleaved_seconds_per_step", counted)
-    monkeypatch.setattr(study_module, "TrainLoop", lambda *_: None)
-    workload, console = language_model(), Console(quiet=True)
-    adamw = optimizers.known_candidate("adamw", workload)
+    monkeypatch.setattr(timing, "measure", counted)
+    monkeypatch.setattr(training, "TrainLoop", lambda *_: None)
+    workload, console = language_model("tiny"), Console(quiet=True)
+    adamw = candidates.baseline(workload)
     for fingerprint in ("x", "x", "y"):
         found = [adamw, dataclasses.replace(adamw, name="mine", fingerprint=fingerprint)]
-        study = study_module.Study(workload, found, Store(tmp_path, {}), steps=20, rates=1, seeds=1)
+        study = Study(workload, found, Store(tmp_path, {}), steps=20, rates=1, seeds=1)
         study.time(Progress(study.total_steps, console))
     assert measured == [["adamw", "mine"]] * 2
-
-
-def test_interrupted_is_said(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(study_module, "TrainLoop", interrupted)
-    assert run(tmp_path, text) == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--contenders", "adamw,adamz"], "unknown contender 'adamz'; known: adamw, adamw-int8"),
-        (["--contenders", "lion-0.5"], "unknown contender 'lion-0.5'"),
-        (["--contenders", "frugal"], "'frugal': expected a density in [0, 1], such as frugal-0.25"),
-        (["--contenders", "frugal-1.5"], "'frugal-1.5': expected a density in [0, 1]"),
-        (["--contenders", "frugal-nan"], "'frugal-nan': expected a density in [0, 1]"),
-        (["--contenders", "galore-0"], "'galore-0': expected a density in (0, 1]"),
-        (["--budget", "30"], "--budget 30: expected a multiple of 20"),
-        (["--seeds", "0"], "--seeds: 0 is not a positive whole number"),
-        (["--size", "7B"], "--size 7B: unknown"),
-        (["--text", "no/such/file"], "cannot be read"),
-        (["--no-such-option"], "unrecognized arguments"),
-    ],
-)
-def test_bad_options_are_one_line(
-    options: list[str], message: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert run(tmp_path, text, *options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("memory: error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
-
-
-def test_results_of_another_experiment_are_not_overwritten(
-    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
-) -> None:
-    (tmp_path / "results.json").write_text('{"kind": "compare"}')
-    assert run(tmp_path, text) == 2
-    assert "no memory" in capsys.readouterr().err
-
-
-def test_list_names_every_contender(capsys: pytest.CaptureFixture) -> None:
-    assert memory.main(["--list"]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in budgets.names())
 
 
 def test_state_is_what_the_name_says() -> None:
     workload = language_model()
     params = jax.eval_shape(workload.init, jax.random.key(0))
-    shape = budgets.Shape(300, 64)
+    shape = methods.Shape(300, 64)
     found = {
         c.name: jaxopt_lab.state_bytes(c.make(optax.constant_schedule(0.1)), params)
-        for c in budgets.contenders(budgets.DEFAULT, workload, shape)
+        for c in methods.contenders(DEFAULT, workload, shape)
     }
-    assert list(found) == list(budgets.DEFAULT)
+    assert list(found) == list(DEFAULT)
     per_parameter = {name: state.bytes_per_parameter for name, state in found.items()}
     # Every matrix is encoded: a scale for 256 codes and exact norms are the little that is more.
     assert 2 < per_parameter["adamw-int8"] < 2.06
@@ -233,19 +137,19 @@ def test_state_is_what_the_name_says() -> None:
     + [(f"{name}-0.25", "subspace") for name in ("frugal", "galore", "dct")],
 )
 def test_fingerprint_covers_the_folder_of_the_method(name: str, folder: str) -> None:
-    sources = budgets.parse(name)[0].sources
-    files = set(itertools.chain.from_iterable(map(optimizers._files, sources)))
+    sources = methods.parse(name)[0].sources
+    files = set(itertools.chain.from_iterable(map(candidates.source_files, sources)))
     assert {*(LAB / folder).glob("*.py"), *LAB.glob("_*.py")} <= files
 
 
 def test_fingerprint_changes_with_any_file_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("a = 1\n")
     (tmp_path / "b.py").write_text("b = 1\n")
-    before = optimizers.fingerprint(tmp_path)
-    assert optimizers.fingerprint(tmp_path) == before
+    before = candidates.fingerprint(tmp_path)
+    assert candidates.fingerprint(tmp_path) == before
     (tmp_path / "b.py").write_text("b = 2\n")
-    assert optimizers.fingerprint(tmp_path) != before
-    assert optimizers.fingerprint(tmp_path, len) == optimizers.fingerprint(tmp_path)  # built-in
+    assert candidates.fingerprint(tmp_path) != before
+    assert candidates.fingerprint(tmp_path, len) == candidates.fingerprint(tmp_path)  # built-in
 
 
 @pytest.mark.parametrize(
@@ -281,8 +185,8 @@ def lines_of(
         ]
         for name, found in losses.items()
     }
-    known = [optimizers.Candidate(name, optax.sgd, 1.0, "", "") for name in losses]
-    return table(known, runs, {name: [0.1] for name in losses})
+    known = [candidates.Candidate(name, optax.sgd, 1.0, "", "") for name in losses]
+    return table(known, runs, Timing({name: [0.1] for name in losses}, {}))
 
 
 ADAMW = (1.9, 2.0, 2.1)  # mean 2, standard deviation 0.1
@@ -348,10 +252,10 @@ def test_verdict_without_a_spread_or_a_baseline() -> None:
 
 def test_labels_of_the_figure_do_not_overlap() -> None:
     # Most in one crowd, and one so far to the right that its name has no room beside it.
-    losses = {name: (2.0 + 0.001 * i,) for i, name in enumerate(budgets.DEFAULT)}
+    losses = {name: (2.0 + 0.001 * i,) for i, name in enumerate(DEFAULT)}
     losses["sgd"] = (3.0,)
     states = dict.fromkeys(losses, 2.0) | {"adamw-int8": 2.05, "sgd": 0.0, "frugal-0.125": 2.1}
-    figure = loss_by_state_figure(lines_of(losses, states), "nats")
+    figure = loss_by_state(lines_of(losses, states), "nats")
     figure.draw_without_rendering()
     (axes,) = figure.axes
     texts = [text for text in axes.texts if text.get_text()]
@@ -364,7 +268,7 @@ def test_labels_of_the_figure_do_not_overlap() -> None:
 
 def test_figure_leaves_out_what_diverged() -> None:
     lines = lines_of({"adamw": (np.nan,), "sgd": (2.0,)})
-    (axes,) = loss_by_state_figure(lines, "nats").axes
+    (axes,) = loss_by_state(lines, "nats").axes
     assert [text.get_text() for text in axes.texts] == ["sgd"]
-    (axes,) = loss_by_state_figure(lines[:1], "nats").axes
+    (axes,) = loss_by_state(lines[:1], "nats").axes
     assert not axes.texts

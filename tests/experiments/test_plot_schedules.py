@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import plot_schedules
+from experiments.plot_schedules import methods, pictures, summary
+from experiments.plot_schedules.__main__ import main
 from jaxopt_lab import schedules
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("schedules") / "new" / "folder"
-    assert plot_schedules.main(["--steps", "40", "--out", str(out)]) == 0
+    assert main(["--steps", "40", "--out", str(out)]) == 0
     return out
 
 
@@ -43,13 +44,13 @@ def test_table(finished: Path) -> None:
     assert rows["linear decay"]["half_way"] == pytest.approx(0.5)
     assert rows["refined for Adam (l1)"]["last"] == 0
     assert rows["stable for ever"]["last"] == 1
-    assert plot_schedules.summary("x", np.array([1.0, 2.0, 0.0]))["mean_over_highest"] == 0.5
+    assert summary.row("x", np.array([1.0, 2.0, 0.0]))["mean_over_highest"] == 0.5
 
 
 def test_every_curve_is_in_a_legend() -> None:
     norms = np.linspace(2, 1, 40)
-    panels = {**plot_schedules.tables(40, norms), "adaptive": {"from 1": np.ones(40)}}
-    drawn = plot_schedules.figure(panels, norms)
+    panels = {**methods.tables(40, norms), "adaptive": {"from 1": np.ones(40)}}
+    drawn = pictures.figure(panels, norms)
     for axes, found in zip(drawn.axes, panels.values(), strict=True):
         names = [text.get_text() for text in axes.get_legend().get_texts()]
         assert [name for name in names if not name.startswith("gradient norm")] == list(found)
@@ -66,7 +67,7 @@ def test_every_curve_is_in_a_legend() -> None:
 def test_bad_options_are_one_line(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert plot_schedules.main([*options, "--out", str(tmp_path / "out")]) == 2
+    assert main([*options, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("plot_schedules: error: ")
     assert message in error
@@ -75,5 +76,5 @@ def test_bad_options_are_one_line(
 
 def test_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    assert plot_schedules.main(["--out", str(tmp_path / "file" / "out")]) == 2
+    assert main(["--out", str(tmp_path / "file" / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import bench_attention
-from experiments.parts import attention_contenders, attention_tuning
-from experiments.parts.attention_contenders import Shape
+from experiments.bench_attention import methods, study
+from experiments.bench_attention import tuning as attention_tuning
+from experiments.bench_attention.__main__ import main
+from experiments.bench_attention.methods import Shape
 from pallas_kernels import _compat
 from pallas_kernels.attention import chunked, routes, tuning
 from pallas_kernels.attention.chunks import ChunkedConfig
@@ -19,7 +20,7 @@ TINY = Shape(1, 32, 2, 1, 8, True, "float32")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(attention_contenders, "shapes", lambda platform: (TINY,))
+    monkeypatch.setattr(methods, "shapes", lambda platform: (TINY,))
 
 
 def test_what_is_written_is_read_back(tiny, monkeypatch, tmp_path, capsys):
@@ -28,7 +29,7 @@ def test_what_is_written_is_read_back(tiny, monkeypatch, tmp_path, capsys):
     table.write_text(tuning.TABLE.read_text())
     before = tuning.load(table)
     arguments = ["--tune", "--rounds", "2", "--write", "--table", str(table)]
-    assert bench_attention.main(arguments) == 0
+    assert main(arguments) == 0
     assert "wrote" in capsys.readouterr().out
     tuning.load.cache_clear()
     [new] = set(map(str, tuning.load(table))) - set(map(str, before))
@@ -43,7 +44,7 @@ def test_what_is_written_is_read_back(tiny, monkeypatch, tmp_path, capsys):
 
 def test_nothing_is_written_unasked(tiny, tmp_path):
     table = tmp_path / "table.json"
-    assert bench_attention.main(["--tune", "chunked", "--rounds", "1", "--table", str(table)]) == 0
+    assert main(["--tune", "chunked", "--rounds", "1", "--table", str(table)]) == 0
     assert not table.exists()
 
 
@@ -55,7 +56,7 @@ def test_nothing_is_written_unasked(tiny, tmp_path):
     ],
 )
 def test_what_cannot_be_tuned_is_named(tiny, capsys, arguments, reason):
-    assert bench_attention.main(arguments) == 2
+    assert main(arguments) == 2
     assert reason in capsys.readouterr().err
 
 
@@ -99,10 +100,10 @@ def test_a_refused_config_does_not_end_the_run(monkeypatch):
     choice = tuning.Choice(tuning.ALL, "gradient", default, (broken,))
     route = chunked.ROUTE._replace(choices=lambda _: (choice,), refusal=refusal)
     monkeypatch.setattr(routes, "load", lambda _: route)
-    arrays = bench_attention.draw(TINY)
+    arrays = study.draw(TINY)
 
     def compiled(fn, which):
-        program = bench_attention.compile_one(bench_attention.passes(fn)[which], arrays)
+        program = study.compile_one(study.passes(fn)[which], arrays)
         return program if isinstance(program, str) else lambda: program(*arrays)
 
     [trial] = attention_tuning.tune("chunked", TINY, 1, compiled)

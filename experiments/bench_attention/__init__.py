@@ -1,0 +1,1 @@
+"""What does attention cost here, by each route and by the codes around it?"""

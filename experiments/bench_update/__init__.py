@@ -1,0 +1,1 @@
+"""What does one update step cost beside optax's, on the machine at hand?"""

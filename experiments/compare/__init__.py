@@ -1,0 +1,1 @@
+"""Which optimizer reaches the target loss first, and at what cost?"""

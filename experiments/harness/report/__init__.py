@@ -1,0 +1,9 @@
+"""What an experiment reports: the data, a table on the terminal, a page."""
+
+from __future__ import annotations
+
+from experiments.harness.report.data import Report
+from experiments.harness.report.page import html_page
+from experiments.harness.report.terminal import terminal_table
+
+__all__ = ["Report", "html_page", "terminal_table"]

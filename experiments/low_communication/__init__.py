@@ -1,0 +1,1 @@
+"""How many bytes must replicas send to end at the loss of synchronous training?"""

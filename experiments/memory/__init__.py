@@ -1,0 +1,1 @@
+"""What does each byte of optimizer state buy?"""

@@ -1,0 +1,1 @@
+"""What do the schedules of this package look like over a run?"""
