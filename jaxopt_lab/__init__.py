@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from jaxopt_lab.adapters.task_arithmetic import task_arithmetic
     from jaxopt_lab.adapters.ties import ties_merge
     from jaxopt_lab.diagnostics.memory import state_bytes, training_memory
+    from jaxopt_lab.diagnostics.norms import log_norms, logged_norms
     from jaxopt_lab.distributed.co2 import co2
     from jaxopt_lab.distributed.compressed_mean import compressed_mean, error_feedback
     from jaxopt_lab.distributed.diloco import diloco
@@ -148,6 +149,8 @@ __all__ = [
     "join_adapters",
     "lion",
     "local_updates",
+    "log_norms",
+    "logged_norms",
     "lora_ga",
     "lora_plus",
     "merge_adapters",

@@ -95,6 +95,20 @@ def zeros_like(params: PyTree, dtype: Any = None, *, at_least_float32: bool = Fa
     return jax.tree.map(zeros, params)
 
 
+def l2_norm(tree: PyTree, dtype: Any) -> jax.Array:
+    """The Euclidean norm of all leaves together, computed in `dtype`.
+
+    Relative to the largest magnitude, so that squares neither overflow nor vanish.
+    """
+    magnitudes = [jnp.abs(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    largest = jnp.zeros((), dtype)
+    for x in magnitudes:
+        largest = jnp.maximum(largest, jnp.max(x, initial=0))
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    squares = (jnp.sum(jnp.square(x / unit)) for x in magnitudes)
+    return unit * jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
+
+
 def check_state(state: Any, expected: type[StateT]) -> StateT:
     """Returns `state`, which must have been made by the right transformation.
 

@@ -1,4 +1,4 @@
-"""What an optimizer costs in memory, known before anything is allocated."""
+"""What an optimizer costs in memory, known beforehand, and what it does while it runs."""
 
 from __future__ import annotations
 
@@ -9,5 +9,16 @@ from jaxopt_lab.diagnostics.memory import (
     state_bytes,
     training_memory,
 )
+from jaxopt_lab.diagnostics.norms import LoggedNorms, LogNormsState, log_norms, logged_norms
 
-__all__ = ["LeafBytes", "StateBytes", "TrainingMemory", "state_bytes", "training_memory"]
+__all__ = [
+    "LeafBytes",
+    "LogNormsState",
+    "LoggedNorms",
+    "StateBytes",
+    "TrainingMemory",
+    "log_norms",
+    "logged_norms",
+    "state_bytes",
+    "training_memory",
+]

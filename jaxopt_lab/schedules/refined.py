@@ -47,10 +47,8 @@ def record_norms(kind: Kind, length: int, *, keep: Keep = "first") -> optax.Grad
     First in a chain it sees gradients, last in a chain updates. The buffer is filled from the
     front. Places that no update has reached hold -1, which `refined_schedule` leaves out.
 
-    For a log of a running optimizer `optax.chain(record_norms("l2", 1, keep="last"), tx,
-    record_norms("l2", 1, keep="last"))` has in its state `state[0].norms[0]`, the norm of the last
-    gradient, and `state[-1].norms[0]`, that of the last update; `current_learning_rate` reads the
-    rate.
+    For a log of a running optimizer, the last norms of gradient and update beside the learning
+    rate, there is `jaxopt_lab.log_norms`.
 
     Args:
       kind: `"l1"` for Adam and its kin, `"l2"` for SGD, where `refined_schedule` is to use them.
@@ -96,8 +94,7 @@ def record_norms(kind: Kind, length: int, *, keep: Keep = "first") -> optax.Grad
         for name, gradient in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, gradient)
         updates = jax.tree.map(jnp.asarray, updates)
-        magnitudes = [jnp.abs(g).astype(state.norms.dtype) for g in jax.tree.leaves(updates)]
-        norm = (_l1_norm if kind == "l1" else _l2_norm)(magnitudes, state.norms.dtype)
+        norm = (_l1_norm if kind == "l1" else _tree.l2_norm)(updates, state.norms.dtype)
         place = state.count % size if keep == "last" else state.count
         norms = state.norms.at[place].set(jax.lax.stop_gradient(norm), mode="drop")
         return updates, RecordNormsState(_hyperparams.increment(state.count), norms)
@@ -105,18 +102,9 @@ def record_norms(kind: Kind, length: int, *, keep: Keep = "first") -> optax.Grad
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _l1_norm(magnitudes: list[jax.Array], dtype: Any) -> jax.Array:
-    return sum(map(jnp.sum, magnitudes), start=jnp.zeros((), dtype))
-
-
-def _l2_norm(magnitudes: list[jax.Array], dtype: Any) -> jax.Array:
-    # Relative to the largest, so that squares neither overflow nor vanish.
-    largest = jnp.zeros((), dtype)
-    for x in magnitudes:
-        largest = jnp.maximum(largest, jnp.max(x, initial=0))
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    squares = (jnp.sum(jnp.square(x / unit)) for x in magnitudes)
-    return unit * jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
+def _l1_norm(tree: optax.Updates, dtype: Any) -> jax.Array:
+    sums = (jnp.sum(jnp.abs(x).astype(dtype)) for x in jax.tree.leaves(tree))
+    return sum(sums, start=jnp.zeros((), dtype))
 
 
 def refined_schedule(

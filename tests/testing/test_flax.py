@@ -48,6 +48,10 @@ def _recorded(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransforma
     return optax.chain(jaxopt_lab.record_norms("l2", 4), jaxopt_lab.adabelief(learning_rate))
 
 
+def _logged(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return jaxopt_lab.log_norms(optax.adamw(learning_rate), learning_rate)
+
+
 WRAPPERS = {
     "int8": _quantized(quantization.int8(4)),
     "bfloat16": _quantized(quantization.bfloat16()),
@@ -55,6 +59,7 @@ WRAPPERS = {
     "frugal with error feedback": _frugal,
     "two groups": _two_groups,
     "record_norms": _recorded,
+    "log_norms": _logged,
 }
 CHECKS = [check.name for check in testing.contract_checks() if check.group == "flax"]
 

@@ -64,6 +64,7 @@ def optimizers() -> list[optax.GradientTransformation]:
         optax.chain(jaxopt_lab.cautious(jaxopt_lab.scale_by_lion()), optax.scale(-1e-3)),
         jaxopt_lab.hypergradient(optax.scale_by_adam(), 1e-3, 1e-4, rule="additive"),
         optax.chain(jaxopt_lab.record_norms("l1", length=4), optax.sgd(1e-3)),
+        jaxopt_lab.log_norms(optax.sgd(1e-3), 1e-3),
     ]
 
 
@@ -75,6 +76,8 @@ def compact_state(params: Params, key: jax.Array) -> None:
     placed = jax.device_put(params, jax.devices()[0])
     assert jax.tree.leaves(jaxopt_lab.state_shardings(tx, placed)) or sharded
     assert_type(jaxopt_lab.state_bytes(tx, params).total, int)
+    logged = jaxopt_lab.log_norms(tx, optax.constant_schedule(1e-3)).init(params)
+    assert_type(jaxopt_lab.logged_norms(logged).update_norm, jax.Array)
     assert str(jaxopt_lab.treatments(jaxopt_lab.muon(0.02), params))
     memory = jaxopt_lab.training_memory(loss, tx, params, jnp.ones((4, 8)), donate=False)
     assert_type(memory.peak, int)
