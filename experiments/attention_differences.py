@@ -14,6 +14,8 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 Attend = Callable[..., Any]  # (q, k, v, mask, causal) -> (1, T, 1, dv), all of them numpy arrays
@@ -75,8 +77,6 @@ def libraries() -> dict[str, Callable[[], Attend]]:
         )
 
     def jax_nn() -> Attend:
-        import jax
-
         return lambda q, k, v, mask=None, causal=False: jax.nn.dot_product_attention(
             *_jax(q, k, v), mask=mask, is_causal=causal
         )
@@ -142,25 +142,26 @@ def libraries() -> dict[str, Callable[[], Attend]]:
             *_jax(q, k, v), mask=mask, is_causal=causal
         )
 
-    def tokamax() -> Attend:
-        import tokamax
-
-        return lambda q, k, v, mask=None, causal=False: tokamax.dot_product_attention(
-            *_jax(q, k, v), mask=mask, is_causal=causal, implementation="xla"
-        )
-
     return {
         "pallas_kernels": ours, "jax": jax_nn, "flax": flax, "torch": torch_sdpa,
-        "torch flex": torch_flex, "transformers": transformers, "keras": keras, "tokamax": tokamax,
+        "torch flex": torch_flex, "transformers": transformers, "keras": keras,
     }  # fmt: skip
 
 
 def _jax(*arrays: np.ndarray) -> tuple[Any, ...]:
-    import jax
-    import jax.numpy as jnp
-
-    jax.config.update("jax_enable_x64", True)
     return tuple(jnp.asarray(x) for x in arrays)
+
+
+def answers(attend: Attend) -> dict[str, str]:
+    """What a library's attention says to every question, or the error that it raises."""
+    found = {}
+    for question, probe in PROBES.items():
+        try:
+            with jax.enable_x64(True):
+                found[question] = probe(attend)
+        except Exception as error:
+            found[question] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    return found
 
 
 def main() -> None:
@@ -173,11 +174,7 @@ def main() -> None:
         except Exception as error:  # some fail in ways of their own on versions they do not know
             print(f"{name}: not here ({type(error).__name__}: {error})")
             continue
-        for question, probe in PROBES.items():
-            try:
-                answer = probe(attend)
-            except Exception as error:
-                answer = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        for question, answer in answers(attend).items():
             print(f"{name} {version} | {question} | {answer}", flush=True)
 
 

@@ -1,8 +1,8 @@
 """The user's own task, named on the command line as module:function.
 
 The function takes no arguments and returns a `harness.workload.Workload`, where every field is
-described. The name that results are kept under is the function's, and to what `identity` says of
-the task are added the number of parameters and a checksum of the file that defines the function.
+described; `line.py` is one to copy. To what its `identity` says are added module:function, the
+number of parameters, and a checksum of the file that defines the function.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def own_workload(spec: str) -> Workload:
         found = _part("the function", function)
         if not isinstance(found, Workload):
             expected = f"{Workload.__module__}.{Workload.__name__}"
-            raise TypeError(f"expected a {expected}, got {type(found).__name__}")
+            raise TypeError(f"expected an {expected}, got {type(found).__name__}")
         _check_fields(found)
         params = _check_functions(found)
     except (TypeError, ValueError) as error:
@@ -50,10 +51,11 @@ def own_workload(spec: str) -> Workload:
 
 
 def _check_fields(workload: Workload) -> None:
-    for name in ("name", "loss_unit"):
-        value = getattr(workload, name)
-        if not (isinstance(value, str) and value):
-            raise ValueError(f"{name} must be a text, got {value!r}")
+    name, unit = workload.name, workload.loss_unit
+    if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+        raise ValueError(f"name must be letters, digits, - and _ (a folder has it), got {name!r}")
+    if not (isinstance(unit, str) and unit):
+        raise ValueError(f"loss_unit must be a text, got {unit!r}")
     rate, steps = workload.learning_rate, workload.steps
     if not (isinstance(rate, int | float) and 0 < rate < math.inf):
         raise ValueError(f"learning_rate must be a positive number, got {rate!r}")

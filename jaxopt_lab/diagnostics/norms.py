@@ -13,13 +13,15 @@ import optax
 
 from jaxopt_lab import _checks, _compat, _hyperparams, _tree
 
+_NOT_KNOWN = -1.0  # NaN would be taken for a fault of the program
+
 
 class LoggedNorms(NamedTuple):
-    """What `log_norms` keeps of an update: numbers of float32, or float64 with such parameters."""
+    """What `log_norms` keeps: float32, or float64 with such parameters; -1: not known."""
 
-    learning_rate: jax.Array  # eta_t, (); NaN where it is not known and before any update
-    gradient_norm: jax.Array  # |g_t|_2 over all leaves, (); NaN before any update
-    update_norm: jax.Array  # |u_t|_2 over all leaves, (); NaN before any update
+    learning_rate: jax.Array  # eta_t, ()
+    gradient_norm: jax.Array  # |g_t|_2 over all leaves, ()
+    update_norm: jax.Array  # |u_t|_2 over all leaves, ()
 
 
 class LogNormsState(NamedTuple):
@@ -53,7 +55,7 @@ def log_norms(
       inner: any optax transformation.
       learning_rate: what `inner` was made with, a number or a schedule, which is called with the
         number of updates so far. None for the one field `learning_rate` in the state of `inner`
-        (`optax.inject_hyperparams`, `hypergradient`), or NaN where there is none.
+        (`optax.inject_hyperparams`, `hypergradient`), or -1 where there is none.
 
     Returns:
       A `GradientTransformationExtraArgs` with a `LogNormsState`; extra arguments are handed on, and
@@ -90,7 +92,7 @@ def log_norms(
                 f"the state of inner has {len(found)} fields learning_rate: give log_norms the one "
                 "that is meant, a number or a schedule"
             )
-        return found[0] if found else jnp.nan
+        return found[0] if found else _NOT_KNOWN
 
     def init_fn(params: optax.Params) -> LogNormsState:
         _tree.check_params(params)
@@ -98,7 +100,7 @@ def log_norms(
         inner_state = inner.init(params)
         step = jnp.zeros((), jnp.int32)
         rate_at(step, inner_state)
-        unknown = jnp.full((), jnp.nan, _tree.compute_dtype(*map(jnp.result_type, leaves)))
+        unknown = jnp.full((), _NOT_KNOWN, _tree.compute_dtype(*map(jnp.result_type, leaves)))
         traced = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         logged = LoggedNorms(*_compat.vary_alike([unknown] * 3, *traced))
         return LogNormsState(step, logged, inner_state)
@@ -129,7 +131,7 @@ def logged_norms(opt_state: optax.OptState) -> LoggedNorms:
         `scan`.
 
     Returns:
-      `LoggedNorms(learning_rate, gradient_norm, update_norm)`, arrays of shape (); NaN before the
+      `LoggedNorms(learning_rate, gradient_norm, update_norm)`, arrays of shape (); -1 before the
       first update. For states mapped by `jax.vmap` each has the mapped axis.
 
     Raises:

@@ -34,7 +34,7 @@ def after(tx: optax.GradientTransformation, steps: int = 1) -> Any:
 
 def test_rate_gradient_and_update_are_those_of_the_last_update():
     tx = jaxopt_lab.log_norms(optax.sgd(SCHEDULE), SCHEDULE)
-    assert np.isnan(logged(tx.init(PARAMS))).all()
+    assert logged(tx.init(PARAMS)) == [-1, -1, -1]
     assert logged(after(tx)) == pytest.approx([1.0, 6.0, 6.0])
     assert logged(after(tx, 3)) == pytest.approx([0.8, 6.0, 4.8])
     assert jaxopt_lab.current_learning_rate(after(tx, 3), SCHEDULE) == SCHEDULE(3)
@@ -61,13 +61,13 @@ def test_updates_and_inner_state_are_those_without_it():
     ("inner", "rate"),
     [
         (optax.inject_hyperparams(optax.sgd)(SCHEDULE), 0.9),
-        (optax.sgd(SCHEDULE), np.nan),
+        (optax.sgd(SCHEDULE), -1),
         (jaxopt_lab.hypergradient(optax.identity(), 0.25, 0.0, "additive"), 0.25),
     ],
 )
 def test_a_rate_that_is_not_given_is_the_one_in_the_state(inner: Any, rate: float):
     found = logged(after(jaxopt_lab.log_norms(inner), 2))
-    assert found[0] == pytest.approx(rate, nan_ok=True)
+    assert found[0] == pytest.approx(rate)
 
 
 def test_several_rates_in_the_state_want_a_choice():
@@ -199,7 +199,7 @@ def test_a_state_of_another_is_refused():
 @pytest.mark.slow
 def test_contract():
     report = testing.check_transform(
-        lambda learning_rate: jaxopt_lab.log_norms(optax.adamw(learning_rate), learning_rate),
+        lambda learning_rate: jaxopt_lab.log_norms(jaxopt_lab.adamp(learning_rate), learning_rate),
         1e-2,
         raise_on_failure=False,
     )

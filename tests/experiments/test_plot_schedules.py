@@ -52,7 +52,9 @@ def test_every_curve_is_in_a_legend() -> None:
     panels = {**methods.tables(40, norms), "adaptive": {"from 1": np.ones(40)}}
     drawn = pictures.figure(panels, norms)
     for axes, found in zip(drawn.axes, panels.values(), strict=True):
-        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        legend = axes.get_legend()
+        assert legend is not None
+        names = [text.get_text() for text in legend.get_texts()]
         assert [name for name in names if not name.startswith("gradient norm")] == list(found)
 
 
