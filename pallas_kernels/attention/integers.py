@@ -126,7 +126,8 @@ def same_ids(query_ids: Any, key_ids: Any) -> tuple[jax.Array, jax.Array]:
         _, found = np.unique(np.concatenate(ids, axis=1), return_inverse=True)
         found = jnp.asarray(found.reshape(ids[0].shape[0], -1).astype(np.int32))
         return found[:, : ids[0].shape[1]], found[:, ids[0].shape[1] :]
-    common = jnp.promote_types(*dtypes)
+    with jax.numpy_dtype_promotion("standard"):  # both are cast, also where mixing is refused
+        common = jnp.promote_types(*dtypes)
     has_64_bits = jnp.result_type(int) == jnp.int64
     if not jnp.issubdtype(common, jnp.integer) or (common.itemsize > 4 and not has_64_bits):
         raise TypeError(

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention.problem import wide
+
 
 def merge_attention(
     output1: jax.Array, lse1: jax.Array, output2: jax.Array, lse2: jax.Array
@@ -64,11 +66,10 @@ def merge_attention(
             )
         if not jnp.issubdtype(lse.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {lse.dtype}; expected a floating dtype")
-    lses = jnp.promote_types(lse1.dtype, lse2.dtype)
-    wide = jnp.promote_types(jnp.promote_types(output1.dtype, lses), jnp.float32)
+    dtype = wide(output1.dtype, lse1.dtype, lse2.dtype)
     output, lse = merge_parts(
-        jnp.stack([output1.astype(wide), output2.astype(wide)]),
-        jnp.stack([lse1.astype(wide), lse2.astype(wide)]),
+        jnp.stack([output1.astype(dtype), output2.astype(dtype)]),
+        jnp.stack([lse1.astype(dtype), lse2.astype(dtype)]),
     )
     return output.astype(output1.dtype), lse
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.attention.problem import wide
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["slopes"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +215,7 @@ def _first_of_buckets(side: int, max_distance: int) -> tuple[int, ...]:
 def _wide(x: Any) -> jax.Array:
     """Returns parameters in at least float32: 16 bits hold no distance and no sum of gradients."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
 
 
 def _shape(name: str, x: Any) -> tuple[int, ...]:

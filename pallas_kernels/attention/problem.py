@@ -50,12 +50,12 @@ class Sizes(NamedTuple):
     value_dim: int
 
 
-def wide(dtype: Any) -> Any:
-    """Returns the dtype of scores, sums and lse: float64 for float64, else float32.
+def wide(*dtypes: Any) -> Any:
+    """Returns the dtype of scores, sums and lse: float64 if one is float64, else float32.
 
     Not `jnp.promote_types`, which refuses to mix dtypes under strict promotion.
     """
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return jnp.float64 if any(x == jnp.float64 for x in dtypes) else jnp.float32
 
 
 class Settings(NamedTuple):

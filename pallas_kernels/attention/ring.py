@@ -29,7 +29,7 @@ from pallas_kernels.attention import layouts, parts
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.merge import merge_parts
 from pallas_kernels.attention.parts import Pair
-from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
+from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
 
 
 def ring(route: Route, axis: Axis, layout: str) -> Route:
@@ -231,7 +231,7 @@ def _schedule(job: Job) -> layouts.Schedule:
 def no_attention(job: Job) -> Partial:
     """Returns attention over no keys."""
     size = job.operands.sizes
-    dtype = jnp.promote_types(job.operands.query.dtype, jnp.float32)
+    dtype = wide(job.operands.query.dtype)
     rows = (size.batch, size.queries, size.heads)
     output = job.constant((*rows, size.value_dim), dtype)
     return Partial(output, job.constant(rows, dtype, fill=-jnp.inf))

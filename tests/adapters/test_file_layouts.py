@@ -572,7 +572,7 @@ class TestMiss:
         same(change(base, lora, "up", "kernel"), wanted.T)
 
 
-def test_a_config_is_written_as_text_that_json_reads_anywhere(tmp_path):
+def test_the_task_is_the_configs_unless_it_is_given(tmp_path):
     config = adapters.LoraConfig(target_modules=["up"], r=2, task_type="CAUSAL_LM")
     base, lora = trained(WHOLE, config)
     adapters.write_peft_folder(tmp_path, base, lora, WHOLE_NAMES)

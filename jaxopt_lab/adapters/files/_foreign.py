@@ -19,6 +19,14 @@ WEIGHTS, PYTORCH_WEIGHTS, MLX_WEIGHTS = (
 _UNKNOWN = "of a kind that is not known"
 _KOHYA = "kohya's scripts; use read_kohya_file"
 _PEFT = "an adapter of peft; read_peft_folder takes its folder"
+# Forms of LyCORIS, by the end of a tensor's name that no other has.
+_LYCORIS = {
+    r"hada_(w[12]_[ab]|t[12])": "LoHa",
+    r"lokr_(w[12](_[ab])?|t[12])": "LoKr",
+    r"[ab][12]\.weight": "GLoRA",
+    r"oft_(blocks|diag)": "OFT or BOFT",
+    r"on_input": "IA3",
+}
 READABLE = ("LORA", "MISS")
 # Kinds of peft, by what they train.
 KINDS = {
@@ -162,8 +170,9 @@ def wrong_key(key: str, path: pathlib.Path, prefix: str) -> ValueError:
 
 def _of_keys(keys: Iterable[str]) -> str | None:
     for key in keys:
-        if re.search(r"\.(hada_w[12]_[ab]|lokr_w[12])", key):
-            return "LyCORIS (LoHa or LoKr), which is not read here"
+        for mark, name in _LYCORIS.items():
+            if re.search(rf"\.{mark}$", key):
+                return f"LyCORIS ({name}), which is not read here"
         if ".lora_down." in key or ".lora_up." in key:
             return _KOHYA
         if key.endswith((".lora_a", ".lora_b")):
