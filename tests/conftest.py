@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import os
 
+import jax
 import pytest
 
 from tests import compiler, selection
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of subprocesses
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     compiler.set_flags(optimized=bool(config.getoption("optimized")))
 
 
@@ -24,6 +25,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="of each test run at most N sets of parameters, evenly spread",
     )
+
+
+# A compiled program takes 1.4 MB, however small, and jax keeps it: what was compiled is let go of
+# before it takes half a gigabyte, and what is used again compiled again.
+COMPILED_AT_MOST = 350
+_compiled = 0
+
+
+def _count(event: str, duration: float, **_: object) -> None:
+    global _compiled
+    _compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def pytest_runtest_teardown() -> None:
+    global _compiled
+    if _compiled > COMPILED_AT_MOST:
+        _compiled = 0
+        jax.clear_caches()
 
 
 @pytest.hookimpl(trylast=True)  # after markers and names have chosen

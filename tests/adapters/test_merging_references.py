@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 
 from jaxopt_lab.adapters import _task_vectors
-from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
-from jaxopt_lab.adapters.task_arithmetic import task_arithmetic, task_vector
-from jaxopt_lab.adapters.ties import ties_merge
+from tests.adapters.compiled import breadcrumbs_merge, task_arithmetic, task_vector, ties_merge
 
 ROOT = pathlib.Path(
     os.environ.get("JAXOPT_LAB_GOLDEN", pathlib.Path(__file__).parents[1] / "golden")
