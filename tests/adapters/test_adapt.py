@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab import adapters
-from tests.adapters import models
+from tests.adapters import compiled, models
 from tests.adapters.models import config, model
 
 KEY = jax.random.key(0)
@@ -54,9 +54,9 @@ def test_every_start_leaves_the_function_unchanged(name):
         inits["randomized"] = adapters.pissa("randomized")
         inits["kpm"] = adapters.corda(moments, "kpm")
     for start, init in inits.items():
-        base, factors = adapters.init_adapters(m.params, lora, KEY, init=init)
+        base, factors = compiled.init_adapters(m.params, lora, KEY, init=init)
         assert jax.tree.structure(base.params) == jax.tree.structure(m.params)
-        found = m.apply(adapters.apply_adapters(base, factors), m.x)
+        found = m.apply(compiled.apply_adapters(base, factors), m.x)
         np.testing.assert_allclose(found, expected, 0, 4e-6 * np.abs(expected).max(), err_msg=start)
         for leaf in jax.tree.leaves(factors):
             assert leaf.dtype == jnp.float32
@@ -116,16 +116,16 @@ def test_no_adapted_kernel_is_made(name):
 def test_merging_and_back(name):
     m = model(name)
     for lora in (config(m), config(m, use_dora=True)):
-        base, factors = adapters.init_adapters(m.params, lora, KEY)
+        base, factors = compiled.init_adapters(m.params, lora, KEY)
         factors = noise(factors)
-        merged = adapters.merge_adapters(base, factors)
-        expected = m.apply(adapters.apply_adapters(base, factors), m.x)
+        merged = compiled.merge_adapters(base, factors)
+        expected = m.apply(compiled.apply_adapters(base, factors), m.x)
         np.testing.assert_array_equal(m.apply(merged.params, m.x), expected)
-        back = adapters.unmerge_adapters(merged, factors)
+        back = compiled.unmerge_adapters(merged, factors)
         for one, other in zip(jax.tree.leaves(back.params), jax.tree.leaves(m.params)):
             # Two roundings of sums of entries up to about 4; DoRA also divides.
             np.testing.assert_allclose(one, other, 0, 4e-6)
-        adapters.apply_adapters(back, factors)
+        compiled.apply_adapters(back, factors)
 
 
 def test_miss_on_stacks_and_heads():
@@ -141,13 +141,13 @@ def test_miss_on_stacks_and_heads():
                 init_weights=variant,
                 kernel_axes=m.kernel_axes,
             )
-            base, blocks = adapters.init_adapters(m.params, miss)
+            base, blocks = compiled.init_adapters(m.params, miss)
             np.testing.assert_array_equal(
-                m.apply(adapters.apply_adapters(base, blocks), m.x), m.apply(m.params, m.x)
+                m.apply(compiled.apply_adapters(base, blocks), m.x), m.apply(m.params, m.x)
             )
             blocks = noise(blocks)
-            merged = adapters.merge_adapters(base, blocks)
-            back = adapters.unmerge_adapters(merged, blocks)
+            merged = compiled.merge_adapters(base, blocks)
+            back = compiled.unmerge_adapters(merged, blocks)
             for one, other in zip(jax.tree.leaves(back.params), jax.tree.leaves(m.params)):
                 np.testing.assert_allclose(one, other, 0, 1e-5)
 
@@ -156,10 +156,10 @@ def test_a_stack_is_many_matrices():
     """Each matrix of a stack has the factors it would have alone."""
     m = model("experts")
     init = adapters.pissa()
-    _, factors = adapters.init_adapters(m.params, config(m), init=init)
+    _, factors = compiled.init_adapters(m.params, config(m), init=init)
     for index, kernel in enumerate(m.params["experts"]["kernel"]):
         alone = adapters.LoraConfig(target_modules=["w"], r=2, lora_alpha=3)
-        _, expected = adapters.init_adapters({"w": kernel}, alone, init=init)
+        _, expected = compiled.init_adapters({"w": kernel}, alone, init=init)
         for name, value in expected["w"].items():
             found = factors["experts"]["kernel"][name][index]
             np.testing.assert_allclose(found, value, 0, 1e-6 * np.abs(value).max())

@@ -229,6 +229,7 @@ def test_xla_is_what_jax_calls_the_plain_form():
     np.testing.assert_array_equal(attention(q, q, q, implementation=["cudnn", "xla"]), want)
 
 
+@pytest.mark.slow
 def test_rows_without_keys_are_no_infinities_to_a_search_for_them():
     q = draw(B, T, N, D)
     mask = jnp.ones((T, T), bool).at[2].set(False)
