@@ -5,37 +5,47 @@ from __future__ import annotations
 import collections
 import os
 
-import jaxlib
+import jax
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-# Most of a test's time is XLA's CPU compiler, which is twice as fast without the optimizations that
-# take longest; `--optimized` compiles as users do.
-FEWER_OPTIMIZATIONS = [
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):  # newer ones abort at it
-    FEWER_OPTIMIZATIONS.append("--xla_cpu_use_fusion_emitters=false")
+from tests import compiler, selection
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    flags = ["--xla_force_host_platform_device_count=8"]
-    if not config.getoption("optimized"):
-        flags += FEWER_OPTIMIZATIONS
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of subprocesses
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    compiler.set_flags(optimized=bool(config.getoption("optimized")))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--optimized", action="store_true", help="compile with all optimizations")
     parser.addoption(
         "--cases",
-        type=int,
+        type=selection.positive,
         metavar="N",
         help="of each test run at most N sets of parameters, evenly spread",
     )
+
+
+# A compiled program takes 1.4 MB, however small, and jax keeps it: what was compiled is let go of
+# before it takes half a gigabyte, and what is used again compiled again.
+COMPILED_AT_MOST = 350
+_compiled = 0
+
+
+def _count(event: str, duration: float, **_: object) -> None:
+    global _compiled
+    _compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def pytest_runtest_teardown() -> None:
+    global _compiled
+    if _compiled > COMPILED_AT_MOST:
+        _compiled = 0
+        jax.clear_caches()
 
 
 @pytest.hookimpl(trylast=True)  # after markers and names have chosen
@@ -47,8 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
     chosen = set()
-    for cases in tests.values():
-        count = min(most, len(cases))
-        chosen.update(cases[(2 * i + 1) * len(cases) // (2 * count)] for i in range(count))
+    for name, cases in tests.items():
+        chosen.update(cases[i] for i in selection.spread(name, len(cases), most))
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+
+from jaxopt_lab import adapters
 
 Dims = optax.contrib.MuonDimensionNumbers
 STACKED = Dims((1,), (2,))
@@ -26,7 +29,7 @@ class Model(NamedTuple):
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def raw() -> Model:
@@ -131,3 +134,13 @@ MODELS = {
         raw, linen, nnx_state, nnx_module, convolution, scanned, experts, used_otherwise,
     )
 }  # fmt: skip
+
+
+@functools.cache
+def model(name: str) -> Model:
+    return MODELS[name]()
+
+
+def config(m: Model, **changes) -> adapters.LoraConfig:
+    arguments = {"target_modules": m.targets, "r": 2, "lora_alpha": 3} | changes
+    return adapters.LoraConfig(kernel_axes=m.kernel_axes, **arguments)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxopt_lab import adapters
-from tests.adapters import golden, models
+from tests.adapters import compiled, golden, models
 
 KEY = jax.random.key(0)
 
@@ -31,7 +31,7 @@ AXES = {"query": models.Dims((0,), (1, 2)), "experts": models.STACKED}
 def trained(seed, **changes):
     """A base and adapters with other values."""
     config = adapters.LoraConfig(**{"r": 2, "kernel_axes": AXES} | changes)
-    base, factors = adapters.init_adapters(tree(), config, KEY)
+    base, factors = compiled.init_adapters(tree(), config, KEY)
     leaves, structure = jax.tree.flatten(factors)
     new = [x + models.draw(10 * seed + i, *x.shape) for i, x in enumerate(leaves)]
     return base, jax.tree.unflatten(structure, new)
@@ -59,13 +59,13 @@ def exact(pairs, weights):
     start = jax.tree.map(lambda x: np.asarray(x, np.float64), tree())
     new = start
     for (base, factors), weight in zip(pairs, weights):
-        moved = adapters.apply_adapters(base, factors)
+        moved = compiled.apply_adapters(base, factors)
         new = jax.tree.map(lambda n, m, s, w=weight: n + w * (np.asarray(m) - s), new, moved, start)
     return new
 
 
 def check(joined, expected, tolerance=3e-6):
-    found = adapters.apply_adapters(*joined)
+    found = compiled.apply_adapters(*joined)
     for one, other in zip(*map(jax.tree.leaves, (found, expected))):
         np.testing.assert_allclose(one, other, 0, tolerance * np.abs(other).max())
 
@@ -75,7 +75,7 @@ def check(joined, expected, tolerance=3e-6):
 def test_the_joined_adapter_is_the_sum_of_all(how):
     pairs = three()
     bases, factors = apart(pairs)
-    joined = adapters.join_adapters(bases, factors, WEIGHTS, **how)
+    joined = jax.jit(lambda *x: adapters.join_adapters(*x, WEIGHTS, **how))(bases, factors)
     check(joined, exact(pairs, WEIGHTS))
     base, new = joined
     assert [k.name for k in base.kernels] == [

@@ -1,12 +1,9 @@
-"""Merging of models: the reference values, and what each way of merging promises."""
+"""Merging of models: what each way of merging promises."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-import os
-import pathlib
 import re
 from typing import Any
 
@@ -19,190 +16,13 @@ from jaxopt_lab.adapters import _task_vectors
 from jaxopt_lab.adapters.breadcrumbs import breadcrumbs_merge
 from jaxopt_lab.adapters.task_arithmetic import task_arithmetic, task_vector
 from jaxopt_lab.adapters.ties import ties_merge
-
-ROOT = pathlib.Path(
-    os.environ.get("JAXOPT_LAB_GOLDEN", pathlib.Path(__file__).parents[1] / "golden")
-)
-# A few roundings in float64 of numbers of size 1; the references that were made in float32 are
-# masked inputs, rounded once.
-TIGHT, FLOAT32 = 1e-14, 1e-6
-Tree = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    arrays: dict[str, np.ndarray]  # names without the case's prefix
-
-    def tree(self, prefix: str) -> Tree:
-        """The arrays `prefix/name` by name; leaves are sorted by name, as the authors sort them."""
-        start = f"{prefix}/"
-        return {k.removeprefix(start): v for k, v in self.arrays.items() if k.startswith(start)}
-
-    def number(self, name: str) -> float:
-        return float(self.arrays[name])
-
-    @property
-    def base(self) -> Tree:
-        return self.tree("base")
-
-    @property
-    def models(self) -> list[Tree]:
-        vectors, found = self.base, []
-        while vectors := self.tree(f"tv{len(found)}"):
-            found.append({name: self.base[name] + vectors[name] for name in vectors})
-        return found
-
-    @property
-    def weights(self) -> list[float]:
-        return self.arrays["weights"].tolist()
-
-
-def load() -> list[Case]:
-    found = []
-    for path in sorted((ROOT / "adapters").glob("*merging*.npz")):
-        with np.load(path) as file:
-            prefixes = sorted({m[0] for key in file.files if (m := re.match(r"c\d+_", key))})
-            for prefix in prefixes:
-                arrays = {
-                    key.removeprefix(prefix): file[key]
-                    for key in file.files
-                    if key.startswith(prefix)
-                }
-                found.append(Case(f"{path.stem}-{prefix[:-1]}", arrays))
-    return found
-
-
-CASES = load()
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+from tests.adapters import compiled
 
 
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-def close(found: Tree, expected: Tree, tolerance: float = TIGHT) -> None:
-    assert found.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance)
-
-
-def changed(case: Case, prefix: str, scale: float = 1.0) -> Tree:
-    """The base plus the reference's task vector."""
-    update = case.tree(prefix)
-    return {name: case.base[name] + scale * update[name] for name in case.base}
-
-
-def split(case: Case, flat: np.ndarray) -> Tree:
-    """The authors' flat vector as a tree."""
-    tree, place = {}, 0
-    for name in case.arrays["auth_order"].tolist():
-        shape = case.base[name].shape
-        size = math.prod(shape)
-        tree[name] = flat[place : place + size].reshape(shape)
-        place += size
-    assert place == flat.size
-    return tree
-
-
-def test_there_are_cases():
-    assert len(CASES) >= 2
-    assert any(min(case.weights) < 0 for case in CASES)
-
-
-@each_case
-def test_peft_linear(case, x64):
-    close(task_arithmetic(case.base, case.models, case.weights), changed(case, "peft_linear"))
-
-
-@each_case
-@pytest.mark.parametrize(("elect", "name"), [("mass", "total"), ("frequency", "frequency")])
-def test_peft_ties(case, elect, name, x64):
-    found = ties_merge(
-        case.base,
-        case.models,
-        case.number("density"),
-        case.weights,
-        scope="tensor",
-        elect=elect,
-        zero_sign="positive",
-    )
-    close(found, changed(case, f"peft_ties_{name}"))
-
-
-@each_case
-def test_authors_ties(case, x64):
-    found = ties_merge(
-        case.base,
-        case.models,
-        case.number("density"),
-        scale=case.number("lambda"),
-        keep="authors",
-    )
-    close(found, split(case, case.arrays["auth_merged_flat"]))
-    close(
-        ties_merge(case.base, case.models, case.number("density"), keep="authors"),
-        split(
-            case,
-            np.concatenate([case.base[k].ravel() for k in case.arrays["auth_order"].tolist()])
-            + case.arrays["auth_dis-mean"],
-        ),
-    )
-
-
-@each_case
-def test_authors_trimming(case, x64):
-    for model, mask, kept in zip(
-        case.models, case.arrays["auth_trim_mask"], case.arrays["auth_kept"], strict=True
-    ):
-        vector = jax.tree.map(jnp.asarray, task_vector(case.base, model))
-        count = math.floor(case.number("density") * mask.size) + 1
-        assert count == kept
-        magnitudes = [jnp.abs(x) for x in jax.tree.leaves(vector)]
-        marks = _task_vectors.largest(magnitudes, count, with_ties=True)
-        np.testing.assert_array_equal(np.concatenate([m.ravel() for m in marks]), mask)
-
-
-@each_case
-def test_peft_trimming(case, x64):
-    """Nothing but trimming is left of one model."""
-    found = ties_merge(case.base, case.models[:1], case.number("density"), scope="tensor")
-    close(found, changed(case, "peft_trim0"))
-
-
-@each_case
-@pytest.mark.parametrize("remove_first", [True, False])
-def test_authors_breadcrumbs(case, remove_first, x64):
-    fractions = case.number("bread_beta_keep"), case.number("bread_gamma_remove")
-    options = {"remove_first": remove_first, "axis": "last"}
-    name = "rf" if remove_first else "kf"
-    for index, model in enumerate(case.models):
-        found = breadcrumbs_merge(case.base, [model], *fractions, 1.0, **options)
-        close(found, changed(case, f"bread_{name}_tv{index}"), FLOAT32)
-    if remove_first:
-        found = breadcrumbs_merge(
-            case.base, case.models, *fractions, case.number("bread_alpha"), **options
-        )
-        close(found, case.tree("bread_merged"), FLOAT32)
-
-
-@each_case
-def test_rows_of_kernels_run_along_the_inputs(case, x64):
-    """The authors' matrices are (out, in): transposed, they are kernels."""
-
-    def transposed(tree):
-        return {name: np.swapaxes(x, -1, -2) if x.ndim > 1 else x for name, x in tree.items()}
-
-    fractions = case.number("bread_beta_keep"), case.number("bread_gamma_remove")
-    found = breadcrumbs_merge(
-        transposed(case.base),
-        [transposed(model) for model in case.models],
-        *fractions,
-        case.number("bread_alpha"),
-    )
-    close(transposed(found), case.tree("bread_merged"), FLOAT32)
 
 
 def models(count: int = 3, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
@@ -215,8 +35,8 @@ def models(count: int = 3, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
         }
 
     def typed(tree: Any) -> Any:
-        floating = jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
-        return {**floating, "step": jnp.array(rng.integers(100))}
+        floating = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, dtype)), tree)
+        return {**floating, "step": jnp.array(np.int32(rng.integers(100)))}
 
     return typed(tree()), [typed(tree()) for _ in range(count)]
 
@@ -271,12 +91,12 @@ def test_models_of_several_dtypes(x64):
     base, tuned = models(3, np.float64)
     narrow = [jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == float else x, tuned[0])]
     with jax.numpy_dtype_promotion("strict"):
-        for merge in MERGES.values():
+        for merge in map(jax.jit, MERGES.values()):
             found = merge(base, narrow + tuned[1:])
             expected = merge(base, tuned)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
         weights = [np.float32(0.5), 1, jnp.int32(-1)]
-        found = task_arithmetic(base, tuned, weights)["norm"][0]
+        found = compiled.task_arithmetic(base, tuned, weights)["norm"][0]
     change = [float(t["norm"][0] - base["norm"][0]) for t in tuned]
     assert float(found) == pytest.approx(
         float(base["norm"][0]) + 0.5 * change[0] + change[1] - change[2]
@@ -345,9 +165,12 @@ def test_what_is_not_finite_stays_where_it_is_and_nowhere_else(name):
 def test_infinities_of_two_models():
     base = {"a": jnp.zeros(3)}
     tuned = [{"a": jnp.array([np.inf, np.inf, 1.0])}, {"a": jnp.array([-np.inf, np.inf, 1.0])}]
-    assert str(ties_merge(base, tuned, 1.0)["a"].tolist()) == "[nan, inf, 1.0]"
-    assert str(breadcrumbs_merge(base, tuned, 0.0, 1.0)["a"].tolist()) == "[nan, inf, 0.0]"
-    for found in (task_arithmetic(base, tuned, [1, -1]), ties_merge(base, tuned, 1.0, [1, -1])):
+    assert str(compiled.ties_merge(base, tuned, 1.0)["a"].tolist()) == "[nan, inf, 1.0]"
+    assert str(compiled.breadcrumbs_merge(base, tuned, 0.0, 1.0)["a"].tolist()) == "[nan, inf, 0.0]"
+    for found in (
+        compiled.task_arithmetic(base, tuned, [1, -1]),
+        compiled.ties_merge(base, tuned, 1.0, [1, -1]),
+    ):
         assert str(found["a"].tolist()[:2]) == "[inf, nan]"
 
 
@@ -373,9 +196,9 @@ def test_other_leaves_are_those_of_the_base():
     }
     tuned = [{**base, "ids": np.arange(3) + k, "on": jnp.array([False])} for k in (1, 2)]
     for merged in (
-        task_arithmetic(base, tuned, [-1.0, -2.0]),
-        ties_merge(base, tuned, 0.5, [-1.0, 2.0]),
-        breadcrumbs_merge(base, tuned),
+        compiled.task_arithmetic(base, tuned, [-1.0, -2.0]),
+        compiled.ties_merge(base, tuned, 0.5, [-1.0, 2.0]),
+        compiled.breadcrumbs_merge(base, tuned),
     ):
         assert merged["ids"].tolist() == [0, 1, 2]
         assert merged["ids"].dtype == jnp.asarray(base["ids"]).dtype
@@ -386,9 +209,9 @@ def test_other_leaves_are_those_of_the_base():
 def test_negative_weights_take_a_task_away():
     base = {"w": jnp.zeros(3)}
     tuned = [{"w": jnp.array([1.0, 2.0, -3.0])}, {"w": jnp.array([1.0, -1.0, -1.0])}]
-    assert task_arithmetic(base, tuned, [1.0, -1.0])["w"].tolist() == [0, 3, -2]
+    assert compiled.task_arithmetic(base, tuned, [1.0, -1.0])["w"].tolist() == [0, 3, -2]
     # The sign is elected by the changes as they are; the weights come after it.
-    assert ties_merge(base, tuned, 1.0, [1.0, -1.0])["w"].tolist() == [0, 2, -1]
+    assert compiled.ties_merge(base, tuned, 1.0, [1.0, -1.0])["w"].tolist() == [0, 2, -1]
 
 
 @every_merge
@@ -410,8 +233,9 @@ def test_bfloat16_is_computed_in_float32(name):
     def widened(tree):
         return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
-    expected = MERGES[name](widened(base), [widened(model) for model in tuned])
-    found = MERGES[name](base, tuned)
+    merge = jax.jit(MERGES[name])
+    expected = merge(widened(base), [widened(model) for model in tuned])
+    found = merge(base, tuned)
     for a, b, leaf in zip(*map(jax.tree.leaves, (found, expected, base))):
         assert a.dtype == leaf.dtype
         np.testing.assert_array_equal(a, b.astype(leaf.dtype))
@@ -420,10 +244,12 @@ def test_bfloat16_is_computed_in_float32(name):
 def test_one_untrimmed_model_is_itself(x64):
     base, (model,) = models(1, np.float64)
     for found in (
-        ties_merge(base, [model], density=1),
-        ties_merge(base, [model], density=1, scope="tensor", keep="authors", elect="frequency"),
-        breadcrumbs_merge(base, [model], 1, 0, 1.0),
-        task_arithmetic(base, [model], [1.0]),
+        compiled.ties_merge(base, [model], density=1),
+        compiled.ties_merge(
+            base, [model], density=1, scope="tensor", keep="authors", elect="frequency"
+        ),
+        compiled.breadcrumbs_merge(base, [model], 1, 0, 1.0),
+        compiled.task_arithmetic(base, [model], [1.0]),
     ):
         expected = {**model, "step": base["step"]}
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-15), found, expected)
@@ -432,14 +258,14 @@ def test_one_untrimmed_model_is_itself(x64):
 def test_untouched_breadcrumbs_are_task_arithmetic(x64):
     base, tuned = models(3, np.float64)
     for scope in ("row", "layer"):
-        found = breadcrumbs_merge(base, tuned, 1.0, 0.0, 0.3, scope=scope)
-        expected = task_arithmetic(base, tuned, np.full(3, 0.3))
+        found = compiled.breadcrumbs_merge(base, tuned, 1.0, 0.0, 0.3, scope=scope)
+        expected = compiled.task_arithmetic(base, tuned, np.full(3, 0.3))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-15), found, expected)
 
 
 def test_average_of_models(x64):
     base, tuned = models(3, np.float64)
-    found = task_arithmetic(base, tuned, [1 / 3] * 3)
+    found = compiled.task_arithmetic(base, tuned, [1 / 3] * 3)
     np.testing.assert_allclose(
         found["layer"]["kernel"], np.mean([t["layer"]["kernel"] for t in tuned], 0), atol=1e-15
     )
@@ -451,9 +277,9 @@ def test_properties_of_ties(scope, elect, x64):
     base, tuned = models(3, np.float64)
 
     def change(tuned, factor=1.0, **options):
-        scaled = [task_arithmetic(base, [model], [factor]) for model in tuned]
+        scaled = [compiled.task_arithmetic(base, [model], [factor]) for model in tuned]
         options = {"density": 0.4, "scope": scope, "elect": elect, **options}
-        merged = task_vector(base, ties_merge(base, scaled, **options))
+        merged = compiled.task_vector(base, compiled.ties_merge(base, scaled, **options))
         return np.concatenate([np.ravel(x) for x in jax.tree.leaves({**merged, "step": ()})])
 
     vectors = np.stack([change([model], density=1.0) for model in tuned])
@@ -475,30 +301,30 @@ def test_properties_of_ties(scope, elect, x64):
 def test_zero_signs():
     base = {"a": jnp.zeros(4)}
     tuned = [{"a": jnp.array([1.0, -2.0, -3.0, 0.0])}, {"a": jnp.array([-1.0, -2.0, -1.0, 0.0])}]
-    majority = ties_merge(base, tuned, 1.0)["a"]
-    positive = ties_merge(base, tuned, 1.0, zero_sign="positive")["a"]
+    majority = compiled.ties_merge(base, tuned, 1.0)["a"]
+    positive = compiled.ties_merge(base, tuned, 1.0, zero_sign="positive")["a"]
     assert majority.tolist() == [-1, -2, -2, 0]
     assert positive.tolist() == [1, -2, -2, 0]
     # The majority of all leaves together, or of the leaf.
     more = {"a": base["a"], "b": jnp.zeros(5)}
     tuned = [{**model, "b": jnp.ones(5)} for model in tuned]
-    assert ties_merge(more, tuned, 1.0)["a"].tolist() == [1, -2, -2, 0]
-    assert ties_merge(more, tuned, 1.0, scope="tensor")["a"].tolist() == [-1, -2, -2, 0]
+    assert compiled.ties_merge(more, tuned, 1.0)["a"].tolist() == [1, -2, -2, 0]
+    assert compiled.ties_merge(more, tuned, 1.0, scope="tensor")["a"].tolist() == [-1, -2, -2, 0]
     # No majority: nothing agrees.
     tuned = [{"a": jnp.array([1.0, -2.0, 2.0, 0.0])}, {"a": jnp.array([-1.0, -2.0, 2.0, 0.0])}]
-    assert ties_merge(base, tuned, 1.0)["a"].tolist() == [0, -2, 2, 0]
+    assert compiled.ties_merge(base, tuned, 1.0)["a"].tolist() == [0, -2, 2, 0]
 
 
 def test_equal_magnitudes_keep_the_lower_index():
     base = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}
     tuned = [{"a": jnp.array([1.0, -1.0, 5.0]), "b": jnp.array([[1.0, 1.0], [1.0, 0.0]])}]
-    kept = ties_merge(base, tuned, 4 / 7)
+    kept = compiled.ties_merge(base, tuned, 4 / 7)
     assert kept["a"].tolist() == [1, -1, 5]
     assert kept["b"].tolist() == [[1, 0], [0, 0]]
-    authors = ties_merge(base, tuned, 2 / 7, keep="authors")
+    authors = compiled.ties_merge(base, tuned, 2 / 7, keep="authors")
     assert authors["b"].tolist() == [[1, 1], [1, 0]]
-    assert ties_merge(base, tuned, 0.1)["a"].tolist() == [0, 0, 0]  # not one whole entry
-    assert ties_merge(base, tuned, 0.1, keep="authors")["a"].tolist() == [0, 0, 5]
+    assert compiled.ties_merge(base, tuned, 0.1)["a"].tolist() == [0, 0, 0]  # not one whole entry
+    assert compiled.ties_merge(base, tuned, 0.1, keep="authors")["a"].tolist() == [0, 0, 5]
 
 
 def test_largest_is_a_sort():
@@ -519,9 +345,9 @@ def test_breadcrumbs_of_rows_and_layers():
 
     def middle(name="kernel", **options):
         base = {name: jnp.zeros_like(kernel, jnp.float32)}
-        return breadcrumbs_merge(base, [{name: jnp.asarray(kernel)}], 0.5, 0.25, 1.0, **options)[
-            name
-        ].tolist()
+        return compiled.breadcrumbs_merge(
+            base, [{name: jnp.asarray(kernel)}], 0.5, 0.25, 1.0, **options
+        )[name].tolist()
 
     # Columns of four: one off the top, then two.
     assert middle() == [[0, 0], [-5, 0], [4, -7], [0, 2]]
@@ -537,13 +363,15 @@ def test_breadcrumbs_of_rows_and_layers():
 
 
 def test_scalars_are_added_whole():
-    assert breadcrumbs_merge(jnp.array(1.0), [jnp.array(3.0)], 0.0, 1.0, 0.5) == 2
+    assert compiled.breadcrumbs_merge(jnp.array(1.0), [jnp.array(3.0)], 0.0, 1.0, 0.5) == 2
 
 
 def test_properties_of_breadcrumbs():
     base, tuned = models(1)
-    vector = task_vector(base, tuned[0])["layer"]["kernel"]
-    found = task_vector(base, breadcrumbs_merge(base, tuned, 0.5, 0.34, 1.0))["layer"]["kernel"]
+    vector = compiled.task_vector(base, tuned[0])["layer"]["kernel"]
+    found = compiled.task_vector(base, compiled.breadcrumbs_merge(base, tuned, 0.5, 0.34, 1.0))[
+        "layer"
+    ]["kernel"]
     rows, kept = np.abs(vector).T, np.abs(found).T > 1e-6
     assert (kept.sum(1) <= 3).all()  # of six
     largest = np.argsort(-rows, axis=1)[:, :2]
@@ -552,7 +380,7 @@ def test_properties_of_breadcrumbs():
 
 def test_task_vector_of_integers():
     base, (model,) = models(1, jnp.bfloat16)
-    vector = task_vector(base, model)
+    vector = compiled.task_vector(base, model)
     assert vector["step"] == 0
     assert vector["step"].dtype == base["step"].dtype
     assert vector["layer"]["bias"].dtype == jnp.float32

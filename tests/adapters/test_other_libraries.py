@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from jaxopt_lab import adapters
-from tests.adapters.test_files import change, draw, folder, pair, same
+from tests.adapters.folders import change, draw, folder, pair, same
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "adapters" / "mlx_lm"
 

@@ -68,8 +68,14 @@ class Problem(NamedTuple):
     cotangents: tuple[jax.Array, jax.Array]  # of output (B, T, N, dv) and of lse (B, N, T)
 
 
+_seeds = jax.jit(dropout.seeds, static_argnums=(1, 2))
+
+
 def build(case: Case) -> Problem:
-    """Draws the arrays of `case`: unit normal, segment ids in a few runs, masks half True."""
+    """Draws the arrays of `case`: unit normal, segment ids in a few runs, masks half True.
+
+    NumPy does all of it: XLA would compile each operation for each shape.
+    """
     rng = np.random.default_rng(case.seed)
     b, t, s, n, k, d = (
         case.batch, case.queries, case.keys, case.heads, case.kv_heads, case.head_dim
@@ -78,13 +84,13 @@ def build(case: Case) -> Problem:
     dtype = jnp.dtype(case.dtype)
 
     def normal(*shape: int, dtype: Any = dtype) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape).astype(np.float32)).astype(dtype)
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32).astype(dtype))
 
     def full(letters: str) -> tuple[int, ...]:
         return tuple(size if axis in letters else 1 for axis, size in zip("bnts", (b, n, t, s)))
 
     def ints(values: Any) -> jax.Array | None:
-        return None if values is None else jnp.asarray(values, jnp.int32)
+        return None if values is None else jnp.asarray(np.asarray(values, np.int32))
 
     mask = Mask(
         left=case.left,
@@ -101,15 +107,15 @@ def build(case: Case) -> Problem:
         key_value_segment_ids=_segments(case.segments, rng, b, s, 1),
         dense=None if case.dense is None else jnp.asarray(rng.random(full(case.dense)) < 0.5),
     )
-    seeds = dropout.seeds(jax.random.key(case.seed), b, n) if case.dropout_rate else None
+    seeds = _seeds(jax.random.key(case.seed), b, n) if case.dropout_rate else None
     bias = None if case.bias is None else normal(*full(case.bias))
     if bias is not None and case.bias_hides:
         hidden = np.random.default_rng(case.seed + 1).random(bias.shape) < 1 / 3
         hidden[:, :, 3:4] = True
-        bias = jnp.where(hidden, -jnp.inf, bias)
+        bias = jnp.asarray(np.where(hidden, np.asarray(-np.inf, dtype), bias))
     sinks = normal(n, dtype=jnp.float32) if case.sinks else None
     if sinks is not None and case.sinks == "some":
-        sinks = sinks.at[0].set(-jnp.inf)
+        sinks = jnp.asarray(np.r_[np.float32(-np.inf), np.asarray(sinks)[1:]])
     operands = Operands(
         query=normal(b, t, n, d),
         key=normal(b, s, k, d),
@@ -136,9 +142,9 @@ def _segments(kind: str | None, rng: Any, batch: int, length: int, side: int) ->
         return None
     if kind == "disjoint":  # half of the queries' ids occur among the keys
         ids = np.arange(length) * 4 // max(length, 1) + 2 * side
-        return jnp.asarray(np.broadcast_to(ids, (batch, length)), jnp.int32)
+        return jnp.asarray(np.broadcast_to(ids, (batch, length)).astype(np.int32))
     ids = rng.integers(-1, 3, size=(batch, length))
-    return jnp.asarray(np.sort(ids) if kind == "sorted" else ids, jnp.int32)
+    return jnp.asarray((np.sort(ids) if kind == "sorted" else ids).astype(np.int32))
 
 
 def quick_jit(fn: Any) -> Any:

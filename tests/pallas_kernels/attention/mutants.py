@@ -1,44 +1,39 @@
-"""Wrong variants of attention, and whether the cases of `cases.CASES` catch them.
-
-`python -m tests.pallas_kernels.attention.mutants [file ...]` replaces one piece of text in a copy
-of the package at a time and runs some cases on a route of the result. It prints a line a mutant and
-exits with 1 if one survives.
-"""
+"""Wrong variants of attention, and whether the cases of `cases.CASES` catch them."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import importlib
-import multiprocessing
-import os
 import pathlib
-import sys
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 import pallas_kernels
+from tests import mutants
 from tests.pallas_kernels.attention import cases, tangent_cases
 
-PACKAGE = pathlib.Path(pallas_kernels.__file__).parent
 CONFIGS = {"chunked": {"block_q": 48, "block_kv": 40, "tile": 1}}
 
 
 @dataclasses.dataclass(frozen=True)
-class Mutant:
+class Mutant(mutants.Mutant):
     """One replacement in a file of `pallas_kernels/attention`, and a case that must notice."""
 
-    file: str
-    old: str
-    new: str
     case: str
     route: str = "chunked"
     check: str = "gradient"  # or "tangent", or "second"
+    package = pallas_kernels
 
-    def __str__(self) -> str:
-        return f"{self.file}: {self.old.strip()}  ->  {self.new.strip()}"
+    def verdict(self) -> str:
+        case = next(c for c in (*cases.CASES, *cases.BY_DISTANCE) if c.name == self.case)
+        with tempfile.TemporaryDirectory() as folder:
+            copied = self.imported(pathlib.Path(folder))
+            try:
+                check(copied.__name__, self.route, case, self.check)
+            except (AssertionError, ValueError, TypeError):
+                return "caught"
+            return "survives"
 
 
 MUTANTS = [
@@ -137,18 +132,6 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def verdict(mutant: Mutant) -> str:
-    """Returns "survives" if the case accepts the mutant, else "caught"."""
-    case = next(case for case in (*cases.CASES, *cases.BY_DISTANCE) if case.name == mutant.case)
-    with tempfile.TemporaryDirectory() as folder:
-        name = copy_of_the_package(mutant, pathlib.Path(folder))
-        try:
-            check(name, mutant.route, case, mutant.check)
-        except (AssertionError, ValueError, TypeError):
-            return "caught"
-        return "survives"
-
-
 def check(package: str, route: str, case: cases.Case, kind: str = "gradient") -> None:
     """Checks `case` on a route of the package called `package`: its `kind` of derivative."""
     core, mask, problem, module = (
@@ -176,50 +159,3 @@ def check(package: str, route: str, case: cases.Case, kind: str = "gradient") ->
         find = functools.partial(tangent_cases.forward_over_reverse, loss)
     got = cases.quick_jit(find)(x, tangent_cases.directions(built))
     tangent_cases.check(case, got, tangent_cases.expected(case, second=kind == "second"))
-
-
-def mutated_source(mutant: Mutant) -> tuple[pathlib.Path, str]:
-    """Returns the file that the mutant changes, in this package, and its changed text.
-
-    Raises:
-      LookupError: the file does not contain what is to be replaced.
-    """
-    path = PACKAGE / "attention" / f"{mutant.file}.py"
-    source = path.read_text()
-    if mutant.old not in source:
-        raise LookupError(f"{path.name} does not contain {mutant.old!r}")
-    return path, source.replace(mutant.old, mutant.new)
-
-
-def copy_of_the_package(mutant: Mutant | None, folder: pathlib.Path) -> str:
-    """Puts a copy with the mutant's file changed on the path and returns its name."""
-    changed, source = (None, "") if mutant is None else mutated_source(mutant)
-    name = f"mutant_{folder.name}"
-    for path in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.json")):
-        target = folder / name / path.relative_to(PACKAGE)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = source if path == changed else path.read_text()
-        target.write_text(text.replace(PACKAGE.name, name))
-    sys.path.insert(0, str(folder))
-    try:
-        importlib.import_module(name)
-    finally:
-        sys.path.remove(str(folder))
-    return name
-
-
-def main(files: Sequence[str]) -> int:
-    chosen = [m for m in MUTANTS if not files or m.file in files]
-    survivors = 0
-    # Compiling keeps one core busy; a process each keeps them all.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        for mutant, found in zip(chosen, pool.map(verdict, chosen)):
-            survivors += found == "survives"
-            print(f"{found:8}  {mutant}", flush=True)
-    print(f"{len(chosen)} mutants, {survivors} survive")
-    return int(survivors > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

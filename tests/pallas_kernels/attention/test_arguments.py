@@ -165,17 +165,15 @@ def test_what_is_beyond_a_length_may_be_nan():
     q, k, v = (jnp.asarray(rng.normal(size=(B, n, N, D)), jnp.float32) for n in (T, S, S))
     lengths = {"query_seq_lengths": [T, 3], "key_value_seq_lengths": [5, S]}
 
-    def outputs(q, k, v):
-        return attention(q, k, v, return_residual=True, **lengths)
-
     def loss(q, k, v):
-        return outputs(q, k, v)[0].sum()
+        outputs = attention(q, k, v, return_residual=True, **lengths)
+        return outputs[0].sum(), outputs
 
+    outputs_and_gradients = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
     dirty = q.at[1, 3:].set(jnp.nan), k.at[0, 5:].set(jnp.nan), v.at[0, 5:].set(jnp.inf)
-    for got, want in zip(outputs(*dirty), outputs(q, k, v)):
-        np.testing.assert_array_equal(got, want)
-    for got, want in zip(jax.grad(loss, (0, 1, 2))(*dirty), jax.grad(loss, (0, 1, 2))(q, k, v)):
-        np.testing.assert_array_equal(got, want)
+    jax.tree.map(
+        np.testing.assert_array_equal, outputs_and_gradients(*dirty), outputs_and_gradients(q, k, v)
+    )
 
 
 def draw(*shape):
@@ -185,21 +183,24 @@ def draw(*shape):
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
 def test_a_soft_cap_beyond_all_scores_is_none(implementation):
     q, kv = draw(B, T, N, D), draw(1, B, S, K, D)[0]
-    for cap in (float("inf"), 1e38, 1e30):
-        for attend in (
-            lambda **options: attention(q, kv, kv, implementation=implementation, **options),
-            lambda **options: pallas_kernels.decode_attention(
-                q, kv, kv, [7, 8], implementation=implementation, **options
-            ),
-        ):
-            np.testing.assert_array_equal(attend(logits_soft_cap=cap), attend())
+    for attend in (
+        lambda cap: attention(q, kv, kv, implementation=implementation, logits_soft_cap=cap),
+        lambda cap: pallas_kernels.decode_attention(
+            q, kv, kv, [7, 8], implementation=implementation, logits_soft_cap=cap
+        ),
+    ):
+        attend = jax.jit(attend, static_argnums=0)
+        for cap in (float("inf"), 1e38, 1e30):
+            np.testing.assert_array_equal(attend(cap), attend(None))
 
 
 def test_decode_checks_its_arguments_as_attention_does():
     q, kv = draw(B, 1, N, D), draw(1, B, S, K, D)[0]
-    decode = lambda **options: pallas_kernels.decode_attention(  # noqa: E731
-        **({"query": q, "key_cache": kv, "value_cache": kv, "lengths": [7, 8]} | options)
-    )
+    usual = {"query": q, "key_cache": kv, "value_cache": kv, "lengths": [7, 8]}
+
+    def decode(**options):
+        return jax.jit(lambda: pallas_kernels.decode_attention(**(usual | options)))()
+
     with pytest.raises(ValueError, match="scale is NaN"):
         decode(scale=float("nan"))
     for name in ("scale", "logits_soft_cap"):
@@ -228,6 +229,7 @@ def test_xla_is_what_jax_calls_the_plain_form():
     np.testing.assert_array_equal(attention(q, q, q, implementation=["cudnn", "xla"]), want)
 
 
+@pytest.mark.slow
 def test_rows_without_keys_are_no_infinities_to_a_search_for_them():
     q = draw(B, T, N, D)
     mask = jnp.ones((T, T), bool).at[2].set(False)

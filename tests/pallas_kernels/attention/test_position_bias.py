@@ -135,6 +135,7 @@ def test_tiles_and_sums_along_diagonals(rows, keys):
     np.testing.assert_allclose(toeplitz.sums(x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["alibi", "encoder"])
 def test_memory_is_linear_in_the_length(rule):
     def temporaries(length):
@@ -152,6 +153,7 @@ def test_memory_is_linear_in_the_length(rule):
     assert large - small < 4096 * 4096 * 4 / 2
 
 
+@pytest.mark.slow
 def test_under_vmap_with_a_rule_for_each():
     query, key, value, _ = inputs()
     slopes = jnp.stack([alibi_slopes(N), 3 * alibi_slopes(N)])
