@@ -199,7 +199,7 @@ def test_a_state_of_another_is_refused():
 @pytest.mark.slow
 def test_contract():
     report = testing.check_transform(
-        lambda learning_rate: jaxopt_lab.log_norms(jaxopt_lab.adamp(learning_rate), learning_rate),
+        lambda learning_rate: jaxopt_lab.log_norms(jaxopt_lab.lion(learning_rate), learning_rate),
         1e-2,
         raise_on_failure=False,
     )

@@ -10,10 +10,13 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from matplotlib.figure import Figure
 
 import experiments.merge_models.study as merging
 from experiments.harness import timing, training
 from tests.experiments.tiny import SCRIPTS, write_texts
+
+DRAWN = Figure.savefig
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +33,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def cheap(shared: Path) -> Iterator[None]:
+def cheap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every call of a command compiles anew: the same few programs. Few rounds and scales do."""
     settings = {
-        "jax_compilation_cache_dir": str(shared / "xla"),
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
@@ -57,10 +60,18 @@ def finished(shared: Path) -> Callable[..., Path]:
         with open(shared / f"{out.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (out / "results.json").exists():
-                assert SCRIPTS[name].run(out, *more) == 0
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(Figure, "savefig", DRAWN)
+                    assert SCRIPTS[name].run(out, *more) == 0
         return out
 
     return of
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn for the finished runs alone."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(b"\x89PNG"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.harness import runs, training
+from experiments.harness import training
 from tests.experiments.tiny import SCRIPTS, Script, results
 
 EVERY = pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
@@ -160,13 +160,3 @@ def test_help_says_no_default_that_is_none(script: Script, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "(default: None)" not in printed
     assert "(default: 20" in printed or "--budget" in printed
-
-
-def test_only_what_is_measured_is_said_of_time() -> None:
-    assert runs.fastest({"a": (0.9, 1.0, 1.05), "b": (1.1, 1.2, 1.3)}) == ("a", None)
-    name, reason = runs.fastest({"a": (0.9, 1.0, 1.05), "b": (1.04, 1.2, 1.3), "c": (2, 2, 2)})
-    assert (name, reason) == ("a", "the middle halves of the times of a, b overlap")
-    name, reason = runs.fastest({"a": (0.8, 1.0, 1.05), "b": (2.0, 2.0, 2.0)})
-    assert name == "a"
-    assert reason is not None
-    assert reason.startswith("the middle half of the times of a spans 0.80 to 1.05")

@@ -71,7 +71,7 @@ def test_scale_is_chosen_on_other_windows(
     out = copied("merge_models")
     for path in (out / "runs").glob("merged*"):
         path.unlink()
-    assert MERGE.run(out, "--seeds", "1") == 0
+    assert MERGE.run(out) == 0
     (result,) = results(out)["results"]
     assert set(result["chosen"].values()) == {study.SCALES[-1]}
 
@@ -87,12 +87,14 @@ def test_finished_models_are_found_again_and_not_trained(
         return loop(workload, *arguments)
 
     monkeypatch.setattr(study, "FineTuneLoop", counted)
-    (out / "runs" / "merged-seed1.json").unlink()
-    (out / "runs" / "third-seed1.npz").unlink()
     assert MERGE.run(out) == 0
     printed = capsys.readouterr().out
     assert "found again: 20 of 20 steps of pre-training" in printed
-    assert "found again: 1 of 2 seeds, with their merged models" in printed
+    assert "found again: 1 of 1 seeds, with their merged models" in printed
+    assert trained == []
+    (out / "runs" / "merged-seed0.json").unlink()
+    (out / "runs" / "third-seed0.npz").unlink()
+    assert MERGE.run(out) == 0
     assert len(trained) == 1
     assert results(out)["table"] == before["table"]
 

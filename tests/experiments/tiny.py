@@ -99,7 +99,7 @@ SCRIPTS = {
         ),
         Script(
             "merge_models",
-            "--size tiny --budget 20 --seeds 2 --pretrain-budget 20 "
+            "--size tiny --budget 20 --seeds 1 --pretrain-budget 20 "
             "--text={second} --text={third} --pretrain-text={first}",
             ("merged.png",),
             None,
