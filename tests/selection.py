@@ -17,11 +17,12 @@ def positive(text: str) -> int:
     return number
 
 
-def spread(name: str, count: int, most: int) -> set[int]:
+def spread(name: str, count: int, most: int) -> list[int]:
     """Returns which of `count` cases of a test to run, at most `most`, evenly spread.
 
-    Tests over the same cases begin at others, so that together they run more of them.
+    Tests over the same cases begin at others, so that together they run more of them. Of a test the
+    first is the same whatever `most`.
     """
     most = min(most, count)
     begin = zlib.crc32(name.encode())
-    return {(begin + i * count // most) % count for i in range(most)}
+    return [(begin + i * count // most) % count for i in range(most)]

@@ -15,14 +15,19 @@ from tests.transforms.rules import RULES
 @pytest.mark.parametrize("most", [1, 2, 4, 16])
 def test_cases_are_spread(count, most):
     chosen = sorted(selection.spread("test", count, most))
-    assert len(chosen) == min(count, most)
+    assert len(set(chosen)) == len(chosen) == min(count, most)
     assert all(0 <= index < count for index in chosen)
     gaps = [(b - a) % count or count for a, b in zip(chosen, chosen[1:] + chosen[:1])]
     assert max(gaps) - min(gaps) <= 1
 
 
+@pytest.mark.parametrize("count", [1, 7])
+def test_more_cases_begin_with_the_same(count):
+    assert len({selection.spread("test", count, most)[0] for most in range(1, 9)}) == 1
+
+
 def test_other_tests_take_other_cases():
-    together = set().union(*(selection.spread(f"test_{i}", 16, 2) for i in range(30)))
+    together = set[int]().union(*(selection.spread(f"test_{i}", 16, 2) for i in range(30)))
     assert together == set(range(16))
     assert selection.spread("test_0", 16, 2) == selection.spread("test_0", 16, 2)
 
