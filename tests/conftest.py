@@ -58,12 +58,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if config.getoption("others"):
             raise pytest.UsageError("--others needs --cases")
         return
-    tests = collections.defaultdict(list)
+    tests = collections.defaultdict(dict)
     for item in items:
-        tests[item.nodeid.partition("[")[0]].append(item)
+        test, _, case = item.nodeid.partition("[")
+        tests[test][case] = item
     chosen = set()
-    for name, cases in tests.items():
-        places = selection.spread(name, len(cases), most)
+    for test, places in selection.places({k: [*v] for k, v in tests.items()}, most).items():
+        cases = [*tests[test].values()]
         chosen.update(cases[i] for i in places[config.getoption("others") :])
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
