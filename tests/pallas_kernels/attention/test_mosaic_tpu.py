@@ -73,7 +73,8 @@ def test_bfloat16(case):
     cases.check_route(ROUTE, case, config=CONFIG, interpret=True)
 
 
-@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [False, True])
 def test_pieces_and_chunks_do_not_change_the_result(ahead):
     # Four pieces a tile; a quarter of dQ resident, so that dK and dV come in four parts.
     case = Case("pieces", queries=512, keys=300, right=0, offset=20, heads=2, kv_heads=1,
