@@ -58,14 +58,12 @@ def test_simulated_memories_have_no_race_and_nothing_uninitialised_is_read(case,
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
         Case("bf16", right=0, queries=256, keys=256, dtype="bfloat16"),
-        pytest.param(
-            Case("bf16, cap, bias", soft_cap=3.0, bias="nts", heads=2, dtype="bfloat16"),
-            marks=pytest.mark.slow,
-        ),
+        Case("bf16, cap, bias", soft_cap=3.0, bias="nts", heads=2, dtype="bfloat16"),
     ],
     ids=str,
 )

@@ -132,6 +132,7 @@ def temporaries(fn, *shapes):
     return quick_jit(fn).lower(*structs).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_shared_keys_are_not_copied():
     shapes = (32, 1, 16, 4, 64), (1, 2048, 4, 64), (1, 2048, 4, 64)
     mapped = jax.vmap(pallas_kernels.attention, (0, None, None))
