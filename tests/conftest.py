@@ -25,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="of each test run at most N sets of parameters, evenly spread",
     )
+    parser.addoption(
+        "--others", action="store_true", help="of those sets run what `--cases 1` leaves out"
+    )
 
 
 # A compiled program takes 1.4 MB, however small, and jax keeps it: what was compiled is let go of
@@ -33,7 +36,7 @@ COMPILED_AT_MOST = 350
 _compiled = 0
 
 
-def _count(event: str, duration: float, **_: object) -> None:
+def _count(event: str, duration_secs: float, **_: object) -> None:
     global _compiled
     _compiled += event == "/jax/core/compile/backend_compile_duration"
 
@@ -52,12 +55,16 @@ def pytest_runtest_teardown() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     most = config.getoption("cases")
     if most is None:
+        if config.getoption("others"):
+            raise pytest.UsageError("--others needs --cases")
         return
-    tests = collections.defaultdict(list)
+    tests = collections.defaultdict(dict)
     for item in items:
-        tests[item.nodeid.partition("[")[0]].append(item)
+        test, _, case = item.nodeid.partition("[")
+        tests[test][case] = item
     chosen = set()
-    for name, cases in tests.items():
-        chosen.update(cases[i] for i in selection.spread(name, len(cases), most))
+    for test, places in selection.places({k: [*v] for k, v in tests.items()}, most).items():
+        cases = [*tests[test].values()]
+        chosen.update(cases[i] for i in places[config.getoption("others") :])
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import zlib
+from collections.abc import Mapping, Sequence
 
 
 def positive(text: str) -> int:
@@ -17,11 +19,22 @@ def positive(text: str) -> int:
     return number
 
 
-def spread(name: str, count: int, most: int) -> set[int]:
-    """Returns which of `count` cases of a test to run, at most `most`, evenly spread.
-
-    Tests over the same cases begin at others, so that together they run more of them.
-    """
+def spread(begin: int, count: int, most: int) -> list[int]:
+    """Returns which of `count` cases to run, at most `most`, evenly spread from `begin` on."""
     most = min(most, count)
-    begin = zlib.crc32(name.encode())
-    return {(begin + i * count // most) % count for i in range(most)}
+    return [(begin + i * count // most) % count for i in range(most)]
+
+
+def places(tests: Mapping[str, Sequence[str]], most: int) -> dict[str, list[int]]:
+    """Returns which cases of each test to run, from the names of its cases.
+
+    Tests over the same cases begin one after another, so that together they run all that they can.
+    """
+    turns = collections.Counter[tuple[str, ...]]()
+    found = {}
+    for test, names in tests.items():
+        same = tuple(names)
+        begin = zlib.crc32("".join(same).encode()) + turns[same]
+        turns[same] += 1
+        found[test] = spread(begin, len(same), most)
+    return found

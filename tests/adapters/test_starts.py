@@ -93,6 +93,7 @@ def test_other_starts_are_refused_with_the_way_that_there_is(name, message):
         adapters.LoraConfig(target_modules=["w"], init_lora_weights=name)
 
 
+@pytest.mark.slow
 def test_ranks_above_the_smaller_side_are_for_starts_that_are_drawn():
     for name in (True, False, "gaussian", "orthogonal"):
         base, factors = start(name, r=16)

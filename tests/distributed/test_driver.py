@@ -353,6 +353,7 @@ def test_a_weight_is_an_extra_argument_of_an_update(checked):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

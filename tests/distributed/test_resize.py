@@ -84,6 +84,7 @@ def test_estimates_stay_what_all_take_them_for():
     np.testing.assert_array_equal(state.mean_estimate[0], old.opt_state[0].mean_estimate[0])
 
 
+@pytest.mark.slow
 def test_the_memory_of_one_bit_adam_goes_to_who_averages_its_entries():
     tx = distributed.one_bit_adam(0.1, 1, AXIS)
     old, new = trained(tx, 4), simulated_replicas(2)

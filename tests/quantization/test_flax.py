@@ -82,6 +82,7 @@ def test_codecs_by_path_have_the_same_paths_in_nnx():
     assert seen == {("0/mu/kernel", (8, 16)), ("0/nu/kernel", (8, 16))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_nnx_with_names_of_mesh_axes(codec):
     mesh = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Auto,) * 2)

@@ -160,6 +160,7 @@ def test_codecs_of_a_user_that_compare_by_identity():
     np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_movement_beside_the_exact_rule_is_that_of_the_table():
     """Of AdamW over ten steps, in rms; gradients span three decades inside each block."""
     key = jax.random.key(0)

@@ -51,6 +51,7 @@ def test_directions_beyond_the_rank_get_no_step(name, rank):
         np.testing.assert_allclose(sizes[1], sizes[0], rtol=2e-3)  # eps is 1e-6, a gradient 1
 
 
+@pytest.mark.slow
 def test_a_direction_is_stepped_along_once_a_gradient_has_something_of_it():
     g, _ = gradient(2)
     other, _ = gradient(8)

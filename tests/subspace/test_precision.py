@@ -25,6 +25,7 @@ WEIGHTS = {"w": 0.02 * jax.random.normal(jax.random.key(0), (16, 12))}
 NARROW = {"w": jax.random.normal(jax.random.key(1), (16, 12)).astype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("rate", [1e-3, 1e-7])
 def test_narrow_gradients_of_wide_weights_keep_decay_and_small_rates(name, rate):
@@ -39,6 +40,7 @@ def test_narrow_gradients_of_wide_weights_keep_decay_and_small_rates(name, rate)
     np.testing.assert_array_equal(decayed, wide)
 
 
+@pytest.mark.slow
 def test_frugal_itself_gives_the_wider_dtype():
     tx: Any = subspace.frugal(density=0.5)
     for params, grads, dtype in (
@@ -52,6 +54,7 @@ def test_frugal_itself_gives_the_wider_dtype():
             assert state.selected[0].mu["w"].dtype == params["w"].dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_a_schedule_of_the_weight_decay(name):
     schedule = optax.piecewise_constant_schedule(0.1, {1: 0.0})
@@ -120,6 +123,7 @@ def test_leaves_without_elements(shape, projection):
     assert updates["empty"].shape == shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [

@@ -50,6 +50,7 @@ def test_any_blocks(case, config):
     cases.check_route(chunked.ROUTE, case, config=config)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.builds(
         cases.Case,

@@ -35,6 +35,7 @@ from tests.pallas_kernels.attention.context_cases import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_layout_and_method(method, layout):
@@ -48,11 +49,13 @@ def test_causal(method, layout):
     check_spread(causal, layout, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_mask_no_layout_differs(method):
     check_spread(full, "zigzag", method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "layout"),
     [(window, "zigzag"), (window, "striped"), (uneven, "zigzag"), (uneven, "contiguous")],
@@ -62,6 +65,7 @@ def test_ring_where_few_see_much_or_offsets_are_odd(case, layout):
     check_spread(case, layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "how"),
     [
@@ -77,6 +81,7 @@ def test_every_way_to_map(method, how):
     check_spread(case, "zigzag", method, how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sinks"),
     [("ring", False), ("ring", True), ("gather", False), ("all_to_all", True)],
@@ -103,19 +108,19 @@ KERNELS = {
     "triton": triton.Config(*[triton.Blocks(16, 16, 4, 1)] * 4),
     "mosaic_tpu": mosaic_tpu.Config(*[mosaic_tpu.Blocks(128, 128, 128, 128)] * 2),
 }
-slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "how", "case", "layout"),
     [
         ("triton", "ring", "checked", causal, "zigzag"),
         ("mosaic_tpu", "gather", "checked", causal, "zigzag"),
-        pytest.param("triton", "ring", "unchecked", features, "striped", marks=slow),
-        pytest.param("triton", "gather", "checked", features, "striped", marks=slow),
-        pytest.param("triton", "all_to_all", "checked", features, "striped", marks=slow),
-        pytest.param("mosaic_tpu", "ring", "checked", features, "striped", marks=slow),
-        pytest.param("mosaic_tpu", "ring", "unchecked", causal, "zigzag", marks=slow),
+        ("triton", "ring", "unchecked", features, "striped"),
+        ("triton", "gather", "checked", features, "striped"),
+        ("triton", "all_to_all", "checked", features, "striped"),
+        ("mosaic_tpu", "ring", "checked", features, "striped"),
+        ("mosaic_tpu", "ring", "unchecked", causal, "zigzag"),
     ],
     ids=str,
 )
@@ -123,6 +128,7 @@ def test_kernels_of_chips_as_the_local_route(name, method, how, case, layout):
     check_spread(case, layout, method, how, name, interpret=True, config=KERNELS[name])
 
 
+@pytest.mark.slow
 def test_chunked_is_the_default():
     fn = mapped(local(causal, "zigzag", "ring", None), "checked")
     problem = build(causal)
@@ -132,6 +138,7 @@ def test_chunked_is_the_default():
     np.testing.assert_allclose(lse, want.lse, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ring_in_bfloat16():
     # Each step's output is rounded once more than that of a single device; weights add up to one.
     check_spread(causal.replace(dtype="bfloat16"))
@@ -142,6 +149,7 @@ def test_all_to_all_repeats_few_heads(heads, kv_heads):
     check_spread(base.replace(right=0, heads=heads, kv_heads=kv_heads), "zigzag", "all_to_all")
 
 
+@pytest.mark.slow
 def test_ring_beside_data_parallelism():
     """Sinks and keys that are equal on several devices get the sum of their gradients."""
     case = base.replace(batch=2, right=0, sinks=True)

@@ -57,6 +57,7 @@ def test_collectives(method, forward, backward, gradient):
     assert collectives(text) == (backward if gradient else forward)
 
 
+@pytest.mark.slow
 def test_temporaries_of_a_ring_do_not_grow_with_the_sequence():
     def temporaries(method, n):
         memory: Any = compiled(method, n, gradient=True).memory_analysis()

@@ -76,6 +76,7 @@ def test_triton(case, small_blocks):
     check(case, implementation="triton", num_splits=splits, interpret=True)
 
 
+@pytest.mark.slow
 def test_triton_in_one_block():
     check(CASES[-1], implementation="triton", interpret=True)
 
@@ -96,6 +97,7 @@ def test_tpu(case, small_blocks):
     check(tpu_case(case), implementation="mosaic_tpu", num_splits=splits, interpret=True)
 
 
+@pytest.mark.slow
 def test_tpu_without_races(monkeypatch):
     # Six blocks of two pages.
     monkeypatch.setattr(decode_tpu, "_config", lambda _: decode_tpu.Config(32))
@@ -106,6 +108,7 @@ def test_tpu_without_races(monkeypatch):
     assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.slow
 def test_tpu_blocks_of_several_pages(monkeypatch):
     monkeypatch.setattr(decode_tpu, "_config", lambda _: decode_tpu.Config(64))
     case = Case("", page_size=8, window=20, tokens=2, head_dim=128)

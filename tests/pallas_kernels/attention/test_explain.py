@@ -75,6 +75,7 @@ def test_command_line(capsys):
     assert pallas_kernels.explain(X, X, X).chosen == "chunked", "the function keeps its name"
 
 
+@pytest.mark.slow
 def test_routes_are_recorded_as_they_are_taken():
     x = jnp.ones((1, 4, 2, 8))
     with routes.recorded() as taken:

@@ -123,6 +123,7 @@ def test_linearized_function_keeps_output_and_lse_and_runs_no_forward_pass(input
     assert kept == sorted({q.shape, values[1].shape}), "the inputs, the output and the lse"
 
 
+@pytest.mark.slow
 def test_gradient_costs_what_a_custom_vjp_of_the_same_passes_costs(inputs):
     q, k, v, *_ = inputs
     settings = Settings(D**-0.5, config=TINY)
@@ -198,6 +199,7 @@ def test_memory_of_a_hessian_vector_product_grows_with_the_length():
         assert large < 2 * 4096 * 4096 * 4
 
 
+@pytest.mark.slow
 def test_only_what_moves_is_computed(inputs):
     q, k, v, dq, *_ = inputs
     moved = []
@@ -338,9 +340,7 @@ def both_orders(fn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharding_over_batch_and_heads_gathers_nothing(inputs, kind):
     x, t = inputs[:3], inputs[3:]
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
@@ -356,7 +356,8 @@ def test_sharding_over_batch_and_heads_gathers_nothing(inputs, kind):
     assert "collective-permute" not in program
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_over_the_batch_with_keys_of_all_devices(inputs, check_vma):
     q, k, v, *t = inputs
     x, t = (q, k[:1], v[:1]), (t[0], t[1][:1], t[2][:1])
@@ -369,7 +370,8 @@ def test_shard_map_over_the_batch_with_keys_of_all_devices(inputs, check_vma):
     assert_close(cases.quick_jit(both_orders(local))(x, t), want, 1e-4)
 
 
-@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [True, False])
 def test_checkpoints(inputs, saved):
     x, t = inputs[:3], inputs[3:]
     policies = jax.checkpoint_policies
@@ -411,7 +413,8 @@ def test_float64_and_strict_promotion(inputs):
         assert_close(got, cases.quick_jit(both_orders(plain))(x, t), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["triton", pytest.param("mosaic_tpu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["triton", "mosaic_tpu"])
 def test_tangents_of_kernels_in_an_interpreter(name):
     # The kernel runs forward; what JAX does to it is the same for all of them.
     case = cases.Case(name, queries=64, keys=64, right=0)
@@ -472,16 +475,11 @@ def ring_results(n, layout, method, x, t, mapped=None, check_vma=True):
     ("layout", "method", "mapped", "check_vma"),
     [
         ("zigzag", "ring", "shard_map", True),
-        *(
-            pytest.param(*given, marks=pytest.mark.slow)
-            for given in (
-                ("contiguous", "ring", "shard_map", False),
-                ("striped", "gather", "shard_map", True),
-                ("zigzag", "all_to_all", "shard_map", True),
-                ("zigzag", "ring", "vmap", True),
-                ("zigzag", "gather", "vmap", True),
-            )
-        ),
+        ("contiguous", "ring", "shard_map", False),
+        ("striped", "gather", "shard_map", True),
+        ("zigzag", "all_to_all", "shard_map", True),
+        ("zigzag", "ring", "vmap", True),
+        ("zigzag", "gather", "vmap", True),
     ],
 )
 def test_rings(inputs, layout, method, mapped, check_vma):

@@ -51,6 +51,7 @@ def test_arrays_that_are_not_placed_yet(kind):
         close(quick_jit(lambda: layer(jnp.zeros_like(X)))(), 0 * want)
 
 
+@pytest.mark.slow
 def test_gradients_of_arrays_that_are_not_placed_yet():
     loss = lambda x, attend: (layer(x, attend) ** 2).sum()  # noqa: E731
     want = jax.grad(loss)(X, jax.nn.dot_product_attention)
@@ -82,6 +83,7 @@ def test_places_without_a_mesh_are_found_in_the_one_of_the_trace():
         assert named(unnamed, mesh.abstract_mesh, x.shape).spec == spec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "spec"),
     [((4,), P(None, "x")), ((2, 2), P("x", "y")), ((2, 2), P(None, "y", None, "x"))],
@@ -115,6 +117,7 @@ def test_two_batch_axes_and_vmap_on_explicit_axes(sizes, spec):
     close(got, want)
 
 
+@pytest.mark.slow
 def test_gradient_inside_of_a_shard_map_over_some_of_the_explicit_axes():
     x = jax.random.normal(jax.random.key(1), (3, 2, 8, 4, 8))
     want = jax.grad(lambda x: (jax.nn.dot_product_attention(*x) ** 2).sum())(x)
@@ -128,6 +131,7 @@ def test_gradient_inside_of_a_shard_map_over_some_of_the_explicit_axes():
     close(list(got), list(want))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ring", "gather"])
 def test_a_ring_beside_explicit_axes(method):
     q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 16, 4, 8))
@@ -201,6 +205,7 @@ def test_decoding_on_explicit_axes(spec, implementation):
     close(got, want)
 
 
+@pytest.mark.slow
 def test_rules_prefixes_and_their_derivatives_on_explicit_axes():
     q, k, dq = jax.random.normal(jax.random.key(3), (3, 4, 8, 4, 8))
     slopes, sinks = pallas_kernels.alibi_slopes(4), jnp.arange(4.0)
@@ -232,6 +237,7 @@ def test_rules_prefixes_and_their_derivatives_on_explicit_axes():
     close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rules_and_prefixes_of_arrays_that_are_not_placed_yet(kind):
     options = {"is_causal": True, "prefix_lengths": [1, 0, 2, 3], "key_value_start": 1}
@@ -242,6 +248,7 @@ def test_rules_and_prefixes_of_arrays_that_are_not_placed_yet(kind):
         close(quick_jit(attend)(X), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=str)
 def test_decoding_with_a_rule_first_keys_a_prefix_and_scales_on_explicit_axes(spec):
     q = jax.random.normal(jax.random.key(0), (4, 2, 8, 8))

@@ -58,14 +58,12 @@ def test_simulated_memories_have_no_race_and_nothing_uninitialised_is_read(case,
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
         Case("bf16", right=0, queries=256, keys=256, dtype="bfloat16"),
-        pytest.param(
-            Case("bf16, cap, bias", soft_cap=3.0, bias="nts", heads=2, dtype="bfloat16"),
-            marks=pytest.mark.slow,
-        ),
+        Case("bf16, cap, bias", soft_cap=3.0, bias="nts", heads=2, dtype="bfloat16"),
     ],
     ids=str,
 )
@@ -73,7 +71,8 @@ def test_bfloat16(case):
     cases.check_route(ROUTE, case, config=CONFIG, interpret=True)
 
 
-@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [False, True])
 def test_pieces_and_chunks_do_not_change_the_result(ahead):
     # Four pieces a tile; a quarter of dQ resident, so that dK and dV come in four parts.
     case = Case("pieces", queries=512, keys=300, right=0, offset=20, heads=2, kv_heads=1,

@@ -37,14 +37,14 @@ def program(route_name, case):
 
 
 @pytest.mark.parametrize(("route", "chip"), ROUTES.items())
-def test_a_call_under_jit_traces(route, chip):
-    for case in CASES:
-        fn, args, _ = program(route, case.replace(dtype="bfloat16"))
-        with on(chip):
-            problem = cases.build(case.replace(dtype="bfloat16"))
-            reason = routes.load(route).refusal(*problem[:2], _compat.device())
-            assert reason is None, reason
-            jax.jit(fn).trace(*args)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_call_under_jit_traces(route, chip, case):
+    fn, args, _ = program(route, case.replace(dtype="bfloat16"))
+    with on(chip):
+        problem = cases.build(case.replace(dtype="bfloat16"))
+        reason = routes.load(route).refusal(*problem[:2], _compat.device())
+        assert reason is None, reason
+        jax.jit(fn).trace(*args)
 
 
 def several(route):

@@ -171,6 +171,7 @@ def test_under_vmap_with_a_rule_for_each():
     np.testing.assert_allclose(shared(slopes[0], two), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_batch_and_heads_on_several_devices(kind):
     query, key, value, _ = inputs()

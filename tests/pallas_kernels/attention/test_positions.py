@@ -94,6 +94,7 @@ def test_huge_windows_with_positions_that_are_arrays(window):
     close(attend(jnp.array([2**31 - 1, 5], jnp.uint32))[1:], by_mask(seen(left, right, 5))[1:])
 
 
+@pytest.mark.slow
 def test_huge_windows_of_flax_decode_and_cost():
     plain = pallas_kernels.flax_attention_fn(Q, K, V)
     cost = {"query_shape": Q.shape, "key_shape": K.shape, "dtype": "float32"}
@@ -111,6 +112,7 @@ def test_huge_windows_of_flax_decode_and_cost():
         pallas_kernels.attention_cost(**cost, local_window_size=(1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ring", "gather", "all_to_all"])
 def test_huge_windows_over_several_devices(method):
     x = jax.random.normal(jax.random.key(0), (3, 2, 1, 4, 2, 8))  # two slices
@@ -188,6 +190,7 @@ def test_one_number_for_all_batch_entries():
         pallas_kernels.attention(Q, K, V, query_offset=jnp.zeros(3, int))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "int64"])
 def test_prefixes_and_first_keys_of_any_integer_type(dtype):
     """In `attention` and `decode_attention`: an array for each entry, one for all, a number."""
@@ -203,19 +206,18 @@ def test_prefixes_and_first_keys_of_any_integer_type(dtype):
             jax.tree.map(close, got, want)
 
 
-def test_prefixes_and_offsets_beyond_the_sequence_are_all_of_it():
+@pytest.mark.parametrize("huge", HUGE)
+def test_prefixes_and_offsets_beyond_the_sequence_are_all_of_it(huge):
     rule = pallas_kernels.Alibi(jnp.array([0.5, 0.0]))
-    for huge in HUGE:
-        got = pallas_kernels.attention(Q, K, V, is_causal=True, prefix_lengths=huge)
-        close(got, pallas_kernels.attention(Q, K, V))
-        nothing = pallas_kernels.attention(Q, K, V, key_value_start=huge)
-        np.testing.assert_array_equal(nothing, 0)
-        none = pallas_kernels.attention(Q, K, V, key_value_start=-huge)
-        close(none, pallas_kernels.attention(Q, K, V))
-        far = pallas_kernels.attention(Q, K, V, rule, query_offset=huge, is_causal=True)
-        # A head with slope 0 sees all keys alike; that of the other is rounded away.
-        close(far[:, :, 1], pallas_kernels.attention(Q, K, V)[:, :, 1])
-        assert jnp.isfinite(far).all()
+    whole = pallas_kernels.attention(Q, K, V)
+    close(pallas_kernels.attention(Q, K, V, is_causal=True, prefix_lengths=huge), whole)
+    nothing = pallas_kernels.attention(Q, K, V, key_value_start=huge)
+    np.testing.assert_array_equal(nothing, 0)
+    close(pallas_kernels.attention(Q, K, V, key_value_start=-huge), whole)
+    far = pallas_kernels.attention(Q, K, V, rule, query_offset=huge, is_causal=True)
+    # A head with slope 0 sees all keys alike; that of the other is rounded away.
+    close(far[:, :, 1], whole[:, :, 1])
+    assert jnp.isfinite(far).all()
 
 
 IDS = np.array([[5, 5, 5 + 2**32, -1, 7, 2**32 - 1], [3, 3, 3, 2**40, 2**40, 3 + 2**33]])
@@ -231,6 +233,7 @@ def test_segment_ids_that_differ_in_their_upper_bits_differ(kind, route):
         close(pallas_kernels.attention(Q, K[:, :T], V[:, :T], query_segment_ids=ids, **route), want)
 
 
+@pytest.mark.slow
 def test_ids_over_several_devices_have_one_meaning():
     x = Q[:1]
     with jax.enable_x64(True):

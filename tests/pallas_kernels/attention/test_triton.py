@@ -43,11 +43,13 @@ def test_values_and_gradients(case):
     check(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases.BY_DISTANCE[:2], ids=str)
 def test_biases_by_rule(case):
     check(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -61,26 +63,31 @@ def test_coarse_types(name, dtype):
     check(BY_NAME[name].replace(dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [111, 128, 192])
 def test_head_dims(head_dim):
     check(CAUSAL.replace(head_dim=head_dim, queries=70, keys=64, heads=1, kv_heads=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "keys"), [(1, 65), (33, 1), (3, 7)])
 def test_short_lengths(queries, keys):
     check(Case("short", queries=queries, keys=keys, bias="nts", sinks=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", ["ts", "bts", "s", "bnt", "b"])
 def test_gradient_of_a_broadcast_bias(bias):
     check(Case("bias", batch=2, queries=64, keys=70, heads=4, kv_heads=2, head_dim=16, bias=bias,
                right=3))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_default_blocks_are_right():
     check(CAUSAL.replace(head_dim=16, queries=300, keys=300, heads=1, kv_heads=1), config=None)
 
 
+@pytest.mark.slow
 def test_blocks_change_nothing_but_rounding():
     case = BY_NAME["dropout, causal, grouped"]
     problem = cases.build(case)
@@ -112,6 +119,7 @@ def run(problem: cases.Problem, config: Config = SMALL) -> cases.Result:
     return cases.run(lambda operands: cases.core.attend(ROUTE, settings, operands), problem)
 
 
+@pytest.mark.slow
 def test_bias_behind_the_mask_may_be_nan():
     problem = cases.build(
         Case("bias", bias="nts", right=0, soft_cap=3.0, head_dim=16, queries=64, keys=64)
@@ -142,6 +150,7 @@ def test_lowest_finite_bias_is_not_minus_infinity():
     assert np.isfinite(lse).all()
 
 
+@pytest.mark.slow
 def test_tiles_that_nobody_sees_are_not_read():
     """Products with NaN keys show, also behind a mask, so these are never formed."""
     problem = cases.build(Case("window", left=31, right=0, head_dim=16, queries=128, keys=128))
@@ -175,6 +184,7 @@ def test_segments_visit_from_the_first_to_the_last_tile_that_they_need():
     np.testing.assert_array_equal(got[0], list(kinds.values()))
 
 
+@pytest.mark.slow
 def test_repeats_are_bit_equal():
     problem = cases.build(BY_NAME["bias, one for all"].replace(head_dim=16))
     for one, other in zip(run(problem), run(problem)):
@@ -182,6 +192,7 @@ def test_repeats_are_bit_equal():
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_64_bit_types_and_strict_promotion_change_nothing():
     problem = cases.build(BY_NAME["everything"].replace(head_dim=16, queries=50, keys=40, batch=2,
                           query_lengths=(40, 50), key_value_lengths=(40, 30)))  # fmt: skip

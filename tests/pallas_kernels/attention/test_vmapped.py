@@ -93,6 +93,7 @@ def test_a_bias_or_a_rule_that_is_mapped_alone(heads):
         np.testing.assert_allclose(mapped, jnp.stack(want), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_of_queries_alone():
     """Forward mode, and forward over reverse, of queries and slopes under one `vmap`."""
     masks = SHARED["prefix and first keys"]
@@ -115,6 +116,7 @@ def test_derivatives_of_queries_alone():
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=3e-5), got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["triton", "mosaic_tpu"])
 def test_kernels_with_more_heads(route):
     attend = lambda q: pallas_kernels.attention(  # noqa: E731
@@ -130,6 +132,7 @@ def temporaries(fn, *shapes):
     return quick_jit(fn).lower(*structs).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_shared_keys_are_not_copied():
     shapes = (32, 1, 16, 4, 64), (1, 2048, 4, 64), (1, 2048, 4, 64)
     mapped = jax.vmap(pallas_kernels.attention, (0, None, None))
