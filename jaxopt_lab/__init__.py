@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxopt_lab import _unknown
 from jaxopt_lab._adam import AdamState
 from jaxopt_lab._treatments import LeafTreatment, Treatments, treatments
 from jaxopt_lab.transforms.adabelief import ScaleByAdaBeliefState, adabelief, scale_by_adabelief
@@ -197,7 +198,7 @@ __all__ = [
 ]
 
 # Folders that are imported when one of their names is first asked for.
-_LATER = ("adapters", "diagnostics", "distributed", "quantization", "schedules", "subspace")
+_LATER = _unknown.FOLDERS
 
 if not TYPE_CHECKING:  # a type checker would take every name for granted
 
@@ -209,32 +210,7 @@ if not TYPE_CHECKING:  # a type checker would take every name for granted
                 if name in folder.__all__:
                     globals()[name] = getattr(folder, name)
                     return globals()[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
-
-
-def _hint(name: str) -> str:
-    """Where a name is that is not here, or what it may be a slip for."""
-    if name.startswith("_"):  # tools ask for many of them
-        return ""
-    import difflib
-
-    import optax
-
-    for folder in _LATER:
-        if name in importlib.import_module(f"{__name__}.{folder}").__all__:
-            return f"; it is {__name__}.{folder}.{name}"
-    own = {public.lower(): public for public in __all__}
-    theirs = {
-        public.lower(): f"{module.__name__}.{public}"
-        for module in (optax.contrib, optax)
-        for public in dir(module)
-        if callable(getattr(module, public))
-    }
-    near = name.lower()
-    if near not in own and near in theirs:
-        return f"; that one is optax's: {theirs[near]}"
-    found = difflib.get_close_matches(near, own, n=1)
-    return f"; did you mean {own[found[0]]}?" if found else ""
+        raise _unknown.error(__name__, __all__, name)
 
 
 def __dir__() -> list[str]:

@@ -187,7 +187,9 @@ class Layouts:
         """Whether a leaf that is not called a kernel has one axis, but for those of length 1."""
         sizes = without(self.shapes[i], stack)
         long = sum(size != 1 for size in sizes)
-        return len(sizes) > 2 and long < 2 and not _names.is_plain(self.parts[i])
+        parts = self.parts[i]
+        few = len(sizes) < 3 and not _names.is_gate(parts)
+        return long < 2 and not few and not _names.is_plain(parts)
 
     def _transposed(self) -> frozenset[int]:
         """Returns the kernels whose order is the other one than their name says.

@@ -25,6 +25,10 @@ _VECTOR = _set(
 )
 # The biases of raw dictionaries: b, b1, b_in, b_ih, bq, bo.
 _RAW_BIAS = re.compile(r"b\d*|b_(\d+|(?!proj|emb)[a-z]{1,5})|b[qkvo]|b(ih|hh)|g")
+# RWKV's decays, bonuses and mixtures with the token before, one number a channel; its factors end
+# in w1 and w2.
+_MIXTURE = re.compile(r"time_(mix|decay|first|faaaa|maa)(?!\w*_w\d$)\w*|r_k")
+_FACTOR = re.compile(r"\w+_w\d")
 _NORM = _set("ln bn gn rms layernorm batchnorm groupnorm rmsnorm")
 _EMBED = _set("emb embs wte wpe vocab vocabulary codebook codebooks table")
 # An embedding followed by one of these is a layer that is applied to it.
@@ -82,7 +86,11 @@ def is_vector(parts: Parts) -> bool:
     if not parts:
         return False
     leaf = parts[-1]
-    if _any(leaf, _VECTOR) and not _any(leaf, _APPLIED | {"kernel", "net"}):
+    if _MIXTURE.fullmatch(leaf):
+        return True
+    if _any(leaf, _VECTOR) and not (
+        _any(leaf, _APPLIED | {"kernel", "net"}) or _FACTOR.fullmatch(leaf)
+    ):
         return True
     if may_be_bias(parts) and (is_norm(own(parts)) or _any(own(parts), _VECTOR)):
         return True
@@ -142,6 +150,8 @@ def is_input(parts: Parts, window: bool = False) -> bool:
         for part in near
     )
     embeds = window and not in_layer(parts) and any(map(_embeds, near))
+    # The first layer of CLIP's images, as its authors call it.
+    embeds = embeds or (own(parts) == "conv1" and _sees(parts))
     return patches or embeds or own(parts).lower() in _INPUT
 
 
@@ -162,6 +172,10 @@ def is_head(parts: Parts, siblings: Iterable[str] = (), stacked: bool = False) -
         return False
     above = [part for part in modules if not part.isdigit()][:-1]
     parent = above[-1] if above else ""
+    # What puts CLIP's images and texts into one space.
+    joint = {"visual_projection", "text_projection", "vision_projection", "image_projection"}
+    if name in joint or (name == "proj" and _sees(parts)):
+        return True
     if _strong(name) or (name == "decoder" and parent in ("predictions", "lm_head")):
         # Of several layers in a list, the last.
         numbers = [int(s) for s in siblings if s.isdigit()] if modules[-1].isdigit() else []
@@ -179,6 +193,11 @@ def in_layer(parts: Parts) -> bool:
     above = [part for part in _modules(parts) if not part.isdigit()][:-1]
     # The `final_layer` of a model is not one of its layers.
     return any(_any(part, _LAYER) and part.lower() not in _WEAK_HEAD for part in above)
+
+
+def is_gate(parts: Parts) -> bool:
+    """Whether a leaf itself is called a gate, as the factors of residuals are."""
+    return bool(parts) and _any(parts[-1], {"gate", "gates"})
 
 
 def expert(parts: Parts) -> Parts | None:
@@ -242,6 +261,12 @@ def _embeds(part: str) -> bool:
         and not any("unembed" in word for word in found)
         and not set(found) & _APPLIED
     )
+
+
+def _sees(parts: Parts) -> bool:
+    """Whether a layer stands at the top of a model of images."""
+    above = [part for part in _modules(parts) if not part.isdigit()][:-1]
+    return bool(above) and above[-1] in ("visual", "vision_model")
 
 
 def _strong(part: str) -> bool:

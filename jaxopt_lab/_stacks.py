@@ -87,6 +87,9 @@ class Stacks(Layouts):
             # What one other module is a stack of may be its own affair.
             told_by = {self.parts[e.index][: depth + 1] for e in visible}
             elsewhere = len(told_by) == 1 and self.parts[i][: depth + 1] not in told_by
+            # A raw kernel of that name has the layers and two axes more.
+            if _names.is_gate(self.parts[i]):
+                return fits[0]
             if flat or elsewhere:
                 return self._choice(i, fits[0])
             return self._if_possible(i, fits[0])

@@ -1,7 +1,7 @@
-"""How many instructions a leaf adds to the compiled step of each rule and wrapper.
+"""How many kernels a leaf adds to the compiled step of each rule and wrapper.
 
-The time that XLA takes for many leaves is about proportional to them, and the count, unlike the
-time, does not depend on what else the machine does.
+The time that XLA takes for many leaves is about proportional to them, as equal ones are translated
+once, and the count, unlike the time, does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -15,31 +15,38 @@ import pytest
 from experiments.bench_update import compile_times
 from experiments.bench_update.methods import steps
 
-# Beside `optax.adamw`'s, of half kernels and half biases: a tenth above what they are.
+# Beside `optax.adamw`'s 3, of half kernels and half biases. A projection is renewed in a branch of
+# its own.
 LIMITS = {
-    "lion": 0.75,
-    "adabelief": 1.1,
-    "exadam": 1.5,
-    "diffgrad": 1.3,
-    "adamp": 2.2,
-    "sgdp": 1.5,
-    "cautious_lion": 1.7,
-    "muon": 1.0,
-    "frugal_adamw": 1.9,
-    "badam": 0.6,
-    "dct_adamw": 4.1,
-    "int8_linear_adamw": 3.8,
-    "int8_dynamic_adamw": 3.1,
-    "bfloat16_adamw": 2.9,
-    "galore_adamw": 2.1,
-    "galore_adamw_gram": 2.1,
-    "galore_adamw_gram_128": 1.0,
-    "fused_int8_linear_adamw": 4.9,
-    "fused_int8_dynamic_adamw": 5.0,
+    "lion": 0.7,
+    "adabelief": 1,
+    "exadam": 1,
+    "diffgrad": 1.67,
+    "adamp": 2.34,
+    "sgdp": 2,
+    "cautious_lion": 1.67,
+    "muon": 1.34,
+    "frugal_adamw": 2,
+    "badam": 1.42,
+    "dct_adamw": 4,
+    "int8_linear_adamw": 2,
+    "int8_dynamic_adamw": 2,
+    "bfloat16_adamw": 1.34,
+    "galore_adamw": 2.5,
+    "galore_adamw_gram": 2.5,
+    "galore_adamw_gram_128": 1,
+    "fused_int8_linear_adamw": 7,
+    "fused_int8_dynamic_adamw": 7,
 }
 
+# What of a program is no kernel.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier"}
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*?\{\n(.*?)\n\}", re.MULTILINE | re.DOTALL)
+OPERATION = re.compile(r"^\s+(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", re.MULTILINE)
+PART = re.compile(r"(?:calls|to_apply|comparator)=%?([\w.-]+)")
 
-def instructions(step, leaves: int) -> int:
+
+def kernels(step, leaves: int) -> int:
     params = compile_times.parameters(leaves)
     init, update = step
     lowered = jax.jit(update, donate_argnums=(0, 1)).lower(
@@ -48,13 +55,15 @@ def instructions(step, leaves: int) -> int:
     # What comes after the counted program, the machine's instructions, need not be good.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})
     text = compiled.as_text() or ""
-    return len(re.findall(r"^\s+(?:ROOT )?%?\S+ = ", text, re.MULTILINE))
+    parts = set(PART.findall(text))
+    bodies = [body for name, body in COMPUTATION.findall(text) if name not in parts]
+    return sum(operation not in FREE for body in bodies for operation in OPERATION.findall(body))
 
 
 def slope(name: str) -> float:
-    """Instructions that eight more leaves add, for each of them."""
+    """Kernels that eight more leaves add, for each of them."""
     step = steps(width=160)[name]
-    return (instructions(step, 24) - instructions(step, 16)) / 8
+    return (kernels(step, 24) - kernels(step, 16)) / 8
 
 
 @functools.cache
@@ -63,7 +72,7 @@ def of_adamw() -> float:
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_instructions_a_leaf(name):
+def test_kernels_a_leaf(name):
     assert slope(name) <= LIMITS[name] * of_adamw()
 
 

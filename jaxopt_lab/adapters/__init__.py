@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from jaxopt_lab import _unknown
 from jaxopt_lab.adapters._targets import FLAX_KERNELS
 from jaxopt_lab.adapters.adapt import (
     AdapterBase,
@@ -74,3 +77,8 @@ __all__ = [
     "unmerge_adapters",
     "write_peft_folder",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take every name for granted
+
+    def __getattr__(name: str) -> Any:
+        raise _unknown.error(__name__, __all__, name)

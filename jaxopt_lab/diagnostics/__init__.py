@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from jaxopt_lab import _unknown
 from jaxopt_lab.diagnostics.memory import (
     LeafBytes,
     StateBytes,
@@ -22,3 +25,9 @@ __all__ = [
     "state_bytes",
     "training_memory",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for granted
+
+    def __getattr__(name: str) -> Any:
+        raise _unknown.error(__name__, __all__, name)

@@ -1,5 +1,8 @@
 """Training over slow links: how replicas agree on a gradient or on their weights."""
 
+from typing import TYPE_CHECKING, Any
+
+from jaxopt_lab import _unknown
 from jaxopt_lab.distributed._axes import vary
 from jaxopt_lab.distributed.apply_if_finite import ApplyIfFiniteState, apply_if_finite
 from jaxopt_lab.distributed.co2 import Co2State, co2, co2_exchange, gap_aware
@@ -97,3 +100,8 @@ __all__ = [
     "vary",
     "wire_bytes",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take every name for granted
+
+    def __getattr__(name: str) -> Any:
+        raise _unknown.error(__name__, __all__, name)

@@ -8,6 +8,7 @@ function here leaves its argument as it is.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,21 @@ from jax import lax
 from jaxopt_lab import _compat, _tree
 
 AxisName = Hashable  # one mapped axis, or a tuple of several that count as one
+
+
+_averaged: contextvars.ContextVar[frozenset[AxisName]] = contextvars.ContextVar(
+    "averaged", default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def averaged(axis_name: AxisName) -> Iterator[None]:
+    """Refuses exchanges over an axis along which each replica has a part of its own of a mean."""
+    token = _averaged.set(_averaged.get() | frozenset(names(axis_name)))
+    try:
+        yield
+    finally:
+        _averaged.reset(token)
 
 
 def canonical(axis_name: Any, argument: str = "axis_name") -> AxisName:
@@ -49,9 +65,14 @@ def size(axis_name: AxisName) -> int:
     """Returns the number of replicas.
 
     Raises:
-      ValueError: no surrounding `shard_map`, `pmap` or `vmap` has the axis.
+      ValueError: no surrounding `shard_map`, `pmap` or `vmap` has the axis, or see `averaged`.
     """
     for name in names(axis_name):
+        if name in _averaged.get():
+            raise ValueError(
+                f"axis {name!r} is the mean's around this exchange already, over which each "
+                "replica has another part: give it another axis"
+            )
         try:
             lax.axis_size(name)
         except NameError as error:

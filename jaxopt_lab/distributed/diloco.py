@@ -68,7 +68,7 @@ def diloco_exchange(
     outer = optax.sgd(0.7, momentum=0.9, nesterov=True) if outer is None else outer
     _checks.check_transformation(outer=outer)
     outer_update = optax.with_extra_args_support(outer).update
-    slow_dtype = _floating("slow_dtype", slow_dtype)
+    slow_dtype = _checks.canonical_mu_dtype(slow_dtype, "slow_dtype")
 
     def init(params: optax.Params) -> DilocoState:
         slow = _rounds.slow_weights(params, slow_dtype)
@@ -146,10 +146,3 @@ def diloco(
     """
     exchange = diloco_exchange(outer, axis_name=axis_name, slow_dtype=slow_dtype)
     return local_updates(inner, exchange, sync_every)
-
-
-def _floating(name: str, dtype: Any) -> Any:
-    try:
-        return _checks.canonical_mu_dtype(dtype)
-    except ValueError as error:
-        raise ValueError(str(error).replace("mu_dtype", name)) from None

@@ -47,8 +47,8 @@ def hierarchical_mean(
       extra argument `weight` as `sync_gradients` does, and hands the sum of a host's on to `slow`.
 
     Raises:
-      ValueError: an axis that is not bound; gradients that `jax.grad` has already summed (see
-        `vary`).
+      ValueError: an axis that is not bound; `slow` exchanges over `fast_axis`, too; gradients that
+        `jax.grad` has already summed (see `vary`).
       TypeError: parameters or gradients that are not real floating point.
 
     Examples:
@@ -71,7 +71,9 @@ def hierarchical_mean(
 
     def init_fn(params: optax.Params) -> HierarchicalMeanState:
         _tree.check_params(params)
-        return HierarchicalMeanState(slow.init(part_of(params)))
+        part = part_of(params)
+        with _axes.averaged(fast_axis):
+            return HierarchicalMeanState(slow.init(part))
 
     def update_fn(
         updates: optax.Updates,
@@ -93,7 +95,8 @@ def hierarchical_mean(
             extra_args["weight"] = _axes.psum(jnp.asarray(weight, jnp.float32), fast_axis)
         part = _axes.psum_scatter(_flat.padded(_flat.ravel(own), replicas), fast_axis) / divisor
         part_params = None if params is None else part_of(params)
-        mean, slow_state = slow.update(part, state.slow, part_params, **extra_args)
+        with _axes.averaged(fast_axis):
+            mean, slow_state = slow.update(part, state.slow, part_params, **extra_args)
         whole = jnp.reshape(_axes.all_gather(jnp.asarray(mean), fast_axis), -1)
         return _flat.unravel(whole, updates), HierarchicalMeanState(slow_state)
 

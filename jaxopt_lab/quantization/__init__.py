@@ -1,5 +1,8 @@
 """Compact optimizer state, and bfloat16 parameters that do not lose small updates."""
 
+from typing import TYPE_CHECKING, Any
+
+from jaxopt_lab import _unknown
 from jaxopt_lab.quantization._dynamic import dynamic_code
 from jaxopt_lab.quantization._leaves import QuantizedState
 from jaxopt_lab.quantization.codecs import Codec, bfloat16, int8
@@ -31,3 +34,8 @@ __all__ = [
     "state_shardings",
     "stochastic_round",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take every name for granted
+
+    def __getattr__(name: str) -> Any:
+        raise _unknown.error(__name__, __all__, name)

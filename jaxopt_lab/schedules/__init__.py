@@ -1,5 +1,8 @@
 """How long a step is: learning-rate schedules, rates that adapt, and reading them."""
 
+from typing import TYPE_CHECKING, Any
+
+from jaxopt_lab import _unknown
 from jaxopt_lab.schedules.batch_size import scale_learning_rate
 from jaxopt_lab.schedules.hypergradient import HypergradientState, hypergradient
 from jaxopt_lab.schedules.refined import RecordNormsState, record_norms, refined_schedule
@@ -28,3 +31,8 @@ __all__ = [
     "uba_schedule",
     "wsd_schedule",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take every name for granted
+
+    def __getattr__(name: str) -> Any:
+        raise _unknown.error(__name__, __all__, name)

@@ -1,5 +1,8 @@
 """Which part of a gradient gets optimizer state: projections, and FRUGAL's splitting."""
 
+from typing import TYPE_CHECKING, Any
+
+from jaxopt_lab import _unknown
 from jaxopt_lab.subspace._layers import by_layer
 from jaxopt_lab.subspace.badam import badam
 from jaxopt_lab.subspace.blocks import blocks
@@ -30,3 +33,8 @@ __all__ = [
     "svd",
     "treatments",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take every name for granted
+
+    def __getattr__(name: str) -> Any:
+        raise _unknown.error(__name__, __all__, name)

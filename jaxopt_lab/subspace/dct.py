@@ -50,26 +50,23 @@ class DCT(projections.LeafProjection):
     def choose(
         self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
     ) -> list[jax.Array]:
-        """Returns the columns with the largest scores."""
+        """Returns the columns with the largest scores; equal matrices are one program's."""
         if self.choose_indices is not None:
             return super().choose(leaves, old, grads, step)
         found: list[Any] = list(old)
-        groups: dict[Any, list[int]] = {}
-        for index, (leaf, g) in enumerate(zip(leaves, grads)):
-            groups.setdefault((leaf.size, leaf.kept, str(jax.typeof(g).dtype)), []).append(index)
-        for (size, kept, _), members in groups.items():
-            scores = [
-                projections.shared(
-                    self, "_scores", leaves[i], jax.lax.stop_gradient(grads[i]), step.count
-                ).reshape(-1, size)
-                for i in members
-            ]
-            _, best = jax.lax.top_k(jnp.concatenate(scores), kept)
+        for members in projections.together(leaves, grads):
+            leaf = leaves[members[0]]
+            matrices = projections.stack(leaf, [grads[i] for i in members])
+            kept = jnp.concatenate([old[i].reshape(-1, leaf.kept) for i in members])
+            scores = projections.one_by_one(
+                self, "_scores", leaf, matrices, jnp.broadcast_to(step.count, matrices.shape[:1])
+            )
+            _, best = jax.lax.top_k(scores, leaf.kept)
+            # The scores of a gradient without information are NaN.
+            new = jnp.where(jnp.isfinite(scores[:, :1]), best.astype(kept.dtype), kept)
             shapes = [old[i].shape for i in members]
-            for i, new in zip(members, projections.unstack(best, shapes, step.count)):
-                # The scores of a gradient without information are NaN.
-                usable = jnp.isfinite(scores[members.index(i)][:, :1]).reshape(*new.shape[:-1], 1)
-                found[i] = jnp.where(usable, new.astype(old[i].dtype), old[i])
+            for i, own in zip(members, projections.unstack(new, shapes, step.count)):
+                found[i] = own
         return found
 
     def _choose(
@@ -79,20 +76,19 @@ class DCT(projections.LeafProjection):
         found = self.choose_indices(leaf.name, count, grad)
         return projections.checked_choice(found, old, leaf)
 
-    def _scores(self, leaf: Leaf, grad: jax.Array, count: jax.Array) -> jax.Array:
+    def _scores(self, leaf: Leaf, matrix: jax.Array, count: jax.Array) -> jax.Array:
         """Returns the score of each column, NaN for a gradient that is zero or not finite."""
-        matrix = projections.to_matrix(grad, leaf)
         # A count is never negative. A basis of constants a compiler would work out by itself, for
         # minutes, and keep in the program.
         everything = jnp.arange(leaf.size, dtype=jnp.int32) + jnp.minimum(count, 0)
         basis = cosine_basis(everything, leaf.size, self.type, matrix.dtype)
-        size = _compat.max_magnitude(matrix, (-2, -1), keepdims=True)
+        size = _compat.max_magnitude(matrix)
         usable = (size > 0) & jnp.isfinite(size)
         products = _product(basis.T, matrix) if _inputs(leaf) else _product(matrix, basis)
         # A power of a large or tiny gradient must not leave the range of the dtype.
         powers = jnp.abs(products / jnp.where(usable, size, 1)) ** self.norm
         scores = jnp.sum(powers, -1 if _inputs(leaf) else -2)
-        return jnp.where(usable[..., 0], scores, jnp.nan)
+        return jnp.where(usable, scores, jnp.nan)
 
     def _project(self, leaf: Leaf, selection: jax.Array, x: jax.Array) -> jax.Array:
         matrix = projections.to_matrix(x, leaf)

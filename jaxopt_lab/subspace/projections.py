@@ -307,6 +307,12 @@ def together(leaves: Sequence[Leaf], xs: Sequence[jax.Array]) -> list[list[int]]
     return [group for found in groups.values() for group in found]
 
 
+def stack(leaf: Leaf, grads: Sequence[jax.Array]) -> jax.Array:
+    """Returns the matrices of gradients like `leaf`, shape (matrices, inputs, outputs)."""
+    matrices = [to_matrix(jax.lax.stop_gradient(g), leaf) for g in grads]
+    return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in matrices])
+
+
 def one_by_one(projection: Any, method: str, leaf: Leaf, *stacks: Any) -> Any:
     """Returns `projection.method(leaf, *slices)` of the slices of stacks, stacked.
 

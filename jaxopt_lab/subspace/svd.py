@@ -75,14 +75,11 @@ class SVD(projections.LeafProjection):
         found: list[Any] = [None] * len(leaves)
         for members in projections.together(leaves, grads):
             leaf = leaves[members[0]]
-            stacks = [
-                jax.tree.map(lambda x, leaf=leaf: x.reshape(-1, *x.shape[-2:]), both)
-                for both in (
-                    (projections.to_matrix(jax.lax.stop_gradient(grads[i]), leaf), old[i])
-                    for i in members
-                )
-            ]
-            matrices, bases = jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
+            matrices = projections.stack(leaf, [grads[i] for i in members])
+            bases = jax.tree.map(
+                lambda *xs: jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in xs]),
+                *(old[i] for i in members),
+            )
             keys = self._keys(leaf, members, step)
             new = projections.one_by_one(self, "_renewed", leaf, matrices, bases, keys)
             shapes = [[x.shape for x in self._bases(old[i])] for i in members]
@@ -263,16 +260,16 @@ def without_noise(compact: jax.Array, matrix: jax.Array, axes: tuple[int, ...]) 
     """
     eps = float(jnp.finfo(matrix.dtype).eps)
     along, across = (-2, -1) if axes[0] == 0 else (-1, -2)
-    columns = _square_sum(matrix, along)
-    whole = jnp.sum(columns, across, keepdims=True)
+    columns, squares = _square_sum(matrix, along), jnp.square(compact)
+    # One sum for the directions and for the whole: a program has two kernels for it, and not four.
+    sums = jnp.sum(jnp.concatenate([squares, columns], along), across, keepdims=True)
+    of_directions, whole = jnp.split(sums, [compact.shape[along]], along)
     # Backward errors of decompositions grow with the root of the size, in practice.
     of_a_direction = (8 * eps) ** 2 * max(matrix.shape[-2:]) * whole
     if len(axes) == 2:
-        noise = jnp.square(compact) < of_a_direction
+        noise = squares < of_a_direction
     else:
-        noise = (_square_sum(compact, across) < of_a_direction) | (
-            jnp.square(compact) < (_OF_A_PRODUCT * eps) ** 2 * columns
-        )
+        noise = (of_directions < of_a_direction) | (squares < (_OF_A_PRODUCT * eps) ** 2 * columns)
     # Of what is not finite nothing is known.
     return jnp.where(noise & jnp.isfinite(whole), 0, compact)
 

@@ -11,7 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxopt_lab.distributed import hierarchical_mean, sync_gradients, vary
+from jaxopt_lab.distributed import (
+    error_feedback,
+    hierarchical_mean,
+    sync_gradients,
+    top_k,
+    vary,
+)
 from tests.distributed.modes import AXIS, MODES, REPLICAS, mapped, mesh
 
 DATA = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
@@ -157,3 +163,16 @@ def test_hierarchical_mean_refuses_summed_gradients():
     run = jax.shard_map(step, mesh=two, in_specs=(jax.P(), jax.P("host")), out_specs=jax.P())
     with pytest.raises(ValueError, match=r"gradient of 'b' is the same .*vary"):
         run(PARAMS, DATA)
+
+
+@pytest.mark.parametrize("slow_axis", ["device", ("host", "device")])
+def test_hierarchical_mean_refuses_an_exchange_over_its_own_axis(slow_axis):
+    for slow in (sync_gradients(slow_axis), error_feedback(top_k(0.5), slow_axis)):
+        tx = hierarchical_mean(slow, "device")
+
+        def mean(g, tx=tx):
+            return tx.update(g, tx.init(g))[0]
+
+        both = jax.vmap(jax.vmap(mean, axis_name="device"), axis_name="host")
+        with pytest.raises(ValueError, match="axis 'device' is the mean's around this exchange"):
+            both(jnp.ones((2, 2, 4)))

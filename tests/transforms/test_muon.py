@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxopt_lab
-from jaxopt_lab.transforms.muon import PRESETS
+from jaxopt_lab.transforms._newton_schulz import PRESETS
 
 SHAPES = [(6, 5), (5, 6), (24, 16), (64, 256), (256, 64)]
 

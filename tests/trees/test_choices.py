@@ -121,6 +121,53 @@ def test_vectors_are_no_matrices_however_stacked(leaf, shape):
     assert muon_of(tree)[f"block/dense/{leaf}"] == "adam"
 
 
+@pytest.mark.parametrize("gate", ["gate", "attn_gate", "gate_msa", "cross_attn_mlp_gate"])
+@pytest.mark.parametrize("width", [1, 64])
+def test_a_gate_of_scanned_layers_is_a_vector_of_each(gate, width):
+    found = muon_of(
+        {
+            f"layers/{gate}": (12, width),
+            "layers/mlp/gate/kernel": (12, 64, 256),
+            "layers/mlp/up": (12, 64, 256),
+            "layers/norm/scale": (12, 64),
+        }
+    )
+    assert found == {
+        f"layers/{gate}": "adam",
+        "layers/mlp/gate/kernel": "muon",
+        "layers/mlp/up": "muon",
+        "layers/norm/scale": "adam",
+    }
+
+
+def test_a_gate_of_an_mlp_without_layers_is_a_kernel():
+    found = muon_of({"block/gate": (64, 256), "block/down": (256, 64), "block/gates": (1, 64)})
+    assert found == {"block/gate": "muon", "block/down": "muon", "block/gates": "adam"}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "kind"),
+    [
+        ("blocks/0/att/time_decay", (4, 16), "adam"),
+        ("blocks/0/att/time_faaaa", (4, 16), "adam"),
+        ("blocks/0/att/r_k", (4, 16), "adam"),
+        ("blocks/att/time_mix_k", (12, 64), "adam"),
+        ("blocks/0/att/time_maa_w1", (64, 160), "muon"),
+        ("blocks/0/att/time_decay_w2", (32, 64), "muon"),
+        ("blocks/0/att/receptance/weight", (64, 64), "muon"),
+        ("blocks/0/ffn/key/weight", (256, 64), "muon"),
+        ("visual/conv1/weight", (64, 3, 16, 16), "adam"),
+        ("visual/proj", (64, 32), "adam"),
+        ("text_projection", (64, 32), "adam"),
+        ("visual_projection/kernel", (64, 32), "adam"),
+        ("visual/transformer/resblocks/0/attn/out_proj/weight", (64, 64), "muon"),
+        ("text_model/encoder/layers/0/mlp/fc1/kernel", (64, 256), "muon"),
+    ],
+)
+def test_names_of_rwkv_and_clip(path, shape, kind):
+    assert muon_of({path: shape, "ln/weight": (64,)})[path] == kind
+
+
 @pytest.mark.parametrize("stack", [(), (5,), (2, 5)], ids=str)
 @pytest.mark.parametrize(("kernel", "bias"), [((8, 16), (16,)), ((8, 4, 3), (4, 3))], ids=str)
 def test_the_second_of_a_pair_without_names_is_a_bias(stack, kernel, bias):
