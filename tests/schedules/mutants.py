@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant("refined", "[::-1] - weights", "[::-1]"),
     Mutant("refined", 'mode="drop"', 'mode="clip"'),
     Mutant("refined", "(table.size - 1) / (total - 1)", "table.size / total"),
-    Mutant("refined", "jnp.square(x / unit)", "jnp.square(x) / unit**2"),
+    Mutant("refined", "jnp.square(x / unit)", "jnp.square(x) / unit**2", file="_tree"),
     # Hypergradients
     Mutant("hypergradient", "_dot(direction, state.previous", "_dot(updates, state.previous"),
     Mutant("hypergradient", "eta + kappa * _dot(", "eta - kappa * _dot("),

@@ -169,7 +169,7 @@ MUTANTS = [
 def check(package: str, route: str, case: Any, kind: str = "gradient") -> None:
     """Checks `case` on a route of the package called `package`: its `kind` of derivative."""
     if kind == "decode":
-        decode = importlib.import_module(f"{package}.attention.decode")
+        decode: Any = importlib.import_module(f"{package}.attention.decode")
         decode._config = lambda _: decode.ChunkedConfig(512, 1)  # 16 keys at a time, or one page
         splits = {"num_splits": 2} if route == "chunked" else {}
         decode_cases.check(case, sys.modules[package], implementation=route, **splits)
