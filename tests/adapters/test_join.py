@@ -128,6 +128,14 @@ def test_one_base_for_all_and_weights_that_are_traced():
     check(truncated, jax.tree.map(np.asarray, found))
 
 
+def test_the_config_has_the_choices_of_all():
+    one = trained(1, target_modules=["query"], bias="lora_only", modules_to_save=["model"])
+    two = trained(2, target_modules=["query"], bias="all", modules_to_save=["experts"])
+    joined, _ = adapters.join_adapters(*apart([one, two]), [1.0, 1.0])
+    assert joined.config.bias == "all"
+    assert joined.config.modules_to_save == ("model", "experts")
+
+
 def test_leaves_that_are_trained_whole_move_likewise():
     one = trained(1, target_modules=["query"], modules_to_save=["head"])
     two = trained(2, target_modules=["query"], bias="all", modules_to_save=["model.head"])

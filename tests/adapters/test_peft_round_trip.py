@@ -224,7 +224,7 @@ def test_a_start_from_gradients_is_written_on_the_original_base(tmp_path):
     config = adapters.LoraConfig(target_modules=kind.targets, r=R, use_rslora=True)
 
     def loss(p, _):
-        return sum(jnp.sin(jnp.square(x)).sum() for x in jax.tree.leaves(p))
+        return jnp.stack([jnp.sin(jnp.square(x)).sum() for x in jax.tree.leaves(p)]).sum()
 
     gradients = adapters.estimate_gradients(loss, params, [0], config)
     base, initial = adapters.init_adapters(params, config, init=adapters.lora_ga(gradients))

@@ -21,7 +21,7 @@ LORA_ONLY = {"LORA": "lora_only", "MISS": "MiSS_only"}
 # Fields that decide what the adapter is.
 TAKEN = {
     "LORA": {
-        "alpha_pattern", "bias", "init_lora_weights", "lora_alpha",
+        "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha",
         "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "target_modules",
         "target_parameters", "task_type", "use_dora", "use_rslora",
     },
@@ -34,7 +34,7 @@ TAKEN = {
 IGNORED = {
     "LORA": {
         "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
-        "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+        "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
         "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
         "megatron_core", "qalora_group_size", "revision", "runtime_config",
     },

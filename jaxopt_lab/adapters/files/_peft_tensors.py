@@ -49,6 +49,8 @@ def split(tensors: Mapping[str, np.ndarray], kind: str, path: pathlib.Path) -> C
             found.adapters.setdefault(match.group(1), {})[match.group(2)] = value
             continue
         module, _, parameter = name.rpartition(".")
+        if parameter == "num_batches_tracked":
+            continue  # a counter of PyTorch's batch norm alone
         if "original_module" in module.split("."):
             continue  # what modules_to_save has replaced
         module = module.removesuffix(".modules_to_save")

@@ -39,7 +39,10 @@ class _Piece(NamedTuple):
         """Returns what a tensor has for this place, None if it has another shape."""
         rows = self.place.rows(size, self.leaf) if self.place.is_part else None
         if self.layer is not None:
-            return self.layer.read_weight(tensor, rows)
+            value = self.layer.read_weight(tensor, rows)
+            if value is None and self.layer.kind == "dense":  # GPT-2's Conv1D: (inputs, outputs)
+                value = self.layer.read_weight(tensor.T, rows)
+            return value
         if rows is not None and tensor.size > rows[-1]:
             tensor = tensor.reshape(-1)[list(rows)]
         return tensor.reshape(-1) if tensor.size == size else None
@@ -86,6 +89,12 @@ def read(
                     raise ValueError(
                         f"{where} has shape {tensor.shape}, which is not that of '{piece.leaf}' "
                         f"{jnp.shape(leaves[piece.leaf])} (was the vocabulary resized?)"
+                    )
+                if is_trained and _may_be_turned(piece, own[piece.index], tensor, fields):
+                    raise ValueError(
+                        f"{where} is square and trained whole, and may be of a layer that has "
+                        "(inputs, outputs), GPT-2's Conv1D; merge it with peft (merge_and_unload) "
+                        "and take the merged weights"
                     )
                 if is_trained:
                     trained[piece.leaf].append((piece, value))
@@ -252,6 +261,20 @@ def _check_saved(saved: set[str], adapted: set[str], known: set[str]) -> None:
                     f"peft finds modules_to_save by the end of the name: '{module}' would be "
                     f"'{other}' too, which is not trained whole"
                 )
+
+
+def _may_be_turned(
+    piece: _Piece, own: np.ndarray, tensor: np.ndarray, fields: Mapping[str, Any]
+) -> bool:
+    """Whether nothing tells the inputs of a dense layer from its outputs, and they may be first."""
+    square = tensor.ndim == 2 and tensor.shape == tensor.shape[::-1] == own.shape
+    if piece.layer is None or piece.layer.kind != "dense" or not square:
+        return False
+    if fields.get("fan_in_fan_out"):
+        return True
+    kernel, weight = own.astype(np.float32), tensor.astype(np.float32)
+    # Training moves a weight less than half of the way to its transpose.
+    return bool(2 * np.linalg.norm(weight - kernel) < np.linalg.norm(weight - kernel.T))
 
 
 def _same(own: np.ndarray, other: np.ndarray) -> bool:

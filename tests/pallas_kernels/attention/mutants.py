@@ -1,4 +1,4 @@
-"""Wrong variants of attention, and whether the cases of `cases.CASES` catch them."""
+"""Wrong variants of attention, and whether the cases of `cases` and `decode_cases` catch them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import importlib
 import pathlib
+import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import pallas_kernels
 from tests import mutants
-from tests.pallas_kernels.attention import cases, tangent_cases
+from tests.pallas_kernels.attention import cases, decode_cases, tangent_cases
 
 CONFIGS = {"chunked": {"block_q": 48, "block_kv": 40, "tile": 1}}
 
@@ -22,15 +24,21 @@ class Mutant(mutants.Mutant):
 
     case: str
     route: str = "chunked"
-    check: str = "gradient"  # or "tangent", or "second"
+    check: str = "gradient"  # or "tangent", "second" or "decode"
     package = pallas_kernels
 
+    def noticed_by(self) -> Any:
+        """Returns the case."""
+        known: Sequence[Any] = (*cases.CASES, *cases.BY_DISTANCE)
+        if self.check == "decode":
+            known = decode_cases.CASES
+        return next(case for case in known if case.name == self.case)
+
     def verdict(self) -> str:
-        case = next(c for c in (*cases.CASES, *cases.BY_DISTANCE) if c.name == self.case)
         with tempfile.TemporaryDirectory() as folder:
             copied = self.imported(pathlib.Path(folder))
             try:
-                check(copied.__name__, self.route, case, self.check)
+                check(copied.__name__, self.route, self.noticed_by(), self.check)
             except (AssertionError, ValueError, TypeError):
                 return "caught"
             return "survives"
@@ -129,11 +137,43 @@ MUTANTS = [
     Mutant("mask", "start = _where(first_valid_key < prefix, 0, start)", "start = start", "prefix"),
     Mutant("mask", "whole_start = _where(last_key < prefix, 0, whole_start)", "whole_start = _where(first_key < prefix, 0, whole_start)", "prefix"),
     Mutant("mask", "every = every & (first_key >= start_of_keys)", "every = every & (last_key >= start_of_keys)", "first key"),
+    # Decoding.
+    Mutant("decode", "total = decay * total + p.sum(axis=1)", "total = total + p.sum(axis=1)", "one token", check="decode"),
+    Mutant("decode", "decay[..., None] * acc + update", "acc + update", "one token", check="decode"),
+    Mutant("decode", "z = z * key_scale[..., None]", "z = z", "int8", check="decode"),
+    Mutant("decode", "p = p * jnp.where(needed[..., None], value_scale, 0)[..., None]", "p = p", "int8", check="decode"),
+    Mutant("decode", "query *= operands.head_scale[None, :, None, None]", "query *= 1", "one scale for a tensor", check="decode"),
+    Mutant("decode", "output *= operands.value_head_scale[None, :, None, None]", "output *= 1", "one scale for a head", check="decode"),
+    Mutant("decode", "value = jnp.where(needed[..., None, None], value, 0)", "value = value", "left padding", check="decode"),
+    Mutant("decode", "& (positions >= first)", "", "alibi, the whole cache of no whole blocks", check="decode"),
+    Mutant("decode", "jnp.broadcast_to(sinks, lse.shape)", "jnp.broadcast_to(0 * sinks, lse.shape)", "sinks", check="decode"),
+    Mutant("decode", "rule.at(positions[..., None] - tokens[:, None])", "rule.at(tokens[:, None] - positions[..., None])", "buckets", check="decode"),
+    Mutant("decode", "jnp.arange(-settings.queries, 0, dtype=jnp.int32)", "jnp.arange(1 - settings.queries, 1, dtype=jnp.int32)", "alibi", check="decode"),
+    Mutant("decode", "// (rows // settings.queries)", "% settings.queries", "two tokens", check="decode"),
+    Mutant("decode", "jnp.where(empty, -jnp.inf, peak + jnp.log(total))", "peak + jnp.log(total)", "nothing", check="decode"),
+    Mutant("decode_problem", "lower = jnp.minimum(first + split * share, last)", "lower = jnp.minimum(first + split, last)", "one token", check="decode"),
+    Mutant("decode_problem", 'to_int32("lengths", lengths, 0, most)', 'to_int32("lengths", lengths, 0, most - 1)', "one token", check="decode"),
+    Mutant("decode_problem", 'to_int32("page_table", page_table, 0, last)', 'to_int32("page_table", page_table, 0, last // 2)', "pages", check="decode"),
+    Mutant("decode_problem", "starts = None if starts is None else jnp.clip(starts, 0, lengths)", "starts = None", "left padding", check="decode"),
+    Mutant("decode_problem", "right=_side(right, t)", "right=_side(right, 1)", "a window to both sides", check="decode"),
+    # Rules at distances.
+    Mutant("position_bias", "return -slopes * jnp.abs(distances)", "return slopes * distances", "alibi, the whole cache of no whole blocks", check="decode"),
+    Mutant("position_bias", "ahead = distances > 0", "ahead = distances >= 0", "buckets", check="decode"),
+    Mutant("position_bias", "size[..., None] >= limits", "size[..., None] > limits", "buckets", check="decode"),
+    Mutant("position_bias", "side = self._side(self.table.shape[0])", "side = self.table.shape[0]", "buckets", check="decode"),
+    Mutant("position_bias", "jnp.arange(1 - queries, keys, dtype=jnp.int32)[None] - offset", "jnp.arange(1 - queries, keys, dtype=jnp.int32)[None] + offset", "alibi", "reference", "decode"),
+    Mutant("position_bias", "distances - offsets[:, None]", "distances + offsets[:, None]", "alibi", "reference", "decode"),
 ]  # fmt: skip
 
 
-def check(package: str, route: str, case: cases.Case, kind: str = "gradient") -> None:
+def check(package: str, route: str, case: Any, kind: str = "gradient") -> None:
     """Checks `case` on a route of the package called `package`: its `kind` of derivative."""
+    if kind == "decode":
+        decode: Any = importlib.import_module(f"{package}.attention.decode")
+        decode._config = lambda _: decode.ChunkedConfig(512, 1)  # 16 keys at a time, or one page
+        splits = {"num_splits": 2} if route == "chunked" else {}
+        decode_cases.check(case, sys.modules[package], implementation=route, **splits)
+        return
     core, mask, problem, module = (
         importlib.import_module(f"{package}.attention.{name}")
         for name in ("core", "mask", "problem", route)

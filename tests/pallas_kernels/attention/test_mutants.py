@@ -11,10 +11,16 @@ from tests.pallas_kernels.attention import cases, mutants
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=str)
 def test_mutant_has_its_case(mutant):
-    assert mutant.case in {case.name for case in (*cases.CASES, *cases.BY_DISTANCE)}
+    assert mutant.noticed_by().name == mutant.case
 
 
 @pytest.mark.parametrize("kind", ["gradient", "tangent", "second"])
 def test_an_unchanged_copy_is_right(tmp_path, kind):
     copied = imported(pallas_kernels, tmp_path, {})
     mutants.check(copied.__name__, "chunked", cases.CASES[0], kind)
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS[-1:], ids=str)
+def test_an_unchanged_copy_decodes_right(tmp_path, mutant):
+    copied = imported(pallas_kernels, tmp_path, {})
+    mutants.check(copied.__name__, mutant.route, mutant.noticed_by(), mutant.check)

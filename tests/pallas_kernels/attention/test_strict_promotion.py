@@ -32,6 +32,13 @@ def draw(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def close(found, wanted):
+    """Equal to four roundings of a number of order one."""
+    tolerance = 4 * float(jnp.finfo(found.dtype).eps)
+    found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
+    np.testing.assert_allclose(found, wanted, 0, tolerance)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", ["alibi", "buckets"])
 def test_rules_in_sixteen_bits(dtype, kind):
@@ -62,8 +69,7 @@ def test_parts_in_sixteen_bits(dtype):
     whole, residual = attention(q, q, q, return_residual=True)
     np.testing.assert_allclose(lse, residual, rtol=1e-5)
     # Each part is rounded to 8 or 11 bits, and the sum of the two once more.
-    tolerance = 4 * float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (output, whole)), 0, tolerance)
+    close(output, whole)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -78,9 +84,7 @@ def test_a_ring_in_sixteen_bits(dtype):
     found = quick_jit(jax.vmap(attend, axis_name="x"))(x)
     whole = x.swapaxes(0, 1).reshape(1, 8, 2, 8)
     wanted = attention(whole, whole, whole, is_causal=True).reshape(2, 1, 4, 2, 8)
-    np.testing.assert_allclose(
-        *(y.astype(jnp.float32) for y in (found, wanted)), 0, 4 * float(jnp.finfo(dtype).eps)
-    )
+    close(found, wanted)
 
 
 def test_segment_ids_of_two_integer_types():
