@@ -64,7 +64,7 @@ def check_params(params: PyTree) -> None:
 
 
 def check_arrays(what: str, tree: PyTree) -> None:
-    """Refuses a tree with leaves that are no arrays and no numbers.
+    """Refuses a tree with leaves that are no arrays, keys or numbers.
 
     Raises:
       TypeError: the message begins with `what` and has the path.
@@ -369,7 +369,9 @@ def flags(tree: Mask, params: PyTree, what: str) -> list[bool]:
 
 
 def _check_array(name: str, leaf: Any) -> None:
-    what = _no_array(leaf)
+    dtype = getattr(leaf, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    what = f"a random key ({dtype})" if is_key else _no_array(leaf)
     if what:
         raise TypeError(
             f"{named('parameter', name)} is {what}: only arrays can be optimized: take it out "
@@ -378,14 +380,12 @@ def _check_array(name: str, leaf: Any) -> None:
 
 
 def _no_array(leaf: Any) -> str:
-    """Returns what a leaf is that is no array of numbers, "" for one that is."""
+    """Returns what a leaf is that is no array, "" for one that is."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None and callable(leaf):
         return f"the function {getattr(leaf, '__name__', type(leaf).__name__)}"
     if isinstance(leaf, (str, bytes)):
         return f"the text {leaf!r}"
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return f"a random key ({dtype})"
     if dtype is None and not isinstance(leaf, (bool, int, float, complex)):
         return f"of type {type(leaf).__name__}"
     return ""

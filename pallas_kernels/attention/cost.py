@@ -299,10 +299,10 @@ def _lengths(
 ) -> list[int]:
     if lengths is None:
         return [full if default is None else default] * batch
-    found = options.indices(name, lengths)
+    found = list(options.indices(name, lengths))
     if len(found) != batch or any(not 0 <= x <= full for x in found):
         raise ValueError(f"{name}={found}; expected {batch} numbers from 0 to {full}")
-    return list(found)
+    return found
 
 
 def _itemsize(dtype: Any) -> int:
