@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import jax
@@ -36,7 +38,7 @@ def check_scalar(**values: Any) -> None:
                 hint = "; optax takes each number as an argument of its own, such as b1 and b2"
             elif callable(value):
                 hint = "; for a schedule here wrap the optimizer in optax.inject_hyperparams"
-            raise TypeError(f"{name} must be a number, got {_shown(value)}{hint}")
+            raise TypeError(f"{name} must be a number, got {shown(value)}{hint}")
         if jnp.shape(value) != ():
             raise ValueError(f"{name} must have shape (), got an array of shape {jnp.shape(value)}")
         dtype = getattr(value, "dtype", None)
@@ -52,14 +54,98 @@ def check_transformation(**values: Any) -> None:
     Raises:
       TypeError: the message says what was given, and that a factory wants to be called.
     """
+    check_interface("an optax.GradientTransformation", ("init", "update"), **values)
+
+
+def check_interface(kind: str, attributes: Iterable[str], **values: Any) -> None:
+    """Refuses what lacks one of `attributes`, and classes and factories of what has them, by name.
+
+    Raises:
+      TypeError: the message says what was given, what `kind` is expected, and that a factory wants
+        to be called.
+    """
     for name, value in values.items():
-        if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
+        if not isinstance(value, type) and all(hasattr(value, x) for x in attributes):
             continue
         called = getattr(value, "__name__", "make")
         hint = f": call it first, as in {called}(...)" if callable(value) else ""
-        raise TypeError(
-            f"{name} must be an optax.GradientTransformation, got {_shown(value)}{hint}"
-        )
+        raise TypeError(f"{name} must be {kind}, got {shown(value)}{hint}")
+
+
+def check_function(**values: Any) -> None:
+    """Refuses what cannot be called, by name.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    for name, value in values.items():
+        if not callable(value):
+            raise TypeError(f"{name} must be a function, got {shown(value)}")
+
+
+def check_mapping(what: str, **values: Any) -> None:
+    """Refuses what is no mapping, by name; `what` says of what to what it should be.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a dict, {what}, got {shown(value)}")
+
+
+def check_names(**values: Any) -> None:
+    """Refuses what is neither text nor a list, tuple or set of texts, by name.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    for name, value in values.items():
+        entries = (value,) if isinstance(value, str) else value
+        if not isinstance(entries, (list, tuple, set, frozenset)) or not all(
+            isinstance(entry, str) for entry in entries
+        ):
+            raise TypeError(f"{name} must be text or a list of texts, got {shown(value)}")
+
+
+def check_path(**values: Any) -> None:
+    """Refuses what is no path of the file system, by name.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    for name, value in values.items():
+        if not isinstance(value, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a path, got {shown(value)}")
+
+
+def as_numbers(name: str, values: Any) -> np.ndarray:
+    """Returns a sequence of numbers in float64.
+
+    Raises:
+      TypeError: no numbers; the message says what was given.
+    """
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a sequence of numbers, got {shown(values)}") from error
+
+
+def check_per_leaf(leaves: str = "True and False", **values: Any) -> None:
+    """Refuses what says nothing of any leaf, by name: a number or text in the place of a tree.
+
+    `leaves` says what a tree should have; it is compared with the parameters at init.
+
+    Raises:
+      TypeError: no tree, no function and not None; the message says what was given.
+    """
+    for name, value in values.items():
+        number = isinstance(value, (*_NUMBERS, complex, str)) and not isinstance(value, bool)
+        if number or isinstance(value, type):
+            raise TypeError(
+                f"{name} must be a tree of {leaves}, a function of the parameters that returns "
+                f"one, or None, got {shown(value)}"
+            )
 
 
 def check_decay(**values: Any) -> None:
@@ -126,8 +212,8 @@ def check_positive_integer(**values: Any) -> None:
         if isinstance(value, np.ndarray):
             value = value[()]
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-            shown = value if is_number(value) else _shown(value)
-            raise TypeError(f"{name} must be a positive integer, got {shown}")
+            found = value if is_number(value) else shown(value)
+            raise TypeError(f"{name} must be a positive integer, got {found}")
         if value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value}")
 
@@ -140,7 +226,7 @@ def check_flag(**values: Any) -> None:
     """
     for name, value in values.items():
         if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+            raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_scalar_or_schedule(**values: Any) -> None:
@@ -156,10 +242,10 @@ def check_scalar_or_schedule(**values: Any) -> None:
     for name, value in values.items():
         if not callable(value):
             check_non_negative(**{name: value})
-        elif not _takes_a_count(value):
+        elif not takes_a_count(value):
             called = getattr(value, "__name__", "make")
             raise TypeError(
-                f"{name} must be a number or a function of the step, got {_shown(value)}: if it "
+                f"{name} must be a number or a function of the step, got {shown(value)}: if it "
                 f"makes schedules call it first, as in {called}(...)"
             )
 
@@ -171,8 +257,10 @@ def check_choice(options: tuple[str, ...], **values: Any) -> None:
       ValueError: the message has the options.
     """
     for name, value in values.items():
-        if value not in options:
-            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+        if not isinstance(value, str) or value not in options:
+            near = difflib.get_close_matches(str(value).lower(), options, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
 
 
 def check_seed(seed: Any) -> None:
@@ -211,7 +299,8 @@ def _check_width(name: str, value: Any) -> None:
         )
 
 
-def _takes_a_count(schedule: Callable[..., Any]) -> bool:
+def takes_a_count(schedule: Callable[..., Any]) -> bool:
+    """Whether a function can be called with a step alone, as far as its signature tells."""
     if isinstance(schedule, type):
         return False
     try:
@@ -223,8 +312,8 @@ def _takes_a_count(schedule: Callable[..., Any]) -> bool:
     return True
 
 
-def _shown(value: Any) -> str:
-    """A short description of a wrong argument."""
+def shown(value: Any) -> str:
+    """Returns a short description of a wrong argument."""
     text = repr(value)
     name = type(value).__name__
     if callable(value):

@@ -101,6 +101,7 @@ def decay_weights(
     The number 0 needs no parameters and leaves the updates alone; its state is that of any number.
     """
     _checks.check_scalar_or_schedule(**{name: weight_decay})
+    _checks.check_per_leaf(mask=mask)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         _tree.mask_leaves(mask, params)

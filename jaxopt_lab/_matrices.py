@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab import _roles, _tree
+from jaxopt_lab import _checks, _roles, _tree
 from jaxopt_lab._roles import MatrixAxes, Role
 
 DimensionNumbers = Any | Mapping[str, Any] | Callable[[optax.Params], Any] | None
@@ -93,6 +93,16 @@ def specification(axes: MatrixAxes | None) -> optax.contrib.MuonDimensionNumbers
         return None
     output = axes.output[0] if len(axes.output) == 1 else axes.output
     return optax.contrib.MuonDimensionNumbers(axes.reduction, output)
+
+
+def check(dimension_numbers: DimensionNumbers) -> None:
+    """Refuses what says nothing of axes: a number or text in the place of a tree.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    kinds = "optax.contrib.MuonDimensionNumbers (or a dict of them by pattern)"
+    _checks.check_per_leaf(kinds, dimension_numbers=dimension_numbers)
 
 
 def resolve(spec: Any, name: str, ndim: int, what: str = "dimension_numbers") -> MatrixAxes | None:

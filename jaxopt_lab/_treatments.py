@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import jax
 import optax
 
-from jaxopt_lab import _checks, _compat, _matrices, _roles
+from jaxopt_lab import _checks, _compat, _matrices, _roles, _tree
 
 
 class Described(Protocol):
@@ -63,7 +63,12 @@ class LeafTreatment:
 
 @dataclasses.dataclass(frozen=True)
 class Treatments:
-    """What `treatments` found; `str(result)` is a table with one line a parameter."""
+    """What `treatments` found; `str(result)` is a table with one line a parameter.
+
+    Attributes:
+      parameters: what becomes of each, in the order of the rules and of the parameters; all have
+        `name`, `shape`, `rule`, `kind` and `reason`.
+    """
 
     parameters: tuple[Any, ...]
 
@@ -122,6 +127,7 @@ def treatments(tx: optax.GradientTransformation, params: optax.Params) -> Treatm
       up     (4, 8)  muon (matrix)
     """
     _checks.check_transformation(tx=tx)
+    _tree.check_arrays("params", params)
     found: list[Any] = []
 
     def init(params: optax.Params) -> None:

@@ -36,6 +36,11 @@ def leaves_with_names(tree: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
 
 
+def named(kind: str, name: str) -> str:
+    """Returns how a message calls a leaf; a bare array has no path."""
+    return f"{kind} '{name}'" if name else f"the {kind}"
+
+
 def check_params(params: PyTree) -> None:
     """Refuses parameters that are not real floating point.
 
@@ -48,14 +53,27 @@ def check_params(params: PyTree) -> None:
         found = _dtype(leaf)
         if jnp.issubdtype(found, jnp.complexfloating):
             raise TypeError(
-                f"parameter '{name}' is complex ({found}); wrap the transformation in "
+                f"{named('parameter', name)} is complex ({found}); wrap the transformation in "
                 "optax.contrib.split_real_and_imaginary"
             )
         if not jnp.issubdtype(found, jnp.floating):
             raise TypeError(
-                f"parameter '{name}' has dtype {found}: integer parameters cannot be optimized; "
-                "mask them (optax.masked, optax.partition)"
+                f"{named('parameter', name)} has dtype {found}: integer parameters cannot be "
+                "optimized; mask them (optax.masked, optax.partition)"
             )
+
+
+def check_arrays(what: str, tree: PyTree) -> None:
+    """Refuses a tree with leaves that are no arrays, keys or numbers.
+
+    Raises:
+      TypeError: the message begins with `what` and has the path.
+    """
+    for name, leaf in leaves_with_names(tree):
+        found = _no_array(leaf)
+        if found:
+            where = f"{what} leaf '{name}'" if name else what
+            raise TypeError(f"{where} is {found}; expected an array")
 
 
 def is_function(value: Any) -> TypeGuard[Callable[[PyTree], PyTree]]:
@@ -155,7 +173,7 @@ def check_updates(updates: PyTree, tree: PyTree, whose: str = "the tree given to
     for index, (gradient, leaf) in enumerate(zip(gradients, leaves)):
         if jnp.shape(gradient) != jnp.shape(leaf):
             raise ValueError(
-                f"updates leaf '{leaves_with_names(updates)[index][0]}' has shape "
+                f"{named('updates leaf', leaves_with_names(updates)[index][0])} has shape "
                 f"{jnp.shape(gradient)}, but in {whose} it has shape {jnp.shape(leaf)}"
             )
 
@@ -169,7 +187,9 @@ def check_gradient(name: str, gradient: Any) -> None:
     if not _is_real(gradient):
         dtype = getattr(gradient, "dtype", None)
         dtype = _dtype(gradient) if dtype is None else dtype
-        raise TypeError(f"updates leaf '{name}' has dtype {dtype}; expected real floating point")
+        raise TypeError(
+            f"{named('updates leaf', name)} has dtype {dtype}; expected real floating point"
+        )
 
 
 def update_dtypes(updates: PyTree, like: PyTree | None) -> list[np.dtype]:
@@ -349,22 +369,26 @@ def flags(tree: Mask, params: PyTree, what: str) -> list[bool]:
 
 
 def _check_array(name: str, leaf: Any) -> None:
-    advice = (
-        "only arrays can be optimized: take it out (equinox.filter, flax.nnx.state) or mask it "
-        "(optax.masked, optax.partition)"
-    )
+    dtype = getattr(leaf, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    what = f"a random key ({dtype})" if is_key else _no_array(leaf)
+    if what:
+        raise TypeError(
+            f"{named('parameter', name)} is {what}: only arrays can be optimized: take it out "
+            "(equinox.filter, flax.nnx.state) or mask it (optax.masked, optax.partition)"
+        )
+
+
+def _no_array(leaf: Any) -> str:
+    """Returns what a leaf is that is no array, "" for one that is."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None and callable(leaf):
-        what = f"the function {getattr(leaf, '__name__', type(leaf).__name__)}"
-    elif isinstance(leaf, (str, bytes)):
-        what = f"the text {leaf!r}"
-    elif dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        what = f"a random key ({dtype})"
-    elif dtype is None and not isinstance(leaf, (bool, int, float, complex)):
-        what = f"of type {type(leaf).__name__}"
-    else:
-        return
-    raise TypeError(f"parameter '{name}' is {what}: {advice}")
+        return f"the function {getattr(leaf, '__name__', type(leaf).__name__)}"
+    if isinstance(leaf, (str, bytes)):
+        return f"the text {leaf!r}"
+    if dtype is None and not isinstance(leaf, (bool, int, float, complex)):
+        return f"of type {type(leaf).__name__}"
+    return ""
 
 
 def _dtype(leaf: Any) -> np.dtype:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
-from jaxopt_lab import _tree
-from jaxopt_lab.adapters import _trace
+from jaxopt_lab import _checks, _tree
+from jaxopt_lab.adapters import _targets, _trace
 from jaxopt_lab.adapters._trace import Convolution, Dot, Tracked
+
+
+def check(config: Any, batches: Any, **function: Any) -> None:
+    """Refuses arguments that no estimate can be made of, by name.
+
+    Raises:
+      TypeError: no config, no function, or batches that nothing iterates over.
+    """
+    _targets.check_config(config)
+    _checks.check_function(**function)
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
+        raise TypeError(
+            f"batches must be a list, an iterator or the like of batches, got a "
+            f"{type(batches).__name__}; of one batch, [batch]"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

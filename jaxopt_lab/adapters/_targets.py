@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxopt_lab import _matrices, _roles
+from jaxopt_lab import _checks, _matrices, _roles
 from jaxopt_lab.adapters import _kernels, _whole
 
 Dims = optax.contrib.MuonDimensionNumbers
@@ -62,6 +63,40 @@ class Choice(Protocol):
     def kernel_axes(self) -> Mapping[str, Any] | None: ...
 
 
+def check(choice: Choice) -> None:
+    """Refuses what is no choice of layers, by the name of the field.
+
+    Raises:
+      TypeError: no text or list of texts, no number of a layer or list of them, or no dict.
+    """
+    _checks.check_names(target_modules=choice.target_modules)
+    for name in ("exclude_modules", "layers_pattern"):
+        if getattr(choice, name) is not None:
+            _checks.check_names(**{name: getattr(choice, name)})
+    layers = choice.layers_to_transform
+    if layers is not None:
+        entries = layers if isinstance(layers, (list, tuple, range)) else [layers]
+        if any(isinstance(x, bool) or not isinstance(x, (int, np.integer)) for x in entries):
+            raise TypeError(
+                f"layers_to_transform must be the number of a layer or a list of them, got "
+                f"{layers!r}"
+            )
+    if choice.kernel_axes is not None:
+        _checks.check_mapping(
+            "of optax.contrib.MuonDimensionNumbers by pattern", kernel_axes=choice.kernel_axes
+        )
+
+
+def check_config(config: Any) -> None:
+    """Refuses what `init_adapters` can make nothing of.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    kind = "a LoraConfig, PerpConfig or MissConfig"
+    _checks.check_interface(kind, ("kernels", "start"), config=config)
+
+
 def choose(params: Any, choice: Choice) -> tuple[Target, ...]:
     """Returns the kernels chosen, in the order of the tree.
 
@@ -71,6 +106,11 @@ def choose(params: Any, choice: Choice) -> tuple[Target, ...]:
       TypeError: a kernel that is not real floating point.
     """
     kernels = candidates(params)
+    if not kernels:
+        raise ValueError(
+            "params has nothing to adapt, no leaf with two axes or more that is no bias or norm; "
+            f"got {_kernels.shown(params)}"
+        )
     chosen = _matching(kernels, choice.target_modules, "target_modules")
     if choice.exclude_modules is not None:
         chosen -= _matching(kernels, choice.exclude_modules, "exclude_modules")
@@ -184,7 +224,7 @@ def _layer(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
 
 
 def _as_list(value: Any) -> list[Any]:
-    return [value] if isinstance(value, (int, str)) else list(value)
+    return [value] if isinstance(value, (int, np.integer, str)) else list(value)
 
 
 def target(name: str, kernel: Candidate, kernel_axes: Mapping[str, Any]) -> Target:

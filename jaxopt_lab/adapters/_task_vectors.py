@@ -27,6 +27,8 @@ def check_models(base: PyTree, finetuned: Any) -> list[PyTree]:
         raise TypeError(f"finetuned must be a list of models, got {type(finetuned).__name__}")
     if not finetuned:
         raise ValueError("finetuned must have at least one model, got none")
+    for index, model in enumerate((base, *finetuned)):
+        _tree.check_arrays(f"finetuned[{index - 1}]" if index else "base", model)
     wanted = dict(_tree.leaves_with_names(base))
     for name, leaf in wanted.items():
         if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):

@@ -36,7 +36,8 @@ def check(choice: Choice) -> None:
     """
     _checks.check_choice(get_args(Bias), bias=choice.bias)
     entries = choice.modules_to_save
-    if isinstance(entries, str) or not all(isinstance(entry, str) for entry in entries or ()):
+    known = entries is None or isinstance(entries, (list, tuple, set, frozenset))
+    if not known or not all(isinstance(entry, str) for entry in entries or ()):
         raise TypeError(f"modules_to_save must be a list of names or None, got {entries!r}")
 
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxopt_lab import _compat, _flax, _tree
-from jaxopt_lab.adapters import _kernels, _whole
+from jaxopt_lab import _checks, _compat, _flax, _tree
+from jaxopt_lab.adapters import _kernels, _targets, _whole
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 
 Initializer = Callable[[Kernel, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -173,6 +173,9 @@ def init_adapters(
             "these parameters have adapters already; merge them (merge_adapters(...).params) to "
             "start others on top"
         )
+    _targets.check_config(config)
+    if init is not None:
+        _checks.check_function(init=init)
     kernels = config.kernels(params)
     names = _whole.leaves(params, config, kernels)
     leaves = _kernels.named_leaves(params)

@@ -88,6 +88,7 @@ def breadcrumbs_merge(
     for name, value in {"keep": keep, "remove": remove}.items():
         if not _checks.is_number(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    _checks.check_flag(remove_first=remove_first)
     _checks.check_fraction(keep=keep, remove=remove)
     _task_vectors.check_scale(scale)
     _checks.check_choice(("row", "layer"), scope=scope)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _compat
+from jaxopt_lab import _checks, _compat
 from jaxopt_lab.adapters import _kernels
 from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import Initializer
@@ -63,6 +63,7 @@ def corda(covariances: Mapping[str, Any], corda_method: Method = "ipm") -> Initi
     References:
       Yang et al., `CorDA <https://arxiv.org/abs/2406.05223>`_, NeurIPS 2024.
     """
+    _checks.check_mapping("of covariances, from estimate_covariances", covariances=covariances)
     if corda_method not in _METHODS:
         raise ValueError(f"corda_method must be one of {_METHODS}, got {corda_method!r}")
 

@@ -63,6 +63,7 @@ def estimate_covariances(
     References:
       Yang et al., `CorDA <https://arxiv.org/abs/2406.05223>`_, NeurIPS 2024.
     """
+    _inputs.check(config, batches, fun=fun)
     kernels = config.kernels(params)
 
     @jax.jit

@@ -72,6 +72,9 @@ def estimate_scatter(
     References:
       Paischer et al., `EVA <https://arxiv.org/abs/2410.07170>`_, 2024.
     """
+    _inputs.check(config, batches, fun=fun)
+    if mask is not None:
+        _checks.check_function(mask=mask)
     kernels = config.kernels(params)
 
     @jax.jit
@@ -148,7 +151,7 @@ def eva(
       Paischer et al., `EVA <https://arxiv.org/abs/2410.07170>`_, 2024.
     """
     if type(config) is not LoraConfig:
-        raise TypeError(f"eva needs a LoraConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}")
     if not isinstance(scatter, Mapping) or not scatter:
         found = "nothing" if isinstance(scatter, Mapping) else type(scatter).__name__
         raise TypeError(f"scatter must be a dict from estimate_scatter, by kernel, got {found}")

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _tree
+from jaxopt_lab import _checks, _tree
 from jaxopt_lab.adapters import _kernels, _trace
 from jaxopt_lab.adapters._kernels import Factors
 from jaxopt_lab.adapters._trace import Convolution, Dot, Tracked
@@ -68,6 +68,7 @@ def factored(fun: Callable[..., Any]) -> Callable[..., Any]:
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, ICLR 2022, equation 3.
     """
+    _checks.check_function(fun=fun)
 
     @functools.wraps(fun)
     def function(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab import _checks
-from jaxopt_lab.adapters import _kernels
+from jaxopt_lab.adapters import _inputs, _kernels
 from jaxopt_lab.adapters.adapt import AdapterConfig
 
 
@@ -61,6 +61,7 @@ def estimate_gradients(
       >>> adapters.estimate_gradients(loss, {"w": jnp.ones((2, 1))}, batches, config)["w"].tolist()
       [[2.0], [1.0]]
     """
+    _inputs.check(config, batches, loss=loss)
     kernels = config.kernels(params)
     if kernels_at_once is not None:
         _checks.check_positive_integer(kernels_at_once=kernels_at_once)

@@ -95,9 +95,13 @@ def ist(
     References:
       Yao et al., `IST <https://arxiv.org/abs/2410.11772>`_, Findings of EMNLP 2024, algorithm 1.
     """
+    _checks.check_transformation(inner=inner)
+    if not isinstance(layers, str):
+        raise TypeError(f"layers must be a regular expression, got {layers!r}")
     for name, value in {"trained": trained, "damped": damped, "damping": damping}.items():
         _checks.check_fraction(**{name: value})
     _checks.check_positive_integer(probes=probes, probe_every=probe_every)
+    _checks.check_positive(score_learning_rate=score_learning_rate)
     _checks.check_seed(seed)
     rule = optax.with_extra_args_support(inner)
 

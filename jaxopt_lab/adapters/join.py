@@ -78,6 +78,10 @@ def join_adapters(
     _check_type(combination_type, svd_rank)
     if not isinstance(base, (AdapterBase, list, tuple)):
         _check_base(base)
+    if not isinstance(adapters, (list, tuple)):
+        raise TypeError(
+            f"adapters must be a list of adapters of one model, got {type(adapters).__name__}"
+        )
     bases = [base] * len(adapters) if isinstance(base, AdapterBase) else list(base)
     if not adapters or len(bases) != len(adapters):
         raise ValueError(

@@ -42,7 +42,7 @@ class LoraConfig:
         too, where nothing else does.
       r: rank; the number of columns of `lora_a`.
       lora_alpha: :math:`\alpha`.
-      exclude_modules: as `target_modules`, to be left out.
+      exclude_modules: what is left out of these, by the end of its name or a regular expression.
       use_rslora: divide alpha by the root of the rank.
       use_dora: adapt the length of each output unit apart (`dora`); adds `lora_magnitude`, shape
         (batch..., outputs...).
@@ -52,7 +52,7 @@ class LoraConfig:
         `pissa` and `olora`; False, where both factors are random and the function starts changed.
       rank_pattern: other ranks by pattern, as `{"attention.query": 16}`; a pattern is a regular
         expression for the end of the name, from a dot on. The first that matches counts.
-      alpha_pattern: other values of alpha, likewise.
+      alpha_pattern: other values of alpha by pattern, as `{"attention.query": 32}`.
       layers_to_transform: numbers of the layers that are adapted, all others are left out.
       layers_pattern: name before the number of a layer, if it is not the first number in the path.
       kernel_axes: by pattern, as `rank_pattern`, which axes of a kernel are inputs and outputs:
@@ -104,6 +104,9 @@ class LoraConfig:
     lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        _targets.check(self)
+        _checks.check_mapping("of ranks by pattern", rank_pattern=self.rank_pattern)
+        _checks.check_mapping("of alphas by pattern", alpha_pattern=self.alpha_pattern)
         for r in (self.r, *self.rank_pattern.values()):
             _checks.check_positive_integer(r=r)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):

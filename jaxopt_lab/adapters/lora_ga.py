@@ -91,6 +91,8 @@ def lora_ga(
     if compat not in (None, "peft"):
         raise ValueError(f"compat must be None or 'peft', got {compat!r}")
     _svd.check_method(method)
+    _checks.check_mapping("of gradients by kernel, from estimate_gradients", gradients=gradients)
+    _checks.check_flag(norm_clip=norm_clip)
     _checks.check_positive(stable_gamma=stable_gamma)
     _checks.check_non_negative(power_iterations=power_iterations)
 

@@ -36,17 +36,21 @@ class MissConfig:
     of LoRA's parameters for a square kernel. There is no scaling.
 
     Attributes:
-      target_modules: see `LoraConfig`.
+      target_modules: layers by the end of their dotted name, a list of such; a string is a regular
+        expression for the whole name; "all-linear" is every kernel but those of embeddings and the
+        output head.
       r: rows of the block: period along the inputs.
       mini_r: m, the period along the outputs of "mini"; it divides the outputs.
-      exclude_modules: see `LoraConfig`.
+      exclude_modules: what is left out of these, by the end of its name or a regular expression.
       init_weights: True, "mini" or "bat"; for "bat", r divides inputs and outputs.
-      layers_to_transform: see `LoraConfig`.
-      layers_pattern: see `LoraConfig`.
-      kernel_axes: see `LoraConfig`.
-      adapter_dtype: see `LoraConfig`.
-      bias: see `LoraConfig`.
-      modules_to_save: see `LoraConfig`.
+      layers_to_transform: numbers of the layers that are adapted, all others are left out.
+      layers_pattern: name before the number of a layer, if it is not the first number in the path.
+      kernel_axes: by pattern, which axes of a kernel are inputs and outputs, as
+        `optax.contrib.MuonDimensionNumbers`; by default they follow from names and shapes.
+      adapter_dtype: dtype of the factors; by default the widest of float32 and the kernel's.
+      bias: biases that are trained whole: "none", "all" of the model, or "lora_only", those of the
+        layers with an adapter.
+      modules_to_save: modules that are trained whole, by the end of their dotted name.
 
     Raises:
       ValueError: an unknown variant; at init, sides that r or mini_r do not divide, or
@@ -78,10 +82,11 @@ class MissConfig:
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        _targets.check(self)
         _checks.check_positive_integer(r=self.r, mini_r=self.mini_r)
         _whole.check(self)
         _checks.canonical_mu_dtype(self.adapter_dtype, "adapter_dtype")
-        if self.init_weights not in (True, "mini", "bat"):
+        if self.init_weights is not True and str(self.init_weights) not in ("mini", "bat"):
             raise ValueError(
                 f"init_weights must be True, 'mini' or 'bat', got {self.init_weights!r}"
             )

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab import _names
+from jaxopt_lab import _checks, _names
 from jaxopt_lab.adapters import _kernels, _starts
 from jaxopt_lab.adapters._kernels import Factors, Kernel
 from jaxopt_lab.adapters.lora import LoraConfig
@@ -40,9 +40,29 @@ class PerpConfig(LoraConfig):
     :math:`1/\sqrt{r}`, so that their product is one; it has no scaling.
 
     Attributes:
+      target_modules: layers by the end of their dotted name, a list of such; a string is a regular
+        expression for the whole name; "all-linear" is every kernel but those of embeddings and the
+        output head.
+      r: rank of the factors; 16 by default, as in the authors' runs.
+      lora_alpha: :math:`\alpha`, 32 by default.
+      exclude_modules: what is left out of these, by the end of its name or a regular expression.
+      use_rslora: divide alpha by the root of the rank.
+      use_dora: False; DoRA is no form of PERP.
+      init_lora_weights: start of the factors: True (`a` uniform, `b` zero), "gaussian" or
+        "orthogonal"; starts that change the base are none here.
+      rank_pattern: other ranks by pattern, as `{"attention.query": 16}`.
+      alpha_pattern: other values of alpha by pattern.
+      layers_to_transform: numbers of the layers that are adapted, all others are left out.
+      layers_pattern: name before the number of a layer, if it is not the first number in the path.
+      kernel_axes: by pattern, which axes of a kernel are inputs and outputs, as
+        `optax.contrib.MuonDimensionNumbers`; by default they follow from names and shapes.
+      adapter_dtype: dtype of the factors; by default the widest of float32 and the kernel's.
+      bias: biases that are trained whole: "none", "all" of the model, or "lora_only", those of the
+        layers with an adapter.
+      modules_to_save: modules that are trained whole, by the end of their dotted name.
+      task_type: what the model is for, as "CAUSAL_LM".
+      lora_dropout: 0; the adapted kernel is used as a whole, and no input of `a` exists.
       form: "mask_lora", "lora_prune" or "scale_lora".
-      r: 16 by default, as in the authors' runs.
-      lora_alpha: 32 by default.
 
     Raises:
       ValueError: an unknown form, a computed start, or DoRA, and what `LoraConfig` raises.
@@ -152,6 +172,7 @@ def perp_labels(params: Any, *, biases: bool = True, norms: bool = True, head: b
     References:
       Zimmer et al., `PERP <https://arxiv.org/abs/2312.15230>`_, 2023, section 3.
     """
+    _checks.check_flag(biases=biases, norms=norms, head=head)
 
     def label(path: tuple[Any, ...], leaf: Any) -> str:
         del leaf

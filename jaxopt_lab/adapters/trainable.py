@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxopt_lab.adapters.adapt import AdapterBase, parts
+from jaxopt_lab.adapters.adapt import AdapterBase, parts, require_apart
 
 
 class TrainableParameters(NamedTuple):
@@ -55,6 +55,7 @@ def trainable_parameters(base: AdapterBase, adapters: Mapping[str, Any]) -> Trai
       w              1     8 x 6  2        4          28
       trained: 28 beside 54 of the base (51.852%)
     """
+    require_apart(base, "trainable_parameters")
     rows, trained = [], 0
     factors, whole = parts(base, adapters)
     for kernel in base.kernels:

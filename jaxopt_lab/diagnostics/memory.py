@@ -121,6 +121,7 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
       total                                  6,006,004  6 for each of 1,001,000
     """
     _checks.check_transformation(tx=tx)
+    _tree.check_arrays("params", params)
     bare = jax.tree_util.all_leaves([params])
     tree = {_BARE: params} if bare else params
     tree, state = jax.eval_shape(lambda p: (p, tx.init(p)), tree)
@@ -229,6 +230,9 @@ def training_memory(
     """
     _checks.check_transformation(tx=tx)
     _tree.check_params(params)
+    _checks.check_function(loss=loss)
+    _tree.check_arrays("batch", batch)
+    _checks.check_flag(donate=donate)
     _check_loss(loss, params, batch)
     update = optax.with_extra_args_support(tx).update
 

@@ -40,11 +40,13 @@ def canonical(axis_name: Any, argument: str = "axis_name") -> AxisName:
     """Returns a name as it is, and several names as a tuple.
 
     Raises:
-      TypeError: no name, which is what can be hashed and is not None; the message has `argument`.
+      TypeError: no name, such as None, a function or a number with a fraction; the message has
+        `argument`.
       ValueError: no axis, or one twice.
     """
     if not isinstance(axis_name, (tuple, list)):
-        if axis_name is None or not isinstance(axis_name, Hashable):
+        no_name = callable(axis_name) or isinstance(axis_name, (bool, float, complex))
+        if no_name or not isinstance(axis_name, Hashable) or axis_name in (None, ""):
             raise TypeError(
                 f"{argument} must be the name of a mapped axis or a tuple of names, got "
                 f"{axis_name!r}"

@@ -166,6 +166,8 @@ def error_feedback(
     check_compressor(compressor)
     _checks.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
+    _checks.check_scalar(error_decay=error_decay)
+    _checks.check_flag(two_phase=two_phase)
     if _checks.is_number(error_decay) and not 0.0 < error_decay <= 1.0:
         raise ValueError(f"error_decay must be in (0, 1], got {error_decay}")
 

@@ -274,6 +274,7 @@ def random_k(fraction: float, *, unbiased: bool = False) -> RandomK:
       Array([3., 3.], dtype=float32)
     """
     _check_share(fraction)
+    _checks.check_flag(unbiased=unbiased)
     return RandomK(fraction, unbiased)
 
 
@@ -296,6 +297,7 @@ def _share(fraction: float, size: int) -> int:
 
 
 def _check_share(fraction: float) -> None:
+    _checks.check_scalar(fraction=fraction)
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
 

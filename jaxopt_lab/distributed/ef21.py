@@ -177,7 +177,7 @@ def ef21(
 
 def _relative(weights: Sequence[float]) -> np.ndarray:
     """Returns N w_i, the weights with mean 1."""
-    found = np.asarray(weights, np.float64)
+    found = _checks.as_numbers("weights", weights)
     if found.ndim != 1 or not found.size or not np.all((found > 0) & np.isfinite(found)):
         raise ValueError(f"weights must be a sequence of positive numbers, got {weights}")
     return found / found.mean()

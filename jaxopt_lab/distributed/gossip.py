@@ -309,8 +309,12 @@ def _check(
         raise ValueError(f"shape is that of a torus, but graph is {graph!r}")
     if shape is not None:
         pairing.torus(shape)
+    _checks.check_flag(variance_corrected=variance_corrected)
+    _checks.check_per_leaf(mask=mask)
     if not variance_corrected and (max_scale is not None or mask is not None):
         raise ValueError("max_scale and mask are those of variance_corrected, which is False")
-    if max_scale is not None and _checks.is_number(max_scale) and not max_scale >= 1:
-        raise ValueError(f"max_scale must be at least 1, got {max_scale}")
+    if max_scale is not None:
+        _checks.check_scalar(max_scale=max_scale)
+        if _checks.is_number(max_scale) and not max_scale >= 1:
+            raise ValueError(f"max_scale must be at least 1, got {max_scale}")
     _checks.check_seed(seed)

@@ -24,12 +24,18 @@ class Exchange(NamedTuple):
 
     `local_updates` calls them within an update, `train_rounds` around the steps of a whole round:
     `begin`, the local steps, `finish`.
+
+    Attributes:
+      init: `params -> exchange state`; may be called outside of the axis.
+      begin: `exchange state -> message`: what can be sent before the steps end.
+      finish: `params, exchange state, message -> params, exchange state`.
+      axis_name: the mapped axis of the replicas.
     """
 
-    init: Callable[[Any], Any]  # params -> exchange state
-    begin: Callable[[Any], Any]  # exchange state -> message; what can be sent before the steps end
-    finish: Callable[[Any, Any, Any], tuple[Any, Any]]  # params, state, message -> params, state
-    axis_name: _axes.AxisName  # the mapped axis of the replicas; init may be called outside it
+    init: Callable[[Any], Any]
+    begin: Callable[[Any], Any]
+    finish: Callable[[Any, Any, Any], tuple[Any, Any]]
+    axis_name: _axes.AxisName
 
 
 class LocalUpdatesState(NamedTuple):

@@ -165,6 +165,8 @@ def scale_by_one_bit_adam(
     _checks.check_decay(b1=b1, b2=b2)
     _checks.check_positive(eps=eps)
     _checks.check_positive_integer(freeze_step=freeze_step)
+    _checks.check_flag(bias_correction=bias_correction)
+    _checks.check_per_leaf(momentum_mask=momentum_mask)
     axis_name = _axes.canonical(axis_name)
 
     def init_fn(params: optax.Params) -> ScaleByOneBitAdamState:

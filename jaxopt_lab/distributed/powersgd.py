@@ -100,6 +100,8 @@ def powersgd(
     _checks.check_seed(seed)
     axis_name = _axes.canonical(axis_name)
     _checks.check_positive_integer(rank=rank)
+    _matrices.check(dimension_numbers)
+    _checks.check_flag(warm_start=warm_start)
     _checks.check_non_negative(min_compression_rate=min_compression_rate)
 
     def factors(choice: _matrices.Choice) -> tuple[int, int, int] | None:

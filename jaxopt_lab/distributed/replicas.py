@@ -250,8 +250,8 @@ class Replicas:
             found = np.shape(leaf)
             if not found or found[0] != len(self.local):
                 raise ValueError(
-                    f"leaf '{name}' has shape {found}; expected the {len(self.local)} replicas of "
-                    "this process as its leading axis"
+                    f"{_tree.named('leaf', name)} has shape {found}; expected the "
+                    f"{len(self.local)} replicas of this process as its leading axis"
                 )
 
         def placed(x: Any) -> jax.Array:
@@ -457,7 +457,12 @@ def device_replicas(axis_name: str = "replica", devices: Sequence[Any] | None = 
       True
     """
     _check_axis(axis_name)
-    found = np.asarray(jax.devices() if devices is None else list(devices))
+    devices = jax.devices() if devices is None else devices
+    if not isinstance(devices, (list, tuple, np.ndarray)) or not all(
+        isinstance(device, jax.Device) for device in np.ravel(np.asarray(devices))
+    ):
+        raise TypeError(f"devices must be a list of jax.Device, got {devices!r}")
+    found = np.asarray(devices)
     if not found.size or len(set(found.flat)) < found.size:
         raise ValueError(f"devices must be different devices, at least one, got {devices}")
     return Replicas(axis_name, Mesh(found, (axis_name,), axis_types=(AxisType.Auto,)), found.size)

@@ -105,6 +105,13 @@ def train_rounds(
       Douillard et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, 2023, algorithm 1. Sun et al.,
       `CO2 <https://arxiv.org/abs/2401.16265>`_, ICLR 2024, for the collective beside the steps.
     """
+    if not isinstance(replicas, Replicas):
+        raise TypeError(
+            "replicas must be what simulated_replicas or device_replicas returns, got "
+            f"{type(replicas).__name__}"
+        )
+    _checks.check_function(loss=loss)
+    _checks.check_flag(has_aux=has_aux)
     tx = local_updates(inner, exchange, sync_every)
     if _axes.canonical(exchange.axis_name) != replicas.axis_name:
         raise ValueError(
@@ -220,6 +227,6 @@ def _check_batches(batches: Any, count: int, sync_every: int) -> None:
     for name, leaf in _tree.leaves_with_names(batches):
         if np.shape(leaf)[:2] != (count, sync_every):
             raise ValueError(
-                f"batch '{name}' has shape {np.shape(leaf)}; expected its first axes to be "
-                f"{count} replicas and {sync_every} local steps"
+                f"{_tree.named('batch', name)} has shape {np.shape(leaf)}; expected its first "
+                f"axes to be {count} replicas and {sync_every} local steps"
             )

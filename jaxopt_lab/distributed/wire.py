@@ -35,12 +35,20 @@ _PRIMITIVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation of a program."""
+    """One collective operation of a program.
 
-    kind: str  # one of `KINDS`
-    axes: tuple[Any, ...]  # the mapped axes; empty if read from a compiled program
-    replicas: int  # that take part
-    payload_bytes: int  # held by one replica before the call
+    Attributes:
+      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "permute".
+      axes: the mapped axes; empty if read from a compiled program.
+      replicas: how many take part.
+      payload_bytes: what one replica holds before the call.
+      executions: how often it runs.
+    """
+
+    kind: str
+    axes: tuple[Any, ...]
+    replicas: int
+    payload_bytes: int
     executions: int = 1
 
     @property

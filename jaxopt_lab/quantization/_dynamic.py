@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _compat
+from jaxopt_lab import _checks, _compat
 
 
-@functools.cache
 def dynamic_code(signed: bool) -> np.ndarray:
     r"""The 256 levels of the dynamic-exponent code: finer steps for larger numbers.
 
@@ -39,6 +38,12 @@ def dynamic_code(signed: bool) -> np.ndarray:
       array([0.0000000e+00, 3.2500000e-07, 1.1054687e-01, 1.0000000e+00],
             dtype=float32)
     """
+    _checks.check_flag(signed=signed)
+    return _levels(bool(signed))
+
+
+@functools.cache
+def _levels(signed: bool) -> np.ndarray:
     positive = []
     for k in range(7):
         cells = 2 ** (k if signed else k + 1)

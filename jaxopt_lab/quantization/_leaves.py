@@ -138,7 +138,7 @@ def check(codec: CodecChoice, min_size: Any, seed: Any) -> None:
     if not callable(codec) and not _is_codec(codec):
         raise TypeError(
             "codec must be a codec, such as int8(), or a function of a path and a leaf; got "
-            f"{type(codec).__name__}"
+            f"{_checks.shown(codec)}"
         )
 
 

@@ -88,6 +88,7 @@ def bfloat16(stochastic: bool = True) -> Bfloat16:
       >>> codec.decode(codec.encode(jnp.array([1.0, -0.5]), jax.random.key(0)), jnp.float32)
       Array([ 1. , -0.5], dtype=float32)
     """
+    _checks.check_flag(stochastic=stochastic)
     return Bfloat16(stochastic)
 
 

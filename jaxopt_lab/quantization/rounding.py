@@ -53,6 +53,7 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
       <https://arxiv.org/abs/1502.02551>`_, 2015, section 3.
     """
     key = _one_key(key)
+    _tree.check_arrays("x", x)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x has dtype {x.dtype}; expected real floating point")

@@ -197,3 +197,9 @@ def check_schedule(**values: Callable[..., Any]) -> None:
     for name, value in values.items():
         if not callable(value):
             raise TypeError(f"{name} must be a function of the step, got {type(value).__name__}")
+        if not _checks.takes_a_count(value):
+            raise TypeError(
+                f"{name} must be a function of the step alone, got "
+                f"{getattr(value, '__name__', type(value).__name__)!r}: if it makes schedules call "
+                "it first"
+            )

@@ -187,7 +187,7 @@ def refined_schedule(
 def _usable(norms: Any) -> np.ndarray:
     if isinstance(norms, Tracer):
         raise TypeError("norms must be concrete: call refined_schedule outside of jit")
-    values = np.asarray(norms, np.float64)
+    values = _checks.as_numbers("norms", norms)
     if values.ndim != 1:
         raise ValueError(f"norms must have shape (updates,), got {values.shape}")
     values = values[np.isfinite(values) & (values != _NOT_RECORDED)]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxopt_lab import _checks
 from jaxopt_lab.schedules import _phases
 
 
@@ -56,7 +57,7 @@ def rewarmed(
       >>> [float(halves(t)) for t in range(9)]
       [1.0, 0.75, 0.5, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
     """
-    _phases.check_schedule(make_schedule=make_schedule)
+    _checks.check_function(make_schedule=make_schedule)
     begin = _phases.as_start("start_step", start_step)
     lengths = _lengths(phase_steps)
     schedules = [make_schedule(phase, steps) for phase, steps in enumerate(lengths)]

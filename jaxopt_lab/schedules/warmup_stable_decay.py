@@ -88,6 +88,7 @@ def wsd_schedule(
     _phases.check_not_above("init_value", init_value, "peak_value", peak_value)
     _phases.check_not_above("end_value", end_value, "peak_value", peak_value)
     _checks.check_choice(_phases.WARMUP_SHAPES, warmup_shape=warmup_shape)
+    _checks.check_flag(zero_based_warmup=zero_based_warmup)
     warmup = _phases.as_steps("warmup_steps", warmup_steps)
     if (stable_steps is None) != (decay_steps is None):
         raise ValueError(
@@ -223,6 +224,7 @@ def inverse_sqrt_schedule(
     """
     _phases.check_rate(peak_value=peak_value, init_value=init_value)
     _phases.check_not_above("init_value", init_value, "peak_value", peak_value)
+    _checks.check_flag(zero_based_warmup=zero_based_warmup)
     warmup = _phases.as_steps("warmup_steps", warmup_steps)
     if timescale is None and warmup == 0:
         raise ValueError("timescale is needed if warmup_steps is 0, got None")

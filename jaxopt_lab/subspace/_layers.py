@@ -25,11 +25,16 @@ def by_layer(name: str) -> str:
     Returns:
       The name of the block.
 
+    Raises:
+      TypeError: no text.
+
     Examples:
       >>> from jaxopt_lab.subspace import by_layer
       >>> by_layer("blocks/3/up/kernel"), by_layer("layer12/bias"), by_layer("norm/scale")
       ('blocks/3', 'layer12', 'norm')
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be the path of a leaf, such as 'blocks/3/up', got {name!r}")
     parts = name.split("/")
     numbered = [index for index, part in enumerate(parts) if re.search(r"\d", part)]
     return "/".join(parts[: numbered[0] + 1]) if numbered else parts[0]

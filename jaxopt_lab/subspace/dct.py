@@ -166,7 +166,7 @@ def dct(type: Literal[2, 3] = 3, norm: Literal[1, 2] = 1, choose: Choose | None 
       <https://arxiv.org/abs/2505.17967>`_, 2025.
     """
     for name, value, options in (("type", type, _TYPES), ("norm", norm, _NORMS)):
-        if isinstance(value, bool) or value not in options:
+        if isinstance(value, (bool, np.ndarray, jax.Array)) or value not in options:
             raise ValueError(f"{name} must be one of {options}, got {value!r}")
     _arguments.check_function(choose=choose)
     return DCT(type, norm, choose)

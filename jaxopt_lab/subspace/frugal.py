@@ -152,6 +152,10 @@ def frugal(
     selector: Projection = columns() if projection is None else projection
     first_gap = update_gap if first_gap is None else first_gap
     _check(selector, density, update_gap, first_gap, stagger, seed, on_refresh)
+    _matrices.check(dimension_numbers)
+    if not isinstance(always_full, str):
+        of = "True and False, one or more patterns of paths"
+        _checks.check_per_leaf(of, always_full=always_full)
     _checks.check_non_negative(projected_scale=projected_scale, free_scale=free_scale)
     _arguments.check_static(stagger=stagger, error_feedback=error_feedback)
     _checks.check_flag(error_feedback=error_feedback)

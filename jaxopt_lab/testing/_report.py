@@ -137,7 +137,11 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 
 class ContractError(AssertionError):
-    """A transformation breaks its contract; the text is the report, kept as `report` too."""
+    """A transformation breaks its contract.
+
+    Args:
+      report: the outcomes; the error's text, and kept as `report`.
+    """
 
     def __init__(self, report: Report):
         super().__init__(str(report))

@@ -112,6 +112,7 @@ def scale_by_muon(
     _checks.check_decay(beta=beta)
     _checks.check_positive(eps=eps)
     _checks.check_flag(nesterov=nesterov)
+    _matrices.check(dimension_numbers)
     if consistent_rms is not None:
         _checks.check_positive(consistent_rms=consistent_rms)
     coefficients = _newton_schulz.coefficients_of(ns_coeffs, ns_steps)
@@ -272,6 +273,8 @@ def muon(
         adam_weight_decay = weight_decay
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate
+
+    _matrices.check(dimension_numbers)
 
     def decided(params: optax.Params) -> list[_matrices.Choice]:
         return _matrices.choices(dimension_numbers, params, default=_matrices.hidden)

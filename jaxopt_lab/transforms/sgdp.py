@@ -110,6 +110,8 @@ def scale_by_sgdp(
     _checks.check_decay(momentum=momentum)
     _checks.check_positive(eps=eps)
     _checks.check_scalar_or_schedule(weight_decay=weight_decay)
+    _checks.check_per_leaf(mask=mask)
+    _matrices.check(dimension_numbers)
     _checks.check_non_negative(delta=delta)
     _checks.check_fraction(dampening=dampening, wd_ratio=wd_ratio)
     _checks.check_flag(nesterov=nesterov, project_momentum=project_momentum)

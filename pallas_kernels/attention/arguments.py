@@ -75,7 +75,7 @@ def canonical(
       ValueError: A shape or a value is wrong.
       TypeError: A dtype is wrong.
     """
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    query, key, value = map(options.array, ("query", "key", "value"), (query, key, value))
     _check_shapes(query, key, value)
     _check_dtypes(query, key, value)
     leading = Leading.of(query, query.ndim - 3)
@@ -85,7 +85,7 @@ def canonical(
     sizes = _Shape(leading, t, s, n, k)
 
     if mask is not None:
-        mask = jnp.asarray(mask)
+        mask = options.array("mask", mask)
         if mask.dtype != jnp.bool_:
             raise TypeError(
                 f"mask has dtype {mask.dtype}; expected bool, True where attention is allowed "
@@ -101,7 +101,7 @@ def canonical(
             f"bias is {bias!r}; expected an array, or one of {kinds} made of its numbers"
         )
     if bias is not None:
-        bias = jnp.asarray(bias)
+        bias = options.array("bias", bias)
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise TypeError(f"bias has dtype {bias.dtype}; expected a floating dtype")
         bias = _four(bias, "bias", sizes)
@@ -128,7 +128,7 @@ def canonical(
     key, value = (_zero_before(x, start, starts) for x in (key, value))
 
     if sinks is not None:
-        sinks = jnp.asarray(sinks)
+        sinks = options.array("sinks", sinks)
         if sinks.shape != (n,):
             raise ValueError(f"sinks has shape {sinks.shape}; expected ({n},), one for each head")
         sinks = sinks.astype(wide(query.dtype))
@@ -137,7 +137,7 @@ def canonical(
         scale=d**-0.5 if scale is None else options.number("scale", scale),
         soft_cap=options.soft_cap(logits_soft_cap),
         dropout_rate=rate,
-        precision=options.hashable("precision", precision),
+        precision=options.precision(precision),
         config=options.hashable("config", config),
         interpret=False if interpret is None else interpret,
     )
@@ -262,19 +262,18 @@ def _lengths(name: str, lengths: Any, leading: Leading) -> jax.Array | None:
 def _segment_ids(query_ids: Any, key_ids: Any, sizes: _Shape) -> tuple[Any, Any]:
     if query_ids is None and key_ids is None:
         return None, None
+    names, key_given = ("query_segment_ids", "key_value_segment_ids"), key_ids is not None
     if query_ids is None or key_ids is None:
         if sizes.queries != sizes.keys:
-            missing = "query_segment_ids" if query_ids is None else "key_value_segment_ids"
             raise ValueError(
-                f"{missing} is missing; with {sizes.queries} queries and {sizes.keys} keys, "
-                "expected segment ids for both (given alone, one serves for both)"
+                f"{names[not key_given]} is missing; with {sizes.queries} queries and "
+                f"{sizes.keys} keys, expected segment ids for both (given alone, one serves for "
+                "both)"
             )
         query_ids = key_ids = query_ids if key_ids is None else key_ids
+        names = (names[key_given],) * 2
     checked, merge = [], sizes.leading.merge
-    for name, ids, length in (
-        ("query_segment_ids", query_ids, sizes.queries),
-        ("key_value_segment_ids", key_ids, sizes.keys),
-    ):
+    for name, ids, length in zip(names, (query_ids, key_ids), (sizes.queries, sizes.keys)):
         ids = integers.as_integers(name, ids)
         expected = (*sizes.leading.shape, length)
         if ids.shape != expected:

@@ -18,12 +18,19 @@ from pallas_kernels.attention.problem import Operands, Settings, Sizes, wide
 
 
 class ChunkedConfig(NamedTuple):
-    """How much is computed at once; what is None comes from the file of block sizes."""
+    """How much is computed at once; what is None comes from the file of block sizes.
 
-    block_q: int | None = None  # rows of queries; None: `rows`, shared by the heads of a group
-    block_kv: int | None = None  # keys
-    tile: int | None = None  # entries of all scores alive at once; None: by the platform
-    rows: int | None = None  # rows of scores with one key/value head
+    Attributes:
+      block_q: Rows of queries; None: `rows`, shared by the heads of a group.
+      block_kv: Keys.
+      tile: Entries of all scores alive at once; None: by the platform.
+      rows: Rows of scores with one key/value head.
+    """
+
+    block_q: int | None = None
+    block_kv: int | None = None
+    tile: int | None = None
+    rows: int | None = None
 
     @property
     def is_possible(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes, with_axis
-from pallas_kernels.attention import arguments, core, integers, layouts, mapped, routes
+from pallas_kernels.attention import arguments, core, integers, layouts, mapped, options, routes
 from pallas_kernels.attention.gather import gather
 from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
@@ -60,6 +60,7 @@ def shard_sequence_order(
       [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     """
     _check_choice("layout", layout, LAYOUTS)
+    length, axis_size = options.index("length", length), options.index("axis_size", axis_size)
     if axis_size < 1:
         raise ValueError(f"axis_size={axis_size}; expected at least 1")
     parts = axis_size * layouts.runs_of(layout)
@@ -162,8 +163,8 @@ def ring_attention(
       return_residual: Whether to return the log-sum-exp too.
       implementation: The route for the work on a device, as for `attention`, out of those with a
         backward pass of their own: all but ``"cudnn"`` and ``"reference"``.
-      config: As for `attention`.
-      interpret: As for `attention`.
+      config: Block sizes of the route, such as `ChunkedConfig`, instead of the stored ones.
+      interpret: True, or the parameters of an interpreter, runs a Pallas route on any device.
 
     Returns:
       The output (B, T / n, N, dv) in the query's dtype, and with `return_residual` the lse

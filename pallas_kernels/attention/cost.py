@@ -10,7 +10,6 @@ where M < d^2), so a kernel whose blocks fill the fast memory is at the bound up
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.attention import options
 from pallas_kernels.attention.integers import narrowed
 
 
@@ -169,14 +169,16 @@ def attention_cost(
       ('matrix', '1.11 ms')
     """
     (b, t, n, d), (_, s, heads, _) = _check_shapes(query_shape, key_shape)
-    dv = d if value_dim is None else operator.index(value_dim)
+    dv = d if value_dim is None else options.index("value_dim", value_dim)
+    if dv < 0:
+        raise ValueError(f"value_dim={dv}; expected at least 0")
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-        if operator.index(block) < 1:
+        if options.index(name, block) < 1:
             raise ValueError(f"{name}={block}; expected a positive number")
-    if chip is not None and chip not in PEAKS:
+    if chip is not None and (not isinstance(chip, str) or chip not in PEAKS):
         raise ValueError(f"chip={chip!r} is not known; expected one of {', '.join(PEAKS)}")
-    left, right = _sides(is_causal, local_window_size)
-    query_offset = operator.index(query_offset)
+    left, right = options.window(local_window_size, is_causal)
+    query_offset = options.index("query_offset", query_offset)
     left, right, query_offset = narrowed(left, right, query_offset, t, s)
     lengths = zip(
         _lengths("query_seq_lengths", query_seq_lengths, b, t),
@@ -186,7 +188,7 @@ def attention_cost(
     )
     counts = [_count(t, left, right, query_offset, *x, block_q, block_kv) for x in lengths]
     seen, touched, streamed = (sum(column) for column in zip(*counts)) if counts else (0, 0, 0)
-    pairs, itemsize = n * seen, jnp.dtype(dtype).itemsize
+    pairs, itemsize = n * seen, _itemsize(dtype)
     forward_flops, backward_flops = 2 * pairs * (d + dv), 2 * pairs * (3 * d + 2 * dv)
     rows = b * t * n
     key_value = touched * heads * (d + dv) * itemsize
@@ -274,7 +276,7 @@ def _ceilings(
 def _check_shapes(
     query_shape: Sequence[int], key_shape: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    query, key = (tuple(operator.index(x) for x in shape) for shape in (query_shape, key_shape))
+    query, key = map(options.indices, ("query_shape", "key_shape"), (query_shape, key_shape))
     if len(query) != 4 or min(query) < 0:
         raise ValueError(f"query_shape={query}; expected (B, T, N, d)")
     if len(key) != 4 or (key[0], key[3]) != (query[0], query[3]) or min(key) < 0:
@@ -297,22 +299,14 @@ def _lengths(
 ) -> list[int]:
     if lengths is None:
         return [full if default is None else default] * batch
-    found = [operator.index(x) for x in lengths]
+    found = list(options.indices(name, lengths))
     if len(found) != batch or any(not 0 <= x <= full for x in found):
         raise ValueError(f"{name}={found}; expected {batch} numbers from 0 to {full}")
     return found
 
 
-def _sides(
-    is_causal: bool, window: int | tuple[int | None, int | None] | None
-) -> tuple[int | None, int | None]:
-    """Returns how many keys a row sees to its left and right, None for all."""
-    pair = window if isinstance(window, (tuple, list)) else (window, window)
-    if len(pair) != 2:
-        raise ValueError(f"local_window_size={window!r}; expected a number or (left, right)")
-    left, right = pair
-    if any(x is not None and operator.index(x) < 0 for x in (left, right)):
-        raise ValueError(f"local_window_size={window!r}; expected numbers of at least 0")
-    if is_causal:
-        right = 0 if right is None else min(right, 0)
-    return left, right
+def _itemsize(dtype: Any) -> int:
+    try:
+        return jnp.dtype(dtype).itemsize
+    except TypeError as error:
+        raise TypeError(f"dtype={dtype!r}; expected a dtype such as 'bfloat16'") from error

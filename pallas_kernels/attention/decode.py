@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import Device, device, vary_like
-from pallas_kernels.attention import reference, routes, tuning
+from pallas_kernels.attention import options, reference, routes, tuning
 from pallas_kernels.attention.decode_placement import where_it_lies
 from pallas_kernels.attention.decode_problem import (
     Operands,
@@ -93,7 +93,7 @@ def decode_attention(
       key_cache: (B, S, K, d), or pages (P, page_size, K, d) with a `page_table`, in the dtype of
         `query`, int8, float8_e4m3fn or float8_e5m2. K divides N: query head n reads head n // (N /
         K).
-      value_cache: As `key_cache`, with a last axis dv of its own.
+      value_cache: (B, S, K, dv), or (P, page_size, K, dv); dtypes are those of `key_cache`.
       lengths: Integers (B,), or one for all, of any integer type: the number of tokens of each
         sequence in its cache, T new ones included. Numbers beyond the capacity (S, or
         pages_per_sequence * page_size) mean all of it.
@@ -103,7 +103,7 @@ def decode_attention(
       key_scale: For int8 (required) and float8 (default 1) caches, floats: in the shape of
         `key_cache` without its last axis, one for each token and head; (K,), one for each head; or
         one number for all.
-      value_scale: As `key_scale`.
+      value_scale: Scales of a quantised `value_cache`, in the shapes of `key_scale`.
       scale: Of the scores, by default ``d ** -0.5``.
       is_causal: Whether a query sees no key after its own position; False for tokens that see the
         whole cache, such as an encoder's, which holds none of them.
@@ -141,7 +141,7 @@ def decode_attention(
       >>> decode_attention(query, cache, cache, jnp.array([3, 16])).shape
       (2, 4, 8)
     """
-    if query.ndim not in (3, 4):
+    if (query := options.array("query", query)).ndim not in (3, 4):
         raise ValueError(f"query has shape {query.shape}; expected (B, N, d) or (B, T, N, d)")
     one_token = query.ndim == 3
     query = query[:, None] if one_token else query
@@ -173,15 +173,15 @@ def _attend(
     sinks: jax.Array | None = None,
     *,
     implementation: str | None,
-    **options: Any,
+    **others: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns output (B, T, N, dv) and lse (B, T, N) for a query (B, T, N, d)."""
     settings, operands = canonical(
-        query, key_cache, value_cache, lengths, page_table, key_scale, value_scale, **options
+        query, key_cache, value_cache, lengths, page_table, key_scale, value_scale, **others
     )
     n = query.shape[2]
     if sinks is not None:
-        sinks = jnp.asarray(sinks)
+        sinks = options.array("sinks", sinks)
         if sinks.shape != (n,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
             raise ValueError(
                 f"sinks has shape {sinks.shape} and dtype {sinks.dtype}; expected a float for each "

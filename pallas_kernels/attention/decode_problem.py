@@ -125,8 +125,12 @@ def canonical(
     bias: Any = None,
 ) -> tuple[Settings, Operands]:
     """Checks the arguments of `decode_attention`, with query (B, T, N, d), and packs the rows."""
+    query, key_cache, value_cache = (
+        options.array(name, x)
+        for name, x in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache))
+    )
+    page_table = None if page_table is None else options.array("page_table", page_table)
     _check_arrays(query, key_cache, value_cache, page_table)
-    query, key_cache, value_cache = map(jnp.asarray, (query, key_cache, value_cache))
     b, t, n, d = query.shape
     kv_heads = key_cache.shape[2]
     key_scale, head_scale = _scales("key_scale", key_scale, key_cache)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import api, arguments
+from pallas_kernels.attention import api, arguments, options
 from pallas_kernels.attention.mask import Mask, visible
 
 
@@ -65,7 +65,7 @@ def flax_attention_fn(
       is_causal: Whether a query sees only keys up to its own position.
       force_fp32_for_softmax: Has no effect: softmax is float32 here in any case.
       qk_attn_weights_einsum: Replaces a product; hands the call to Flax's own function.
-      attn_weights_value_einsum: Likewise.
+      attn_weights_value_einsum: Replaces the other product; hands the call to Flax's own function.
 
     Returns:
       (..., T, N, dv).
@@ -161,6 +161,8 @@ def _attend(
     qk_attn_weights_einsum: Any,
     attn_weights_value_einsum: Any,
 ) -> jax.Array:
+    query, key, value = map(options.array, ("query", "key", "value"), (query, key, value))
+    mask = None if mask is None else options.array("mask", mask)
     causal = is_causal or defaults.get("is_causal", False)
     own = {
         "module": module,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention import options
 from pallas_kernels.attention.problem import wide
 
 
@@ -49,6 +50,9 @@ def merge_attention(
       >>> output[0, 0, 0].tolist(), round(float(lse[0, 0, 0]), 4)
       ([2.0, 2.0], 0.6931)
     """
+    output1, lse1, output2, lse2 = map(
+        options.array, ("output1", "lse1", "output2", "lse2"), (output1, lse1, output2, lse2)
+    )
     if output1.ndim < 1 or output1.shape != output2.shape:
         raise ValueError(
             f"output2 has shape {output2.shape}; expected that of output1, {output1.shape}"

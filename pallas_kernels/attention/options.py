@@ -1,20 +1,70 @@
-"""Checks the options that must be known while tracing."""
+"""Checks the options that must be known while tracing, and that arrays are arrays."""
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 
+def array(name: str, value: Any) -> jax.Array:
+    """Returns what was given as an array, or raises a TypeError that names the argument."""
+    try:
+        if isinstance(value, str):  # JAX takes some letters for dtypes
+            raise TypeError(value)
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a {type(value).__name__}; expected an array") from error
+
+
+def flag(name: str, value: Any) -> bool:
+    """Returns a checked choice that is known while tracing."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r}; expected True or False, known while tracing")
+    return bool(value)
+
+
+def index(name: str, value: Any) -> int:
+    """Returns a checked integer that is known while tracing."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}={value!r}; expected an integer")
+    return int(value)
+
+
+def indices(name: str, values: Any) -> tuple[int, ...]:
+    """Returns a checked sequence of integers that are known while tracing."""
+    if not isinstance(values, (tuple, list, np.ndarray)):
+        raise TypeError(f"{name}={values!r}; expected a sequence of integers")
+    return tuple(index(f"{name}[{i}]", x) for i, x in enumerate(values))
+
+
+def precision(value: Any) -> Any:
+    """Returns what `jax.lax.dot_general` knows as the precision of its product."""
+    try:
+        _product(hashable("precision", value))
+    except ValueError as error:
+        raise ValueError(
+            f"precision={value!r}; expected None, a jax.lax.Precision or its name, such as "
+            "'highest', or a pair of them"
+        ) from error
+    return value
+
+
+@functools.lru_cache
+def _product(precision: Any) -> None:
+    x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(lambda x: jax.lax.dot(x, x, precision=precision), x)
+
+
 def window(size: Any, is_causal: bool) -> tuple[int | None, int | None]:
     """Returns how many keys a query sees before and after its own position, None for all."""
-    if not isinstance(is_causal, (bool, np.bool_)):
-        raise TypeError(f"is_causal={is_causal!r}; expected True or False, known while tracing")
+    is_causal = flag("is_causal", is_causal)
     pair = size if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2:
         raise ValueError(f"local_window_size={size!r}; expected a number or (left, right)")
@@ -50,8 +100,8 @@ def soft_cap(cap: Any) -> float | None:
 
 def number(name: str, value: Any) -> float:
     """Returns a checked number that is known while tracing."""
-    concrete = isinstance(value, (numbers.Real, np.ndarray, jax.Array))
-    if not concrete or isinstance(value, Tracer):
+    is_array = isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, Tracer)
+    if not isinstance(value, numbers.Real) and not (is_array and value.ndim == 0):
         raise TypeError(f"{name}={value!r}; expected a number that is known while tracing")
     value = float(value)
     if math.isnan(value):

@@ -157,10 +157,14 @@ def explain(
 def _names(implementation: Any) -> Sequence[str]:
     if implementation is None:
         return ORDER.get(_compat.device().platform, ("chunked",))
+    if not isinstance(implementation, (str, Sequence)):
+        raise TypeError(
+            f"implementation={implementation!r}; expected the name of a route or a sequence of them"
+        )
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    names = tuple(SAME.get(name, name) for name in names)
+    names = tuple(SAME.get(name, name) if isinstance(name, str) else name for name in names)
     for name in names:
-        if name not in NAMES:
+        if not isinstance(name, str) or name not in NAMES:
             raise ValueError(
                 f"implementation={implementation!r} names no route; expected one of or a sequence "
                 f"of {', '.join(NAMES)}, or None"

@@ -108,7 +108,7 @@ CHIPS: MappingProxyType[str, Gpu | Tpu] = MappingProxyType(
 
 def find_chip(chip: str) -> Gpu | Tpu:
     """Returns the entry of `CHIPS`, or raises a `ValueError` that lists the known names."""
-    if chip not in CHIPS:
+    if not isinstance(chip, str) or chip not in CHIPS:
         raise ValueError(f"chip={chip!r} is not known; expected one of {', '.join(CHIPS)}")
     return CHIPS[chip]
 

@@ -36,6 +36,9 @@ _WHEELS = {"cuda": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "tpu": 
 def missing_compiler(chip: str) -> str | None:
     """Says why `chip` cannot be compiled for here, or returns None if its compiler is installed.
 
+    Args:
+      chip: A name in `CHIPS`.
+
     Raises:
       ValueError: `chip` is not a name in `CHIPS`.
     """
@@ -91,7 +94,8 @@ def compile_for(
       *args: Pytrees of arrays or `jax.ShapeDtypeStruct`. A struct that has a sharding keeps it (a
         mesh of `abstract_devices`); everything else is placed on the first device.
       chip: A name in `CHIPS`.
-      topology: As for `abstract_devices`.
+      topology: The size of the machine, such as ``"1x1x8"`` (GPUs: hosts, devices of each) or
+        ``"v5e:16x16"`` (a slice of TPUs); by default one device or one host.
       donate_argnums: Positions of the arguments whose memory the outputs may take over.
       static_argnums: Positions of the arguments that are Python values.
 

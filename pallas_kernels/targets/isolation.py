@@ -39,8 +39,10 @@ def compile_in_child(
         ``(fn, args, donate_argnums)``, as `compile_for` takes them. The child imports it with this
         process's ``sys.path``, under `ENVIRONMENT`.
       chip: A name in `CHIPS`.
-      topology: As for `compile_for`.
-      trip_counts: As for `memory_traffic`.
+      topology: The size of the machine, such as ``"1x1x8"`` (GPUs: hosts, devices of each) or
+        ``"v5e:16x16"`` (a slice of TPUs); by default one device or one host.
+      trip_counts: How often each loop runs whose trip count depends on data, by the name of the
+        ``while`` instruction.
       timeout: Seconds until the child is ended.
       environment: Variables that the child gets on top.
 

@@ -66,8 +66,10 @@ def compile_with_schedule(
     Args:
       function: ``"package.module:function"``, as for `compile_in_child`.
       chip: The name of a TPU in `CHIPS`.
-      topology: As for `compile_for`.
-      trip_counts: As for `memory_traffic`.
+      topology: The size of the machine, such as ``"1x1x8"`` (GPUs: hosts, devices of each) or
+        ``"v5e:16x16"`` (a slice of TPUs); by default one device or one host.
+      trip_counts: How often each loop runs whose trip count depends on data, by the name of the
+        ``while`` instruction.
       timeout: Seconds until the child is ended.
 
     Returns:
@@ -103,6 +105,9 @@ def compile_with_schedule(
 
 def read_schedules(folder: str | Path) -> tuple[KernelSchedule, ...]:
     """Returns the schedules that a compiler wrote into `folder`, the longest first.
+
+    Args:
+      folder: Where the compiler was told to write its reports.
 
     Raises:
       ValueError: A report is not in the form that this function knows.

@@ -102,6 +102,8 @@ def memory_traffic(
       ... ''').total_bytes
       2048
     """
+    if not isinstance(compiled, str) and not hasattr(compiled, "as_text"):
+        raise TypeError(f"compiled={compiled!r}; expected a compiled program or its text")
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     module = hlo.parse(text or "")
     return MemoryTraffic(tuple(_kernels(module, module.entry, 1, trip_counts)))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import collections
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jaxopt_lab import _checks
 
 Names = Mapping[str, str | Sequence[str]] | Callable[[str], str | Sequence[str] | None]
 
@@ -61,6 +63,20 @@ class Place(NamedTuple):
         stop = "" if self.stop is None else self.stop
         step = "" if self.step == 1 else f":{self.step}"
         return f"{name}[{self.start}:{stop}{step}]" if self.is_part else name
+
+
+def check(path: Any, names: Any, kernel_axes: Any = None, what: str = "folder") -> None:
+    """Refuses what is no path, no name map or no axes of kernels, by the name of the argument.
+
+    Raises:
+      TypeError: see above; the message says what was given.
+    """
+    _checks.check_path(**{what: path})
+    if not callable(names):
+        _checks.check_mapping("of PyTorch modules by kernel, or a function of it", names=names)
+    if kernel_axes is not None:
+        kind = "of optax.contrib.MuonDimensionNumbers by pattern"
+        _checks.check_mapping(kind, kernel_axes=kernel_axes)
 
 
 def places(names: Names, leaf: str) -> list[Place]:

@@ -47,7 +47,8 @@ def read_kohya_file(
       names: the name of the file's module of each kernel, such as
         "lora_unet.down_blocks.0.attentions.0.proj_in"; dots are written as the "_" that the file
         has. Lists and parts of outputs are as in `write_peft_folder`.
-      kernel_axes: see `LoraConfig`.
+      kernel_axes: by pattern, which axes of a kernel are inputs and outputs, as
+        `optax.contrib.MuonDimensionNumbers`; by default they follow from names and shapes.
 
     Returns:
       A base and adapters, as from `init_adapters`. A module without `alpha` has the scaling 1.
@@ -75,6 +76,7 @@ def read_kohya_file(
       >>> float(adapters.apply_adapters(base, lora)["mid"]["to_q"]["kernel"][0, 0])
       1.0
     """
+    _places.check(path, names, kernel_axes, "path")
     path = pathlib.Path(path)
     if not path.is_file():
         raise _foreign.missing(path, "a file of kohya's scripts")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxopt_lab.adapters.adapt import AdapterBase
-from jaxopt_lab.adapters.files import _foreign, _pairs, _peft_tensors, _tensors
+from jaxopt_lab.adapters.files import _foreign, _pairs, _peft_tensors, _places, _tensors
 from jaxopt_lab.adapters.files._pairs import Named, Pair
 from jaxopt_lab.adapters.files._places import Names, Place
 
@@ -39,7 +39,8 @@ def read_mlx_folder(
         "model.layers.0.self_attn.q_proj", with lists and parts of outputs as in
         `write_peft_folder`. A stack of experts with one name is mlx-lm's own stack,
         "model.layers.0.mlp.switch_mlp.up_proj:weight".
-      kernel_axes: see `LoraConfig`.
+      kernel_axes: by pattern, which axes of a kernel are inputs and outputs, as
+        `optax.contrib.MuonDimensionNumbers`; by default they follow from names and shapes.
 
     Returns:
       A base and adapters, as from `init_adapters`. The scaling is the file's `scale`. mlx-lm's
@@ -66,6 +67,7 @@ def read_mlx_folder(
       Array([[20., 20., 20.],
              [20., 20., 20.]], dtype=float32)
     """
+    _places.check(folder, names, kernel_axes)
     folder = pathlib.Path(folder)
     config, path = folder / _foreign.CONFIG, folder / _foreign.MLX_WEIGHTS
     for file in (config, path):

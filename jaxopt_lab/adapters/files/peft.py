@@ -22,6 +22,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from jaxopt_lab import _checks
 from jaxopt_lab.adapters import _kernels, _targets
 from jaxopt_lab.adapters._kernels import Kernel
 from jaxopt_lab.adapters.adapt import AdapterBase, parts, require_apart
@@ -95,6 +96,11 @@ def write_peft_folder(
       True
     """
     require_apart(base, "write_peft_folder")
+    _places.check(folder, names)
+    if base_model_name_or_path is not None:
+        _checks.check_path(base_model_name_or_path=base_model_name_or_path)
+    if task_type is not None:
+        _checks.check_choice(get_args(TaskType), task_type=task_type)
     config = base.config
     if type(config) not in (LoraConfig, MissConfig):  # a PerpConfig is LoRA, and another function
         raise ValueError(
@@ -160,7 +166,8 @@ def read_peft_folder(
       params: the base model's parameters here; they are not changed.
       names: see `write_peft_folder`. Kernels whose modules the folder does not have are left as
         they are.
-      kernel_axes: see `LoraConfig`.
+      kernel_axes: by pattern, which axes of a kernel are inputs and outputs, as
+        `optax.contrib.MuonDimensionNumbers`; by default they follow from names and shapes.
       adapter_name: which one, where a folder has adapters in folders of their names.
 
     Returns:
@@ -178,6 +185,9 @@ def read_peft_folder(
     Examples:
       See `write_peft_folder`.
     """
+    _places.check(folder, names, kernel_axes)
+    if adapter_name is not None:
+        _checks.check_path(adapter_name=adapter_name)
     config_path, path = _foreign.locate(pathlib.Path(folder), adapter_name)
     fields = _peft_config.read(config_path)
     content = _peft_tensors.split(_tensors.load(path), fields["peft_type"], path)
