@@ -216,7 +216,10 @@ def test_no_device_is_asked():
             "key_value_seq_lengths=[5]; expected 1 numbers from 0 to 4",
         ),
         ({"query_seq_lengths": [1, 1]}, "query_seq_lengths=[1, 1]; expected 1 numbers"),
-        ({"local_window_size": (-1, 2)}, "local_window_size=(-1, 2); expected integers of at least"),
+        (
+            {"local_window_size": (-1, 2)},
+            "local_window_size=(-1, 2); expected integers of at least",
+        ),
         ({"block_q": 0}, "block_q=0; expected a positive number"),
         ({"chip": "h300"}, "chip='h300' is not known; expected one of a100, l4, h100"),
     ],
