@@ -75,7 +75,8 @@ def check(joined, expected, tolerance=3e-6):
 def test_the_joined_adapter_is_the_sum_of_all(how):
     pairs = three()
     bases, factors = apart(pairs)
-    joined = jax.jit(lambda *x: adapters.join_adapters(*x, WEIGHTS, **how))(bases, factors)
+    join = jax.jit(lambda bases, factors: adapters.join_adapters(bases, factors, WEIGHTS, **how))
+    joined = join(bases, factors)
     check(joined, exact(pairs, WEIGHTS))
     base, new = joined
     assert [k.name for k in base.kernels] == [

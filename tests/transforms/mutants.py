@@ -167,22 +167,25 @@ MUTANTS = [
     Mutant("muon", "max(1.0, fan_out / max(fan_in, 1)) ** 0.5", "1.0"),
     Mutant("muon", "fan_out / max(fan_in, 1)", "fan_in / max(fan_out, 1)"),
     Mutant("muon", "max(fan_in, fan_out) ** 0.5", "min(fan_in, fan_out) ** 0.5"),
-    Mutant("muon", "fori_loop(0, steps", "fori_loop(1, steps"),
-    Mutant("muon", "c * product(gram, gram)", "b * product(gram, gram)"),
-    Mutant("muon", "x / (norm + eps)", "x / jnp.maximum(norm, eps)"),
-    Mutant("muon", "x / (norm + eps)", "x / (norm**2 + eps)"),
-    Mutant("muon", "sum(jnp.square(x), (-2, -1)", "sum(jnp.square(x), (-1,)"),
+    Mutant("muon", "fori_loop(0, steps", "fori_loop(1, steps", file="_newton_schulz"),
+    Mutant("muon", "c * product(gram, gram)", "b * product(gram, gram)", file="_newton_schulz"),
+    Mutant("muon", "x / (norm + eps)", "x / jnp.maximum(norm, eps)", file="_newton_schulz"),
+    Mutant("muon", "x / (norm + eps)", "x / (norm**2 + eps)", file="_newton_schulz"),
+    Mutant(
+        "muon", "sum(jnp.square(x), (-2, -1)", "sum(jnp.square(x), (-1,)", file="_newton_schulz"
+    ),
     Mutant("muon", "sqrt(v) / root + eps)", "sqrt(v) + eps)", file="_adam"),
     Mutant("muon", "* root / (_hyper", "/ root / (_hyper", file="_adam"),
     Mutant("muon", "sqrt(v) + eps), m, v", "sqrt(v) + eps * root), m, v", file="_adam"),
     Mutant("muon", "                adam_learning_rate,\n", "                learning_rate,\n"),
     Mutant("muon", "                adam_weight_decay,\n", "                weight_decay,\n"),
-    Mutant("muon", "iteration(x, table[i])", "iteration(x, table[0])"),
+    Mutant("muon", "iteration(x, table[i])", "iteration(x, table[0])", file="_newton_schulz"),
     Mutant("muon", "adam_b1, adam_b2, adam_eps, adam", "adam_b2, adam_b1, adam_eps, adam"),
     Mutant(
         "muon",
         "if x.shape[1] > x.shape[2] else x for",
         "if x.shape[1] < x.shape[2] else x for",
+        file="_newton_schulz",
         same_function="the iteration commutes with transposition",
     ),
     # FRUGAL
@@ -305,9 +308,7 @@ MUTANTS = [
     Mutant("dct_adamw", "if type == 3", "if type == 2", file="dct"),
     Mutant("dct_adamw", "2 * j + 1", "2 * j - 1", file="dct"),
     Mutant("dct_adamw", "jnp.asarray(np.sqrt(1 / size), dtype)", "values", file="dct"),
-    Mutant(
-        "dct_adamw", "top_k(jnp.concatenate(scores)", "top_k(-jnp.concatenate(scores)", file="dct"
-    ),
+    Mutant("dct_adamw", "top_k(scores, leaf.kept)", "top_k(-scores, leaf.kept)", file="dct"),
     Mutant("dct_adamw", "lifted = [g + group", "lifted = [g - group", file="frugal"),
     Mutant(
         "dct_adamw",
