@@ -169,7 +169,7 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: config(target_modules=["up"], init_lora_weights="eva"),
      ("init_lora_weights", "'eva'", "estimate_scatter")),
     (lambda: config(target_modules=["up"], init_lora_weights=["pissa"]),
-     ("init_lora_weights", "['pissa']", "text")),
+     ("init_lora_weights", "['pissa']", "a name")),
     (lambda: config(target_modules=["up"], task_type="CAUSAL"),
      ("task_type", "'CAUSAL'", "CAUSAL_LM")),
     (lambda: config(target_modules=["up"], layers_to_transform="1"),

@@ -36,10 +36,11 @@ def check(name: bool | str) -> None:
     """Refuses what is no start that a config alone can make.
 
     Raises:
+      TypeError: neither a bool nor text.
       ValueError: the message has the way that there is, or the nearest name.
     """
     if not isinstance(name, (bool, str)):
-        raise TypeError(f"init_lora_weights must be True, False or text, got {name!r}")
+        raise TypeError(f"init_lora_weights must be True, False or a name, got {name!r}")
     if isinstance(name, bool) or name in _DRAWN or computed(name) is not None:
         return
     if name in _ELSEWHERE:

@@ -261,15 +261,18 @@ def without_noise(compact: jax.Array, matrix: jax.Array, axes: tuple[int, ...]) 
     eps = float(jnp.finfo(matrix.dtype).eps)
     along, across = (-2, -1) if axes[0] == 0 else (-1, -2)
     columns, squares = _square_sum(matrix, along), jnp.square(compact)
-    # One sum for the directions and for the whole: a program has two kernels for it, and not four.
-    sums = jnp.sum(jnp.concatenate([squares, columns], along), across, keepdims=True)
-    of_directions, whole = jnp.split(sums, [compact.shape[along]], along)
     # Backward errors of decompositions grow with the root of the size, in practice.
-    of_a_direction = (8 * eps) ** 2 * max(matrix.shape[-2:]) * whole
+    relative = (8 * eps) ** 2 * max(matrix.shape[-2:])
     if len(axes) == 2:
-        noise = squares < of_a_direction
+        whole = jnp.sum(columns, across, keepdims=True)
+        noise = squares < relative * whole
     else:
-        noise = (of_directions < of_a_direction) | (squares < (_OF_A_PRODUCT * eps) ** 2 * columns)
+        # One sum for the directions and for the whole: two kernels of a program, and not four.
+        sums = jnp.sum(jnp.concatenate([squares, columns], along), across, keepdims=True)
+        of_directions, whole = jnp.split(sums, [compact.shape[along]], along)
+        noise = (of_directions < relative * whole) | (
+            squares < (_OF_A_PRODUCT * eps) ** 2 * columns
+        )
     # Of what is not finite nothing is known.
     return jnp.where(noise & jnp.isfinite(whole), 0, compact)
 

@@ -192,7 +192,7 @@ def test_bad_input_is_named():
             adapters.eva(*arguments)
     with pytest.raises(ValueError, match=r"rho must be at least 1, got 0.5"):
         adapters.eva(scatter, config, rho=0.5)
-    with pytest.raises(TypeError, match="eva needs a LoraConfig, got MissConfig"):
+    with pytest.raises(TypeError, match="config must be a LoraConfig, got MissConfig"):
         adapters.eva(scatter, adapters.MissConfig(target_modules=["w"]))  # type: ignore[arg-type]
     for wrong, found in (({}, "nothing"), (None, "NoneType")):
         with pytest.raises(TypeError, match=f"scatter must be a dict .*, got {found}"):
