@@ -67,8 +67,8 @@ def test_scale_is_chosen_on_other_windows(
         return {name: -float(len(calls)) for name in found}
 
     calls: list[int] = []
+    out = copied("merge_models")  # by the real losses, which other tests share
     monkeypatch.setattr(study.MergeStudy, "_losses", even_ones_like_large_scales)
-    out = copied("merge_models")
     for path in (out / "runs").glob("merged*"):
         path.unlink()
     assert MERGE.run(out) == 0

@@ -139,7 +139,7 @@ def test_projections_and_ready_made_rules(make, message):
             TypeError,
             "always_full must have leaves that are True or False, got 'yes'",
         ),
-        ({"always_full": 3}, PARAMS, TypeError, "always_full must have leaves .*got 3"),
+        ({"always_full": 3}, PARAMS, TypeError, "always_full must be a tree of .*got 3"),
         ({"always_full": ["(bias"]}, PARAMS, ValueError, r"always_full: '\(bias' is no pattern"),
         (
             {"projection": WRONG.blocks(group=len), "always_full": ()},
