@@ -71,7 +71,11 @@ def finished(shared: Path) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are drawn for the finished runs alone."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(b"\x89PNG"))
+    content = {"png": b"\x89PNG", "svg": "<svg/>"}
+    monkeypatch.setattr(
+        Figure, "savefig", lambda _, file, format, **__: file.write(content[format])
+    )
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
 
 
 @pytest.fixture
