@@ -311,6 +311,6 @@ def _method(study: FineTuneStudy) -> list[str]:
         "evaluations, is first at LoRA's mean final loss, as a part of a run; a dash says never. "
         "Steps to full's loss likewise.",
         "LoRA and LoRA-GA are also trained at equal small rates with seed 0; the table leaves them "
-        "out and the last picture shows them.",
+        "out; charts of their own show them.",
         timing.how(BASELINE),
     ]

@@ -22,8 +22,8 @@ def report(study: MergeStudy, results: Sequence[Mapping[str, Any]]) -> Report:
         title="Merged models",
         unit=unit,
         verdict=verdict(rows, tasks),
-        caption=f"Losses of each model, mean of {study.seeds} seeds, on {len(tasks)} texts and on "
-        "that of the pre-training",
+        caption=f"Losses of each model on {len(tasks)} texts and that of the pre-training; seeds: "
+        f"{study.seeds}",
         header=header(tasks),
         units=dict.fromkeys((*tasks, "mean of these", "text of the pre-training"), unit),
         cells=[row_cells(row) for row in rows],

@@ -88,28 +88,29 @@ def views(chart: Chart, name: str) -> Iterator[View]:
                 yield _draw(chart, axis, scale, width, f"{name}-{axis}{scale[1]}{width[0]}")
 
 
-def swatch(index: int, joined: bool) -> str:
+def swatch(index: int, joined: bool, name: str) -> str:
     """The line and marker of a curve for the legend, as the elements within an SVG of 32 x 12."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"swatch-{index}"}):
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(32 / 72, 12 / 72), facecolor="none")
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set(xlim=(0, 2), ylim=(0, 2))
         axes.plot([0.1, 1, 1.9], [1, 1, 1], **_look(index, joined), markevery=[1])
-        return _svg(figure, f"swatch-{index}")
+        return _svg(figure, name)
 
 
 def _draw(chart: Chart, axis: int, scale: str, width: str, name: str) -> View:
     pixels = SIZES[width]
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(pixels[0] / 72, pixels[1] / 72), facecolor="none")
+        figure = Figure(figsize=(pixels[0] / 72, pixels[1] / 72), dpi=72, facecolor="none")
         figure.set_layout_engine("constrained")
         axes = figure.subplots()
         axes.set_facecolor("none")
         for index, curve in enumerate(chart.curves):
             _add(axes, curve, axis, index)
         _set_up(axes, chart, axis, scale, narrow=width == "narrow")
-        figure.draw_without_rendering()  # lays out, so that places are known
+        figure.draw_without_rendering()  # lays out, so that places are known,
+        figure.set_layout_engine("none")  # and stay when it is saved
         (left, bottom), (right, top) = axes.get_window_extent().get_points()
         return View(
             axis,
@@ -159,11 +160,17 @@ def _set_up(axes: Axes, chart: Chart, axis: int, scale: str, *, narrow: bool) ->
     axes.set_ylabel(str(chart.y))
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    for level in chart.levels:
+    for index, level in enumerate(chart.levels):
         axes.axhline(level.y, color=INK, lw=1, ls="--", alpha=0.7)
+        # Left and right in turn, as levels may be close together.
+        end = (
+            {"xy": (0, level.y), "xytext": (4, 4), "ha": "left"}
+            if index % 2
+            else {"xy": (1, level.y), "xytext": (-4, 4), "ha": "right"}
+        )
         axes.annotate(
-            f"{level.name} {number(level.y)}", (1, level.y), (-4, 4), ha="right",
-            xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=10,
+            f"{level.name} {number(level.y)}", **end, xycoords=("axes fraction", "data"),
+            textcoords="offset points", fontsize=10,
         )  # fmt: skip
     axes.set_yscale(scale)
     axes.yaxis.set_major_locator(MaxNLocator(5 if narrow else 8))

@@ -21,7 +21,7 @@ from experiments.harness.report import drawing
 from experiments.harness.report.content import Axis, Chart, Curve, Page, Section, Table, Trace
 
 _HERE = Path(__file__).parent
-_WORDS = 40  # a cell that is longer is prose, not a figure
+_WORDS = 40  # a column with a longer cell is prose, not figures
 
 
 def html(page: Page) -> str:
@@ -96,12 +96,16 @@ def _scroll(name: str, content: str) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_head(column)}</th>' for column in table.columns)
-    rows = "\n".join(_row(row) for row in table.rows)
+    prose = [any(len(cell) > _WORDS for cell in column) for column in zip(*table.rows)]
+    looks = [' class="words"' if words else "" for words in prose] or [""] * len(table.columns)
+    head = "".join(
+        f'<th scope="col"{look}>{_head(column)}</th>' for column, look in zip(table.columns, looks)
+    )
+    rows = "\n".join(_row(row, looks) for row in table.rows)
     return _scroll(
         table.caption,
-        f"<table><caption>{escape(table.caption)}</caption><thead><tr>{head}</tr></thead>\n"
-        f"<tbody>{rows}</tbody></table>",
+        f"<table><caption><span>{escape(table.caption)}</span></caption>"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>",
     )
 
 
@@ -109,12 +113,9 @@ def _head(column: Axis) -> str:
     return escape(column.name) + (f"<span>{escape(column.unit)}</span>" if column.unit else "")
 
 
-def _row(row: Sequence[str]) -> str:
+def _row(row: Sequence[str], looks: Sequence[str]) -> str:
     first, *others = map(escape, row)
-    cells = "".join(
-        f'<td class="words">{cell}</td>' if len(cell) > _WORDS else f"<td>{cell}</td>"
-        for cell in others
-    )
+    cells = "".join(f"<td{look}>{cell}</td>" for cell, look in zip(others, looks[1:]))
     return f'<tr><th scope="row">{first}</th>{cells}</tr>'
 
 
@@ -131,7 +132,7 @@ def _chart(chart: Chart, name: str) -> str:
         _radios("over", f"{name}-x", [(f"x{i}", axis.name) for i, axis in enumerate(chart.x)]),
         _radios(chart.y.name, f"{name}-y", [(scale, scale) for scale in drawing.scales(chart)]),
     ]
-    keys = "".join(_key(index, curve) for index, curve in enumerate(chart.curves))
+    keys = "".join(_key(index, curve, name) for index, curve in enumerate(chart.curves))
     return f"""<figure class="chart" id="{name}">
 <figcaption><strong>{caption}.</strong> {escape(chart.result)}</figcaption>
 <div class="controls">{"".join(controls)}</div>
@@ -164,10 +165,11 @@ def _radios(legend: str, name: str, choices: Sequence[tuple[str, str]]) -> str:
     return f"<fieldset><legend>{escape(legend)}</legend>{labels}</fieldset>"
 
 
-def _key(index: int, curve: Curve) -> str:
+def _key(index: int, curve: Curve, chart: str) -> str:
+    swatch = drawing.swatch(index, curve.joined, f"{chart}-key{index}")
     return (
         f'<label><input type="checkbox" value="{index}" autocomplete="off" checked>'
-        f'<svg viewBox="0 0 32 12" aria-hidden="true">{drawing.swatch(index, curve.joined)}</svg>'
+        f'<svg viewBox="0 0 32 12" aria-hidden="true">{swatch}</svg>'
         f"<span>{escape(curve.name)} <small>{escape(curve.result)}</small></span></label>"
     )
 
