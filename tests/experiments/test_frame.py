@@ -50,6 +50,7 @@ def test_files_are_complete_and_hold_no_path_of_the_machine(
     page = (out / "report.html").read_text()
     assert not re.search(r"https?://|<link|<img|src=|@import|url\((?!#)", page)
     assert len(page) < 1_000_000
+    assert '<svg id="c0-' in page
     for file in ("results.json", *script.pictures):
         assert f'<a href="{file}">' in page
     for name in script.pictures:
