@@ -157,7 +157,8 @@ def _series(index: int) -> str:
 
 def _set_up(axes: Axes, chart: Chart, axis: int, scale: str, *, narrow: bool) -> None:
     axes.set_xlabel(str(chart.x[axis]))
-    axes.set_ylabel(str(chart.y))
+    # A long name is higher than a narrow chart; it stands beside the switch, too.
+    axes.set_ylabel(chart.y.unit if narrow and chart.y.unit else str(chart.y))
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     for index, level in enumerate(chart.levels):
