@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from experiments.harness import figures, timing
+from experiments.harness import charts, figures, timing
 from experiments.harness.candidates import BASELINE, Candidate
 from experiments.harness.report import Report
 from experiments.harness.runs import (
@@ -63,15 +63,19 @@ def report(
         title=f"Optimizers on {study.workload.name}",
         unit=unit,
         verdict=verdict(rows, target, unit),
+        caption=study.caption("optimizers"),
         header=HEADER,
+        units={"final loss": unit},
         cells=[row_cells(r) for r in rows],
+        calls=study.calls(),
         method=METHOD,
+        charts=[
+            *charts.loss_charts(runs, rows, unit, target),
+            *charts.rate_charts(runs, rows, unit),
+        ],
         pictures={
-            "curves.png": (
-                "Validation loss at the best learning rate: mean of the seeds, their range shaded",
-                figures.loss_curves(runs, rows, target, unit),
-            ),
-            "rates.png": ("Search of the learning rate", figures.rate_search(runs, rows, unit)),
+            "curves.png": figures.loss_curves(runs, rows, target, unit),
+            "rates.png": figures.rate_search(runs, rows, unit),
         },
         record=study.record(),
         results={"target": target, **study.results(rows, runs, measured)},

@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.finetune import methods, pictures
+from experiments.finetune import charts, methods, pictures
+from experiments.finetune.calls import calls
 from experiments.finetune.methods import BASELINE
 from experiments.finetune.study import FineTuneStudy
 from experiments.harness import timing
 from experiments.harness.candidates import Candidate
+from experiments.harness.charts import rate_charts
 from experiments.harness.figures import rate_search
 from experiments.harness.report import Report
 from experiments.harness.runs import (
@@ -71,26 +73,27 @@ def report(
     every = {name: [*found, *small.get(name, [])] for name, found in runs.items()}
     same_rate = equal_rates(every)
     drawn = {
-        "curves.png": (
-            "Validation loss on both texts at the best learning rate: mean of the seeds, their "
-            "range shaded",
-            pictures.curves(runs, rows, before, unit),
-        ),
-        "rates.png": ("Search of the learning rate", rate_search(runs, rows, unit)),
+        "curves.png": pictures.curves(runs, rows, before, unit),
+        "rates.png": rate_search(runs, rows, unit),
     }
     if same_rate:
-        drawn["equal_rates.png"] = (
-            "LoRA and LoRA-GA at equal learning rates",
-            pictures.shared_rates(same_rate, CLAIM, unit),
-        )
+        drawn["equal_rates.png"] = pictures.shared_rates(same_rate, CLAIM, unit)
     return Report(
         title="Fine-tuning by adapters",
         unit=unit,
         verdict=verdict(rows, same_rate, before)
         + ([] if memory is None else memory_verdict(memory)),
+        caption=study.caption("methods") + f", rank {study.rank}",
         header=HEADER,
+        units=dict.fromkeys(("loss on the new text", "loss on the first text"), unit),
         cells=[row_cells(row) for row in rows],
+        calls=calls(study.candidates, study.rank),
         method=_method(study),
+        charts=[
+            *charts.text_charts(runs, rows, before, unit),
+            *rate_charts(runs, rows, unit),
+            *charts.equal_rate_charts(same_rate, CLAIM, unit),
+        ],
         pictures=drawn,
         record=study.record(),
         results={
@@ -308,6 +311,6 @@ def _method(study: FineTuneStudy) -> list[str]:
         "evaluations, is first at LoRA's mean final loss, as a part of a run; a dash says never. "
         "Steps to full's loss likewise.",
         "LoRA and LoRA-GA are also trained at equal small rates with seed 0; the table leaves them "
-        "out and the last picture shows them.",
+        "out; charts of their own show them.",
         timing.how(BASELINE),
     ]

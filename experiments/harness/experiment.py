@@ -12,7 +12,7 @@ from rich.console import Console
 from experiments.harness.command_line import Call
 from experiments.harness.environment import environment
 from experiments.harness.progress import Progress
-from experiments.harness.report import Report, html_page, terminal_table
+from experiments.harness.report import Report, html, terminal_table
 from experiments.harness.store import Store, read_json, write_atomically, write_json
 
 VERSIONS = ("jax", "optax", "flax")
@@ -62,9 +62,9 @@ class Experiment:
     def publish(self, report: Report) -> None:
         """Writes pictures, page and results, and prints table and sentences."""
         record = {**self.origin, **report.record}
-        for name, (_, picture) in report.pictures.items():
+        for name, picture in report.pictures.items():
             write_atomically(self.out / name, picture)
-        write_atomically(self.out / "report.html", html_page(report, record))
+        write_atomically(self.out / "report.html", html(report.page(record)))
         results = {"kind": self.call.script, **record, "verdict": report.verdict}
         write_json(self.out / "results.json", {**results, **report.results})
         title = f"{report.title} (loss in {report.unit})"

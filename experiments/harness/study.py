@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from experiments.harness import EVALUATIONS, UserError, timing, training
+from experiments.harness.calls import call_text
 from experiments.harness.candidates import BASELINE, Candidate
 from experiments.harness.progress import Progress
 from experiments.harness.runs import Row, Run, Timing, final_loss
@@ -77,6 +78,18 @@ class Study:
             f"{len(self.candidates)} {what} x ({self.rates} learning rates + {self.seeds - 1} more "
             f"seeds) x {self.steps} steps{more}"
         )
+
+    def caption(self, what: str) -> str:
+        """What the table of so many `what` holds, with budget and seeds."""
+        more = f", the best one with seeds 0 to {self.seeds - 1}" if self.seeds > 1 else ""
+        return (
+            f"{len(self.candidates)} {what} on {self.workload.name}, {self.steps} steps a run: "
+            f"{self.rates} learning rates with seed 0{more}"
+        )
+
+    def calls(self) -> dict[str, str]:
+        """How each contender is made, in full."""
+        return {c.name: call_text(c.make) for c in self.candidates}
 
     def record(self) -> dict[str, Any]:
         """The search, for the report."""

@@ -68,8 +68,8 @@ class Method:
     overlaps: bool = False
 
 
-def _after(transformation: optax.GradientTransformation) -> Make:
-    return lambda setting, given: optax.chain(transformation, optax.adamw(**given))
+def _after(agree: Callable[[], optax.GradientTransformation]) -> Make:
+    return lambda setting, given: optax.chain(agree(), optax.adamw(**given))
 
 
 def _local(method: Callable[..., optax.GradientTransformation]) -> Make:
@@ -96,7 +96,8 @@ def _diloco(inner: optax.GradientTransformation, **given: Any) -> optax.Gradient
 
 METHODS: dict[str, Method] = {
     BASELINE: Method(
-        _after(distributed.sync_gradients(AXIS)), "AdamW on the mean of all gradients, each step"
+        _after(lambda: distributed.sync_gradients(AXIS)),
+        "AdamW on the mean of all gradients, each step",
     ),
     "one-bit-adam": Method(
         _one_bit_adam,
@@ -104,11 +105,13 @@ METHODS: dict[str, Method] = {
         lambda setting, step: np.minimum(step, setting.freeze_step),
     ),
     "ef21-top1": Method(
-        _after(distributed.ef21(distributed.top_k(0.01), AXIS)),
+        _after(lambda: distributed.ef21(distributed.top_k(0.01), AXIS)),
         "EF21: the largest 1% of each gradient's change, then AdamW",
     ),
     "ef-int8": Method(
-        _after(distributed.error_feedback(distributed.stochastic_int8(), AXIS, two_phase=True)),
+        _after(
+            lambda: distributed.error_feedback(distributed.stochastic_int8(), AXIS, two_phase=True)
+        ),
         "error feedback: gradients in int8, both ways, then AdamW",
     ),
     "diloco": Method(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from experiments.harness import timing
+from experiments.harness import charts, timing
 from experiments.harness.candidates import Candidate
 from experiments.harness.figures import rate_search
 from experiments.harness.report import Report
+from experiments.harness.report.content import Axis, Chart
 from experiments.harness.runs import (
     Row,
     Run,
@@ -64,16 +65,24 @@ def report(study: ReplicaStudy, runs: Mapping[str, Sequence[Run]], measured: Tim
         title="What replicas must send",
         unit=unit,
         verdict=verdict(rows),
+        caption=study.caption("methods") + f", {setting.replicas} replicas",
         header=HEADER,
+        units={
+            **dict.fromkeys(("loss of mean model", "single models"), unit),
+            "peak": "bytes / step",
+            "fewer": "times",
+            **dict.fromkeys(("at 1 Gbit/s", "at 100 Mbit/s"), "seconds"),
+        },
         cells=[row_cells(row) for row in rows],
+        calls=study.calls(),
         method=_method(study),
+        charts=[
+            *byte_charts(rows, setting, runs, wires, unit),
+            *charts.rate_charts(runs, rows, unit),
+        ],
         pictures={
-            "bytes.png": (
-                "Validation loss of the mean model over steps and over bytes sent, at the best "
-                "learning rate: mean of the seeds, their range shaded",
-                loss_by_bytes(rows, setting, runs, wires, unit),
-            ),
-            "rates.png": ("Search of the learning rate", rate_search(runs, rows, unit)),
+            "bytes.png": loss_by_bytes(rows, setting, runs, wires, unit),
+            "rates.png": rate_search(runs, rows, unit),
         },
         record=study.record(),
         results={
@@ -82,6 +91,24 @@ def report(study: ReplicaStudy, runs: Mapping[str, Sequence[Run]], measured: Tim
             **study.results(rows, runs, measured),
         },
     )
+
+
+def byte_charts(
+    rows: Sequence[Row],
+    setting: Setting,
+    runs: Mapping[str, Sequence[Run]],
+    wires: Mapping[str, WireBytes],
+    unit: str,
+) -> list[Chart]:
+    """Validation loss over steps or over bytes sent; none where all runs diverged."""
+
+    def places(row: Row, steps: Sequence[int]) -> Sequence[Sequence[float]]:
+        name = row["optimizer"]
+        return steps, [float(sent_after(name, setting, wires[name], step)) for step in steps]
+
+    axes = charts.STEPS, Axis("sent by one replica", "bytes", logarithmic=True)
+    loss = Axis("validation loss of the mean model", unit)
+    return charts.course(f"{loss.name} {charts.BEST}".capitalize(), runs, rows, axes, loss, places)
 
 
 def wall_seconds(

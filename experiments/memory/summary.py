@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 import jaxopt_lab
-from experiments.harness import figures, timing
+from experiments.harness import charts, figures, timing
 from experiments.harness.candidates import BASELINE, Candidate
 from experiments.harness.report import Report
 from experiments.harness.runs import (
@@ -24,6 +24,7 @@ from experiments.harness.runs import (
 )
 from experiments.harness.study import Study
 from experiments.harness.workload import Workload
+from experiments.memory.charts import best_for_their_state, state_charts
 from experiments.memory.methods import REFRESHES, Shape
 from experiments.memory.pictures import loss_by_state
 
@@ -51,20 +52,21 @@ def report(
         title="What each byte of optimizer state buys",
         unit=unit,
         verdict=verdict(rows),
+        caption=study.caption("optimizers"),
         header=HEADER,
+        units={"final loss": unit, "lowest to highest seed": unit},
         cells=[row_cells(row) for row in rows],
+        calls=study.calls(),
         method=_method(shape, study.workload),
+        charts=[
+            *state_charts(runs, rows, unit),
+            *charts.loss_charts(runs, rows, unit),
+            *charts.rate_charts(runs, rows, unit),
+        ],
         pictures={
-            "budget.png": (
-                "Final validation loss over bytes of state: mean of the seeds, a bar for their "
-                "range; nothing ends left of and below the grey line",
-                figures.png(loss_by_state(rows, unit)),
-            ),
-            "curves.png": (
-                "Validation loss at the best learning rate: mean of the seeds, their range shaded",
-                figures.loss_curves(runs, rows, None, unit),
-            ),
-            "rates.png": ("Search of the learning rate", figures.rate_search(runs, rows, unit)),
+            "budget.png": figures.png(loss_by_state(rows, unit)),
+            "curves.png": figures.loss_curves(runs, rows, None, unit),
+            "rates.png": figures.rate_search(runs, rows, unit),
         },
         record=study.record(),
         results=study.results(rows, runs, measured),
@@ -148,16 +150,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         rival = by_name.get(name.replace("frugal-", "galore-"))
         if name.startswith("frugal-") and rival is not None:
             lines.append(_between(base, row, rival))
-    best = sorted(
-        (row for row in rows if row["best_for_its_state"]),
-        key=lambda row: row["state_bytes_per_parameter"],
-    )
-    listed = ", ".join(
-        f"{row['optimizer']} ({row['state_bytes_per_parameter']:.2f} bytes a parameter, "
-        f"{row['final_loss']:.4f})"
-        for row in best
-    )
-    lines.append(f"Nothing with as little state ends as low as {listed}.")
+    lines.append(best_for_their_state(rows))
     return [*lines, *diverged_seeds(rows), *edge_warning(rows)]
 
 

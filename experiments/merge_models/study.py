@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.finetune.calls import calls
 from experiments.finetune.methods import contenders, method_of
 from experiments.finetune.study import FineTuneLoop, pretrain
 from experiments.harness import UserError
@@ -84,6 +85,10 @@ class MergeStudy:
             f"steps on each of {', '.join(self.tasks)} and on all together, {self.seeds} seeds, "
             f"after {self.pretrain_steps} steps of pre-training"
         )
+
+    def call(self) -> str:
+        """How a model is trained on a text, in full."""
+        return calls([self._candidate], self.rank)[self._candidate.name]
 
     def run(self, progress: Progress) -> list[dict[str, Any]]:
         """Returns for each seed the losses of all models, and those of each scale."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.harness.report import Report
 from experiments.harness.runs import Row
+from experiments.merge_models.charts import kept_table, scale_charts
 from experiments.merge_models.methods import BEFORE, MERGES, SCALES, TOGETHER
 from experiments.merge_models.pictures import merged
 from experiments.merge_models.study import MergeStudy
@@ -21,15 +22,16 @@ def report(study: MergeStudy, results: Sequence[Mapping[str, Any]]) -> Report:
         title="Merged models",
         unit=unit,
         verdict=verdict(rows, tasks),
+        caption=f"Losses of each model on {len(tasks)} texts and that of the pre-training; seeds: "
+        f"{study.seeds}",
         header=header(tasks),
+        units=dict.fromkeys((*tasks, "mean of these", "text of the pre-training"), unit),
         cells=[row_cells(row) for row in rows],
+        calls={"each text": study.call(), **{name: text for name, (_, text) in MERGES.items()}},
         method=_method(study),
-        pictures={
-            "merged.png": (
-                "Mean loss by the scale of each rule, and what is left of each text's fine-tuning",
-                merged(results, rows, tasks, unit),
-            )
-        },
+        charts=scale_charts(results, rows, tasks, unit),
+        tables=[kept_table(rows, tasks)],
+        pictures={"merged.png": merged(results, rows, tasks, unit)},
         record={"seeds": study.seeds, "learning_rate": study.rate},
         results={"table": rows, "results": results},
     )

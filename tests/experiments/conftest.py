@@ -6,6 +6,7 @@ import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -14,9 +15,10 @@ from matplotlib.figure import Figure
 
 import experiments.merge_models.study as merging
 from experiments.harness import timing, training
+from experiments.harness.report import drawing
 from tests.experiments.tiny import SCRIPTS, write_texts
 
-DRAWN = Figure.savefig
+DRAWN, VIEWS = Figure.savefig, drawing.views
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +64,7 @@ def finished(shared: Path) -> Callable[..., Path]:
             if not (out / "results.json").exists():
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(Figure, "savefig", DRAWN)
+                    patch.setattr(drawing, "views", VIEWS)
                     assert SCRIPTS[name].run(out, *more) == 0
         return out
 
@@ -71,7 +74,13 @@ def finished(shared: Path) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are drawn for the finished runs alone."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(b"\x89PNG"))
+    content = {"png": b"\x89PNG", "svg": "<svg/>"}
+
+    def save(figure: Figure, file: Any, format: str, **_: Any) -> None:
+        file.write(content[format])
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setattr(drawing, "views", lambda *_: iter(()))
 
 
 @pytest.fixture

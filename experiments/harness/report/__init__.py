@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.harness.report.data import Report
-from experiments.harness.report.page import html_page
+from experiments.harness.report.page import html
 from experiments.harness.report.terminal import terminal_table
 
-__all__ = ["Report", "html_page", "terminal_table"]
+__all__ = ["Report", "html", "terminal_table"]
