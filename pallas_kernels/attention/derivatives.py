@@ -363,6 +363,7 @@ def _batch(axis: Any, arguments: Any, dims: Any, *, form: Form, traced: Any) -> 
 
 
 form_p.def_impl(_impl)
+form_p.to_lojax = _impl  # where a kernel's program has types that newer versions take apart first
 form_p.def_abstract_eval(lambda *_, form, traced: traced.out_avals)
 ad.primitive_jvps[form_p] = _jvp
 ad.primitive_transposes[form_p] = _transpose
