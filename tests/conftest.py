@@ -25,9 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="of each test run at most N sets of parameters, evenly spread",
     )
-    parser.addoption(
-        "--others", action="store_true", help="of those sets run what `--cases 1` leaves out"
-    )
 
 
 # A compiled program takes 1.4 MB, however small, and jax keeps it: what was compiled is let go of
@@ -55,8 +52,6 @@ def pytest_runtest_teardown() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     most = config.getoption("cases")
     if most is None:
-        if config.getoption("others"):
-            raise pytest.UsageError("--others needs --cases")
         return
     tests = collections.defaultdict(dict)
     for item in items:
@@ -65,6 +60,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = set()
     for test, places in selection.places({k: [*v] for k, v in tests.items()}, most).items():
         cases = [*tests[test].values()]
-        chosen.update(cases[i] for i in places[config.getoption("others") :])
+        chosen.update(cases[i] for i in places)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]

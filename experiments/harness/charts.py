@@ -74,9 +74,9 @@ def course(
     if not curves:
         return []
     shown = [curve.mean.y for curve in curves] + [curve.high for curve in curves if curve.high]
-    lowest = min(min(y) for y in shown)
-    highest = max([max(y[len(y) // 5 :]) for y in shown] + [level.y for level in levels])
-    lowest = min([lowest, *(level.y for level in levels)])
+    values = [level.y for level in levels]
+    lowest = min([min(y) for y in shown] + values)
+    highest = max([max(y[len(y) // 5 :]) for y in shown] + values)
     room = 0.04 * (highest - lowest) or 0.04 * abs(highest)
     result = said(ends, {row["optimizer"] for row in rows} - ends.keys())
     y_range = (lowest - room, highest + room)

@@ -81,10 +81,18 @@ def check(choice: Choice) -> None:
                 f"layers_to_transform must be the number of a layer or a list of them, got "
                 f"{layers!r}"
             )
-    if choice.kernel_axes is not None:
-        _checks.check_mapping(
-            "of optax.contrib.MuonDimensionNumbers by pattern", kernel_axes=choice.kernel_axes
-        )
+    check_axes(choice.kernel_axes)
+
+
+def check_axes(kernel_axes: Any) -> None:
+    """Refuses what is no dict of axes.
+
+    Raises:
+      TypeError: the message says what was given.
+    """
+    if kernel_axes is not None:
+        kind = "of optax.contrib.MuonDimensionNumbers by pattern"
+        _checks.check_mapping(kind, kernel_axes=kernel_axes)
 
 
 def check_config(config: Any) -> None:

@@ -86,7 +86,8 @@ class MissConfig:
         _checks.check_positive_integer(r=self.r, mini_r=self.mini_r)
         _whole.check(self)
         _checks.canonical_mu_dtype(self.adapter_dtype, "adapter_dtype")
-        if self.init_weights is not True and str(self.init_weights) not in ("mini", "bat"):
+        known = self.init_weights is True or isinstance(self.init_weights, str)
+        if not known or self.init_weights not in (True, "mini", "bat"):
             raise ValueError(
                 f"init_weights must be True, 'mini' or 'bat', got {self.init_weights!r}"
             )

@@ -99,7 +99,7 @@ def log_norms(
         leaves = jax.tree.leaves(params)
         inner_state = inner.init(params)
         step = jnp.zeros((), jnp.int32)
-        rate_at(step, inner_state)
+        rate_at(step, inner_state)  # refuses several before the first step
         unknown = jnp.full((), _NOT_KNOWN, _tree.compute_dtype(*map(jnp.result_type, leaves)))
         traced = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         logged = LoggedNorms(*_compat.vary_alike([unknown] * 3, *traced))

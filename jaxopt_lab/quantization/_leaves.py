@@ -19,15 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab import _checks, _compat, _flax, _tree
-from jaxopt_lab.quantization.codecs import (
-    Bfloat16,
-    Codec,
-    Int8,
-    bfloat16,
-    divisors_of,
-    int8,
-    inverses_of,
-)
+from jaxopt_lab.quantization.codecs import Bfloat16, Codec, Int8, bfloat16, int8
 from jaxopt_lab.quantization.rounding import noise_seeds
 
 CodecChoice = Codec | Callable[[str, Any], Codec | None]
@@ -389,10 +381,10 @@ def _seeds(
 def _scales(
     before: Unpacked, leaves: list[Any], indices: list[int]
 ) -> dict[int, dict[str, jax.Array]]:
-    """Returns the scales of leaves with the codec `int8` and their inverses, for each parameter.
+    """Returns the scales of leaves with the codec `int8`, those of one parameter tied together.
 
-    They are tied together. Untied, XLA fuses the codes of one moment with the reduction of the
-    other, and so reads their gradient three times.
+    Untied, XLA fuses the codes of one moment with the reduction of the other, and so reads their
+    gradient three times.
     """
     found: dict[Any, dict[int, jax.Array]] = collections.defaultdict(dict)
     for index in indices:
@@ -403,27 +395,7 @@ def _scales(
             )
             found[parameter][index] = _scales_of(codec, jnp.asarray(leaves[index]))
     tied = [jax.lax.optimization_barrier(group) for group in found.values()]
-    return {
-        index: {"scales": scales, "inverses": inverses}
-        for group in tied
-        for (index, scales), inverses in zip(group.items(), _inverses_of(list(group.values())))
-    }
-
-
-@jax.jit
-def _inverses_of(scales: list[jax.Array]) -> list[jax.Array]:
-    """Returns the inverses, on a CPU from one kernel for the moments of a parameter."""
-
-    def each(*scales: jax.Array) -> list[jax.Array]:
-        return list(map(inverses_of, scales))
-
-    def at_once(*scales: jax.Array) -> list[jax.Array]:
-        # Of a stack that it uses once XLA makes one kernel.
-        stacked = jnp.stack(list(map(divisors_of, scales)))
-        return list(jax.lax.optimization_barrier(4 / stacked))
-
-    alike = len({_compat.type_of(x) for x in scales}) == 1
-    return _compat.platform_dependent(*scales, cpu=at_once if alike else each, default=each)
+    return {index: {"scales": scales} for group in tied for index, scales in group.items()}
 
 
 def _opaque(leaf: jax.Array) -> jax.Array:

@@ -135,11 +135,7 @@ class Int8:
         return jnp.concatenate(parts, axis=-1)
 
     def encode(
-        self,
-        x: jax.Array,
-        key: jax.Array | None = None,
-        scales: jax.Array | None = None,
-        inverses: jax.Array | None = None,
+        self, x: jax.Array, key: jax.Array | None = None, scales: jax.Array | None = None
     ) -> Blocks:
         """Returns codes and scales of the floating array `x`; `key` is not used.
 
@@ -147,12 +143,10 @@ class Int8:
           x: floating array.
           key: not used.
           scales: of `x`, if they are known.
-          inverses: of the scales, as `inverses_of` returns them, if they are known.
         """
         del key
         scales = self.scales(x) if scales is None else scales
-        inverses = inverses_of(scales) if inverses is None else inverses
-        return Blocks(self._entrywise(self._codes, self._floats(x), scales, inverses), scales)
+        return Blocks(self._entrywise(self._codes, self._floats(x), scales), scales)
 
     def decode(self, encoded: Blocks, dtype: Any) -> jax.Array:
         """Returns the array of dtype `dtype` that `encoded` stands for.
@@ -198,9 +192,7 @@ class Int8:
 
     def encode_tile(self, x: jax.Array, scales: jax.Array, tables: bool) -> Blocks:
         """Encodes a floating tile, given what `measure_tile` returned."""
-        inverses = inverses_of(scales)
-        codes = self._codes(self._floats(x), scales, inverses, lambda value: value, tables)
-        return Blocks(codes, scales)
+        return Blocks(self._codes(self._floats(x), scales, lambda value: value, tables), scales)
 
     def decode_tile(self, encoded: Blocks, dtype: Any, tables: bool) -> jax.Array:
         """Decodes what `encode_tile` returned."""
@@ -208,8 +200,10 @@ class Int8:
         levels = levels_by_table if tables else compute_levels
         return self._values(codes, scales, lambda value: value, levels).astype(dtype)
 
-    def _codes(self, x: Any, scales: Any, inverse: Any, spread: Any, tables: bool) -> jax.Array:
+    def _codes(self, x: Any, scales: Any, spread: Any, tables: bool) -> jax.Array:
         """Returns the codes of entries; `spread` gives each entry what its block has."""
+        # 4 / scale is a normal number for each scale that is one.
+        inverse = 4 / jnp.where(scales == 0, 1, scales)
         dynamic = self.code == "dynamic"
         if dynamic and tables:
             codes = nearest_by_table(x, spread(inverse), self._signed)
@@ -273,8 +267,8 @@ class Int8:
         # once, where it would look up the old one in each kernel that reads the new.
         return x if self._signed or self.code == "dynamic" else jnp.maximum(x, 0)
 
-    def _entrywise(self, fn: Any, x: jax.Array, *of_blocks: jax.Array) -> jax.Array:
-        """Returns `fn(entries, *of_blocks, spread, tables)`, which works entry by entry.
+    def _entrywise(self, fn: Any, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """Returns `fn(entries, scales, spread, tables)`, which works entry by entry.
 
         Both forms compute the same. On a CPU, blocks as an axis of their own would keep XLA from
         working in place; on a GPU it fuses that form into fewer kernels.
@@ -283,40 +277,36 @@ class Int8:
         padded = count * self.block_size
         like, x = x, _compat.unshard(x)
 
-        def flat(x: jax.Array, *of_blocks: jax.Array) -> jax.Array:
+        def flat(x: jax.Array, scales: jax.Array) -> jax.Array:
             def spread(value: jax.Array) -> jax.Array:
                 shape = (*leading, count, self.block_size)
                 blocks = jax.lax.broadcast_in_dim(value, shape, range(value.ndim))
                 rows = blocks.reshape(*leading, padded)
                 return (rows[..., :length] if padded > length else rows).reshape(x.shape)
 
-            return fn(x, *of_blocks, spread, tables=True)
+            return fn(x, scales, spread, tables=True)
 
-        def blocked(x: jax.Array, *of_blocks: jax.Array) -> jax.Array:
+        def blocked(x: jax.Array, scales: jax.Array) -> jax.Array:
             rows = x.reshape(*leading, length)
             if padded > length:
                 rows = jnp.pad(rows, [(0, 0)] * len(leading) + [(0, padded - length)])
             blocks = rows.reshape(*leading, count, self.block_size)
-            found = fn(blocks, *of_blocks, lambda value: value[..., None], tables=False)
+            found = fn(blocks, scales, lambda value: value[..., None], tables=False)
             return found.reshape(*leading, padded)[..., :length].reshape(x.shape)
 
-        of_blocks = tuple(map(_compat.unshard, of_blocks))
-        found = _compat.platform_dependent(x, *of_blocks, cpu=flat, default=blocked)
+        found = _compat.platform_dependent(x, _compat.unshard(scales), cpu=flat, default=blocked)
         return _compat.reshard_like(found, like)
 
     def _largest(self, blocks: jax.Array) -> jax.Array:
-        def separately(blocks: jax.Array) -> jax.Array:
-            return self._scale(*_high_and_low(blocks))
-
-        def at_once(blocks: jax.Array) -> jax.Array:
-            """Without a kernel for `_scale`; where both were not kept, one would be left."""
-            x = jnp.where(jnp.abs(blocks) <= _TINY, 0, blocks)
-            x = jnp.abs(x) if self._signed else x
-            return jax.lax.optimization_barrier(_high_and_low(x))[0]
-
-        with_sign = self._signed and self.code == "dynamic"
-        cpu = separately if with_sign else at_once
-        return _compat.platform_dependent(blocks, cpu=cpu, default=separately)
+        # One reduction of two operands: a CPU fuses it with what makes the entries, but not two,
+        # nor one of one operand, which it leaves to a library.
+        high, low = jax.lax.reduce(
+            (blocks, blocks),
+            (jnp.float32(0), jnp.float32(0)),
+            lambda x, y: (jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])),
+            (blocks.ndim - 1,),
+        )
+        return self._scale(high, low)
 
     def _scale(self, high: jax.Array, low: jax.Array) -> jax.Array:
         # The dynamic levels have 1 and lack -1: the largest entry gives the scale its sign. The
@@ -327,32 +317,6 @@ class Int8:
             scale = jnp.where(high >= -low, high, low if self.code == "dynamic" else -low)
         # The quotient of numbers below it is unreliable where a device flushes them to zero.
         return jnp.where(jnp.abs(scale) <= _TINY, 0, scale)
-
-
-def _high_and_low(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the largest and the least entry of each block, or zero beyond it.
-
-    One reduction of two operands: a CPU fuses it with what makes the entries, but not two, nor one
-    of one operand, which it leaves to a library.
-    """
-    return tuple(
-        jax.lax.reduce(
-            (blocks, blocks),
-            (jnp.float32(0), jnp.float32(0)),
-            lambda x, y: (jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])),
-            (blocks.ndim - 1,),
-        )
-    )
-
-
-def inverses_of(scales: jax.Array) -> jax.Array:
-    """Returns 4 / scale, a normal number for each scale that is one, and 4 for zero."""
-    return 4 / divisors_of(scales)
-
-
-def divisors_of(scales: jax.Array) -> jax.Array:
-    """Returns the scales with 1 in place of zero."""
-    return jnp.where(scales == 0, 1, scales)
 
 
 def int8(block_size: int = 256, code: Code = "dynamic", signed: bool | None = None) -> Int8:

@@ -260,18 +260,15 @@ def without_noise(compact: jax.Array, matrix: jax.Array, axes: tuple[int, ...]) 
     """
     eps = float(jnp.finfo(matrix.dtype).eps)
     along, across = (-2, -1) if axes[0] == 0 else (-1, -2)
-    columns, squares = _square_sum(matrix, along), jnp.square(compact)
+    columns = _square_sum(matrix, along)
+    whole = jnp.sum(columns, across, keepdims=True)
     # Backward errors of decompositions grow with the root of the size, in practice.
-    relative = (8 * eps) ** 2 * max(matrix.shape[-2:])
+    of_a_direction = (8 * eps) ** 2 * max(matrix.shape[-2:]) * whole
     if len(axes) == 2:
-        whole = jnp.sum(columns, across, keepdims=True)
-        noise = squares < relative * whole
+        noise = jnp.square(compact) < of_a_direction
     else:
-        # One sum for the directions and for the whole: two kernels of a program, and not four.
-        sums = jnp.sum(jnp.concatenate([squares, columns], along), across, keepdims=True)
-        of_directions, whole = jnp.split(sums, [compact.shape[along]], along)
-        noise = (of_directions < relative * whole) | (
-            squares < (_OF_A_PRODUCT * eps) ** 2 * columns
+        noise = (_square_sum(compact, across) < of_a_direction) | (
+            jnp.square(compact) < (_OF_A_PRODUCT * eps) ** 2 * columns
         )
     # Of what is not finite nothing is known.
     return jnp.where(noise & jnp.isfinite(whole), 0, compact)

@@ -177,11 +177,14 @@ def test_refuses_what_drifts_apart():
 def test_small_outer_steps_of_16_bit_parameters_are_not_lost():
     exchange = noloco_exchange(axis_name=AXIS, learning_rate=2.0**-4, momentum=0.0)
 
+    def one(carry, _):
+        params, state = carry
+        params = params + jnp.asarray(2.0**-6, jnp.bfloat16)
+        return exchange.finish(params, state, exchange.begin(state)), None
+
     def rounds(params):
-        state = exchange.init(params)
-        for _ in range(16):
-            params = params + jnp.asarray(2.0**-6, jnp.bfloat16)
-            params, state = exchange.finish(params, state, exchange.begin(state))
+        start = params, exchange.init(params)
+        (params, state), _ = jax.lax.scan(one, start, length=16)
         return params, state.slow
 
     params, slow = modes.mapped("vmap", rounds, 2)(jnp.ones(2, jnp.bfloat16))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxopt_lab import _checks
+from jaxopt_lab.adapters import _targets
 
 Names = Mapping[str, str | Sequence[str]] | Callable[[str], str | Sequence[str] | None]
 
@@ -74,9 +75,7 @@ def check(path: Any, names: Any, kernel_axes: Any = None, what: str = "folder") 
     _checks.check_path(**{what: path})
     if not callable(names):
         _checks.check_mapping("of PyTorch modules by kernel, or a function of it", names=names)
-    if kernel_axes is not None:
-        kind = "of optax.contrib.MuonDimensionNumbers by pattern"
-        _checks.check_mapping(kind, kernel_axes=kernel_axes)
+    _targets.check_axes(kernel_axes)
 
 
 def places(names: Names, leaf: str) -> list[Place]:
