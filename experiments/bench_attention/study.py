@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.bench_attention import methods, tuning
+from experiments.bench_attention import methods, pytorch, tuning
 from experiments.bench_attention.methods import Shape
 
 PASSES = ("forward", "gradient", "jvp")
@@ -63,19 +63,23 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     refused = {name: reason for name, reason in found.items() if isinstance(reason, str)}
     arrays = draw(shape)
     programs = compile_all({k: v for k, v in found.items() if k not in refused}, arrays)
+    reason = pytorch.refusal(shape, jax.default_backend())
+    if reason is None:
+        programs["torch"] = pytorch.programs(shape, arrays)
+    else:
+        refused["torch"] = reason
     exact = methods.exact(shape, *arrays[:3])
     results: dict[str, Any] = {}
     for name, compiled in programs.items():
         results[name] = {"errors": {k: v for k, v in compiled.items() if isinstance(v, str)}}
         if not isinstance(compiled["forward"], str):
-            output = compiled["forward"](*arrays).astype(jnp.float32)
+            output = jnp.asarray(compiled["forward"](*arrays), jnp.float32)
             error = jnp.linalg.norm(output - exact) / jnp.linalg.norm(exact)
             results[name]["error"] = float(error)
-        for which in PASSES:
-            if which in results[name]["errors"]:
-                continue
-            memory = compiled[which].memory_analysis()
-            results[name][which] = {"seconds": [], "temporary_bytes": memory.temp_size_in_bytes}
+        for which, program in compiled.items():
+            if not isinstance(program, str):
+                size = temporary_bytes(program)
+                results[name][which] = {"seconds": [], "temporary_bytes": size}
     for _ in range(rounds):
         for name, compiled in programs.items():
             for which in PASSES:
@@ -83,3 +87,10 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
                     program = functools.partial(compiled[which], *arrays)
                     results[name][which]["seconds"].append(tuning.seconds_of(program))
     return {"shape": str(shape), "refused": refused, "results": results}
+
+
+def temporary_bytes(program: Any) -> int | None:
+    """Returns the temporary memory of a program that XLA compiled; of another it is not known."""
+    if isinstance(program, jax.stages.Compiled):
+        return program.memory_analysis().temp_size_in_bytes
+    return None

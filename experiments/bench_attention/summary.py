@@ -30,13 +30,16 @@ def rows(shape: Shape, measured: dict[str, Any]) -> list[list[str]]:
     base = measured["results"].get(BASE, {})
     for name, result in measured["results"].items():
         for which in PASSES:
-            if which not in result:
+            if which in result["errors"]:
                 lines.append([name, which, result["errors"][which][:40], "", "", ""])
+                continue
+            if which not in result:
                 continue
             seconds = statistics.median(result[which]["seconds"])
             ratio = f"{speed(base[which], result[which]):.2f}" if which in base else ""
-            memory = result[which]["temporary_bytes"] / 1e6
+            size = result[which]["temporary_bytes"]
+            memory = "" if size is None else f"{size / 1e6:.1f}"
             error = f"{result['error']:.1e}" if which == "forward" else ""
             tera = f"{flops(shape, which) / seconds / 1e12:.3g}"
-            lines.append([name, which, tera, ratio, f"{memory:.1f}", error])
+            lines.append([name, which, tera, ratio, memory, error])
     return lines
