@@ -94,6 +94,17 @@ def test_huge_windows_with_positions_that_are_arrays(window):
     close(attend(jnp.array([2**31 - 1, 5], jnp.uint32))[1:], by_mask(seen(left, right, 5))[1:])
 
 
+def test_windows_that_only_a_far_position_leaves():
+    """Sides as long as the sequence, which hide nothing from where it is."""
+    attend = jax.jit(
+        lambda offset: pallas_kernels.attention(
+            Q, K, V, local_window_size=S - 1, query_offset=offset
+        )
+    )
+    for offset in (3, -3, 12, -12):
+        close(attend(jnp.array([offset, offset])), by_mask(seen(S - 1, S - 1, offset)))
+
+
 @pytest.mark.slow
 def test_huge_windows_of_flax_decode_and_cost():
     plain = pallas_kernels.flax_attention_fn(Q, K, V)
