@@ -43,7 +43,7 @@ def _pass(tests: tuple[str, ...], change: tuple[pathlib.Path, str] | None = None
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for name in (jaxopt_lab.__name__, mutants.TESTS.name):
+        for name in ("jaxopt_lab", "pallas_kernels", mutants.TESTS.name):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         if change is not None:
             path, source = change

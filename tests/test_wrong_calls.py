@@ -205,6 +205,8 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: lab.read_peft_folder(3, PARAMS, {}), ("folder", "3", "path")),
     (lambda: lab.read_peft_folder("nowhere/at/all", PARAMS, {}), ("nowhere", "not there", "has")),
     (lambda: lab.read_peft_folder(".", PARAMS, "up"), ("names", "'up'", "by kernel")),
+    (lambda: lab.read_peft_folder(".", PARAMS, {}, is_trainable=1),
+     ("is_trainable", "1", "True or False")),
     (lambda: lab.write_peft_folder(".", *adapted(), {"up/kernel": "m.up"}, task_type="LM"),
      ("task_type", "'LM'", "CAUSAL_LM")),
     # Distribution.

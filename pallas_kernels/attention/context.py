@@ -12,11 +12,12 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes, with_axis
-from pallas_kernels.attention import arguments, core, integers, layouts, mapped, options, routes
+from pallas_kernels.attention import arguments, core, integers, layouts, options, routes
 from pallas_kernels.attention.gather import gather
 from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.parts import key_positions
+from pallas_kernels.attention.placement import explicit_sharding
 from pallas_kernels.attention.position_bias import Rule, check_rule
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 from pallas_kernels.attention.ring import Axis, ring
@@ -239,7 +240,7 @@ def attend(
     # the transpose of this cast does where `shard_map` keeps account of it.
     axes = varying_axes(lax.axis_index(axis.name), *jax.tree.leaves(operands))
     operands = jax.tree.map(lambda x: vary(x, axes), operands)
-    beside_explicit = mapped.explicit_sharding(operands.query) is not None
+    beside_explicit = explicit_sharding(operands.query) is not None
     if method == "all_to_all":
         if beside_explicit:
             raise NotImplementedError(

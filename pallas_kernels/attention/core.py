@@ -14,27 +14,16 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels._compat import vary, varying_axes
 from pallas_kernels.attention import derivatives, mapped
 from pallas_kernels.attention.mapped import Arrays
-from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
+from pallas_kernels.attention.problem import (
+    Gradients,
+    Operands,
+    Route,
+    Settings,
+    axes_of,
+    names_of,
+    wide,
+)
 from pallas_kernels.attention.tangent import PLAIN
-
-# Letters of the axes of each array, as `mapped.call` reads them.
-_AXES = {
-    "query": "btnd",
-    "key": "bskd",
-    "value": "bske",
-    "bias": "bnts",
-    "sinks": "n",
-    "offsets": "b",
-    "query_lengths": "b",
-    "key_value_lengths": "b",
-    "query_segment_ids": "bt",
-    "key_value_segment_ids": "bs",
-    "dense": "bnts",
-    "starts": "b",
-    "prefix_lengths": "b",
-    "seeds": "bn",
-    "diagonals": "bnr",
-}
 
 
 def attend(
@@ -89,7 +78,7 @@ def batched(route: Route) -> Route:
         if settings.is_ordered:
             return route.backward(settings, operands, lse, cotangent, delta, bias_gradient)
         arrays, structure = jax.tree.flatten(operands)
-        axes, names = axes_of(operands), _names(operands)
+        axes, names = axes_of(operands), names_of(operands)
         wanted = ["query", "key", "value"]
         wanted += [x for x in ("bias", "diagonals") if bias_gradient and x in names]
         places = [names.index(x) for x in wanted]
@@ -202,24 +191,10 @@ def _differentiable_jvp(route: Route, settings: Settings, primals: Any, tangents
 compiled = jax.jit(differentiable, static_argnums=(0, 1))
 
 
-def _names(tree: Any) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [_name(path[-1]) for path, _ in leaves]
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled_output(route: Route, settings: Settings, operands: Operands) -> jax.Array:
     results: Any = differentiable(route, settings, operands)
     return results[0]
-
-
-def axes_of(tree: Any) -> tuple[str, ...]:
-    """Returns the letters of the axes of each array, as `mapped.call` reads them."""
-    return tuple(_AXES[name] for name in _names(tree))
-
-
-def _name(key: Any) -> str:
-    return key.key if isinstance(key, jax.tree_util.DictKey) else key.name
 
 
 def _dtypes(operands: Operands) -> tuple[Any, Any]:

@@ -31,10 +31,12 @@ from pallas_kernels.attention.decode_problem import (
     Settings,
     blocks_of_split,
     canonical,
+    checked_sinks,
     keys_needed,
     lookup_of,
     sees,
 )
+from pallas_kernels.attention.derivatives import finite, with_empty
 from pallas_kernels.attention.integers import FAR
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.merge import merge_parts
@@ -159,7 +161,7 @@ def decode_attention(
     output, lse = where_it_lies(attend, {k: x for k, x in arrays.items() if x is not None})
     if one_token:
         output, lse = output[:, 0], lse[:, 0]
-    return (output, lse) if return_residual else output
+    return (output, with_empty(lse)) if return_residual else output
 
 
 def _attend(
@@ -175,25 +177,17 @@ def _attend(
     implementation: str | None,
     **others: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns output (B, T, N, dv) and lse (B, T, N) for a query (B, T, N, d)."""
+    """Returns output (B, T, N, dv) and `finite` lse (B, T, N) for a query (B, T, N, d)."""
     settings, operands = canonical(
         query, key_cache, value_cache, lengths, page_table, key_scale, value_scale, **others
     )
-    n = query.shape[2]
-    if sinks is not None:
-        sinks = options.array("sinks", sinks)
-        if sinks.shape != (n,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
-            raise ValueError(
-                f"sinks has shape {sinks.shape} and dtype {sinks.dtype}; expected a float for each "
-                f"query head, ({n},)"
-            )
-        sinks = sinks.astype(jnp.float32)
+    sinks = None if sinks is None else checked_sinks(sinks, query.shape[2])
     name = _choose(implementation, settings, operands)
     routes.record(f"decode, {name}")
     if 0 in query.shape[:2]:
         shape = (*query.shape[:3], value_cache.shape[3])
         return jnp.zeros(shape, query.dtype), jnp.zeros(shape[:3], jnp.float32)
-    return _decode(name, settings, operands, sinks)
+    return _compiled(name, settings, operands, sinks)
 
 
 def _choose(name: str | None, settings: Settings, operands: Operands) -> str:
@@ -234,7 +228,11 @@ def _decode(
             jnp.stack([output, jnp.zeros_like(output)]),
             jnp.stack([lse, jnp.broadcast_to(sinks, lse.shape)]),
         )
-    return output.astype(operands.query.dtype), lse
+    return output.astype(operands.query.dtype), finite(lse)
+
+
+# One program outside of `jit` too: the search for infinities sees its results alone.
+_compiled: Any = jax.jit(_decode, static_argnums=(0, 1))
 
 
 @_decode.defjvp

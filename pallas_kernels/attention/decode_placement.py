@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import mapped
 from pallas_kernels.attention.integers import as_array
+from pallas_kernels.attention.placement import explicit_sharding
 
 # Letters of the axes, as `mapped` reads them; pages belong to no batch entry.
 _AXES = {
@@ -30,7 +31,7 @@ def where_it_lies(
     attend: Callable[..., tuple[jax.Array, jax.Array]], given: dict[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
     """Returns ``attend(**given)``, on explicit mesh axes computed where batch and heads are."""
-    sharding = mapped.explicit_sharding(given["query"])
+    sharding = explicit_sharding(given["query"])
     if sharding is None:
         return attend(**given)
     leaves, structure = jax.tree.flatten(given.get("bias"))

@@ -190,6 +190,17 @@ def canonical(
     return settings, operands._replace(lengths=lengths, starts=starts)
 
 
+def checked_sinks(sinks: Any, heads: int) -> jax.Array:
+    """Returns the sinks in float32, or raises ValueError where they do not fit `heads`."""
+    sinks = options.array("sinks", sinks)
+    if sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(
+            f"sinks has shape {sinks.shape} and dtype {sinks.dtype}; expected a float for each "
+            f"query head, ({heads},)"
+        )
+    return sinks.astype(jnp.float32)
+
+
 def _check_arrays(
     query: jax.Array, key: jax.Array, value: jax.Array, page_table: jax.Array | None
 ) -> None:

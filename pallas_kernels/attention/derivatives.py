@@ -28,9 +28,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from pallas_kernels.attention import heads
 from pallas_kernels.attention.chunks import ChunkedConfig
 from pallas_kernels.attention.placement import placed_like
-from pallas_kernels.attention.problem import Operands, Route, Settings
+from pallas_kernels.attention.problem import AXES, Operands, Route, Settings, names_of
 from pallas_kernels.attention.tangent import PLAIN
 
 MOVABLE = ("query", "key", "value", "bias", "sinks", "diagonals")
@@ -346,6 +347,11 @@ def _batch(axis: Any, arguments: Any, dims: Any, *, form: Form, traced: Any) -> 
         out = form_p.bind(*arguments, form=form, traced=traced)
         return out, [None] * len(out)
     arguments = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arguments, dims)]
+    mapped = [d is not None for d in dims]
+    if not communicates and axis.spmd_name is None:
+        found = _as_heads(form, axis.size, arguments, mapped)
+        if found is not None:
+            return found, [0] * len(found)
     known, groups = form.split(arguments)
     _, group_dims = form.split(dims)
     groups = [
@@ -356,10 +362,40 @@ def _batch(axis: Any, arguments: Any, dims: Any, *, form: Form, traced: Any) -> 
         axis.size,
         axis.name if communicates else None,
         axis.spmd_name,
-        tuple(d is not None for d in dims[: form.known]),
+        tuple(mapped[: form.known]),
     )
     out = _bind(form._replace(levels=(*form.levels, level)), known, groups)
     return out, [0] * len(out)
+
+
+def _as_heads(
+    form: Form, size: int, arguments: Sequence[jax.Array], mapped: Sequence[bool]
+) -> list[jax.Array] | None:
+    """Maps by more query heads, so that the gradient of what entries share is one sum over all.
+
+    Returns None where entries do not share the keys, or each has a gradient of them of its own.
+    """
+    operands = jax.tree.unflatten(form.structure, range(form.structure.num_leaves))
+    names = [*names_of(operands), *RESULTS, *(name for group in form.groups for name in group)]
+    levels = [level.mapped for level in form.levels]
+    outer = [sum(own) for own in zip(*levels)] if levels else [0] * form.known
+    outer += [len(levels)] * (len(names) - form.known)
+    axes = ["v" * number + AXES[name] for number, name in zip(outer, names)]
+    if not heads.share_keys(axes, mapped, arguments):
+        return None
+    count = arguments[0].shape[axes[0].index("n") + mapped[0]]
+    for name in () if form.cotangent is None else form.wanted:
+        i = names.index(name)
+        if "n" not in axes[i] or arguments[i].shape[axes[i].index("n") + mapped[i]] != count:
+            return None
+    fold = heads.Fold(size, count, arguments[1].shape[axes[1].index("k")])
+    own = {name for name, is_mapped in zip(names, mapped) if is_mapped} | {*form.wanted}
+    folded = [
+        fold.fold(letters, x, is_mapped, shared=name not in own)
+        for name, letters, x, is_mapped in zip(names, axes, arguments, mapped)
+    ]
+    found = _bind(form, *form.split(folded))
+    return [fold.unfold("v" * len(levels) + AXES[k], x) for k, x in zip(form.wanted, found)]
 
 
 form_p.def_impl(_impl)

@@ -22,14 +22,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels._compat import unvarying, vary, varying_axes
-from pallas_kernels.attention.placement import Leading, axis_names, free_axes, named, placed_like
+from pallas_kernels.attention import heads
+from pallas_kernels.attention.placement import (
+    Leading,
+    axis_names,
+    explicit_sharding,
+    free_axes,
+    named,
+    placed_like,
+)
 
 Arrays = tuple[jax.Array, ...]
-
-_BROADCAST = ("bnts", "bnr")  # the axes of arrays with one batch entry for all
 
 
 def call(
@@ -85,33 +91,16 @@ def _batched(spec: _Call) -> Callable[..., Arrays]:
             one = [x[:0].sum(axis=0, dtype=x.dtype) if m else x for m, x in zip(in_batched, args)]
             found = [jnp.zeros((0, *x.shape), x.dtype) for x in spec.results(one)]
             return tuple(found), (True,) * len(found)
-        if _shares_keys(spec, in_batched, args) and not spec.summed:
+        shared = heads.share_keys(spec.in_axes, in_batched, args)
+        if shared and not spec.summed:
             return _more_heads(run, spec, axis_size, in_batched, args)
         if any(mapped and "b" not in axes for mapped, axes in zip(in_batched, spec.in_axes)):
             return _one_by_one(run, in_batched, args, len(spec.out_axes))
-        if _shares_keys(spec, in_batched, args):
+        if shared:
             return _in_parts(run, spec, axis_size, in_batched, args)
         return _more_entries(run, spec, axis_size, in_batched, args)
 
     return run
-
-
-def _shares_keys(spec: _Call, in_batched: Sequence[bool], args: Sequence[jax.Array]) -> bool:
-    """Whether a mapped axis is over what heads have, such as queries, and all share the keys.
-
-    On a mesh the axis may be spread over devices, where it must stay an axis of batch entries.
-    """
-    if jax.sharding.get_abstract_mesh().size > 1 or explicit_sharding(args[0]) is not None:
-        return False
-    mapped = [axes for axes, batched in zip(spec.in_axes, in_batched) if batched]
-    planes = [
-        x.size
-        for axes, batched, x in zip(spec.in_axes, in_batched, args)
-        if axes in _BROADCAST and not batched and x.shape[1] > 1
-    ]
-    # A bias or mask for each head would be copied in place of the keys.
-    small = not planes or sum(planes) <= args[1].size + args[2].size
-    return all("n" in axes for axes in mapped) and small
 
 
 def _more_entries(
@@ -132,7 +121,7 @@ def _more_entries(
         if "b" not in spec.in_axes[i]:
             return x
         if not in_batched[i]:
-            if x.shape[0] == 1 and spec.in_axes[i] in _BROADCAST and i not in differentiated:
+            if x.shape[0] == 1 and spec.in_axes[i] in heads.BROADCAST and i not in differentiated:
                 return x
             x = jnp.broadcast_to(x, (axis_size, *x.shape))
         return leading.merge(jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:])))
@@ -182,30 +171,9 @@ def _more_heads(
     args: Sequence[jax.Array],
 ) -> tuple[Arrays, tuple[bool, ...]]:
     """Maps by more query heads for each key head, so that no key is copied and no row moves."""
-    heads, kv_heads = args[0].shape[2 + in_batched[0]], args[1].shape[2]
-
-    def fold(axes: str, x: jax.Array, batched: bool) -> jax.Array:
-        if "n" not in axes:
-            return x
-        n = axes.index("n")
-        if axes == "bnts" and not batched and x.shape[n] == 1:
-            return x
-        if not batched:
-            x = jnp.broadcast_to(x, (axis_size, *x.shape))
-        before, after = x.shape[1 : n + 1], x.shape[n + 2 :]
-        x = jnp.broadcast_to(x, (axis_size, *before, heads, *after))
-        x = x.reshape(axis_size, *before, kv_heads, heads // kv_heads, *after)
-        x = jnp.moveaxis(x, 0, n + 1)
-        return x.reshape(*before, axis_size * heads, *after)
-
-    def unfold(axes: str, x: jax.Array) -> jax.Array:
-        n = axes.index("n")
-        before, after = x.shape[:n], x.shape[n + 1 :]
-        x = x.reshape(*before, kv_heads, axis_size, heads // kv_heads, *after)
-        return jnp.moveaxis(x, n + 1, 0).reshape(axis_size, *before, heads, *after)
-
-    found = run(*(fold(*call) for call in zip(spec.in_axes, args, in_batched)))
-    return tuple(unfold(*call) for call in zip(spec.out_axes, found)), (True,) * len(found)
+    fold = heads.Fold(axis_size, args[0].shape[2 + in_batched[0]], args[1].shape[2])
+    found = run(*(fold.fold(*own) for own in zip(spec.in_axes, args, in_batched)))
+    return tuple(map(fold.unfold, spec.out_axes, found)), (True,) * len(found)
 
 
 def _one_by_one(
@@ -328,15 +296,6 @@ class Split(NamedTuple):
         axes = varying_axes(*args)
         found = local(*(jax.sharding.reshard(x, s) for x, s in zip(args, shardings)))
         return tuple(vary(x, axes) for x in found)
-
-
-def explicit_sharding(x: jax.Array) -> NamedSharding | None:
-    """Returns the sharding of `x` if its mesh has explicit axes, or the ambient one has them."""
-    sharding = jax.typeof(x).sharding
-    if sharding.mesh.empty:  # arrays that have no place yet are the same on all devices
-        ambient = jax.sharding.get_abstract_mesh()
-        sharding = NamedSharding(ambient, PartitionSpec())
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _with_sums(

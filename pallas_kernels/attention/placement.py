@@ -33,6 +33,15 @@ def free_axes(mesh: Any) -> set[Any]:
     return set(mesh.axis_names) - taken if taken else set()
 
 
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """Returns the sharding of `x` if its mesh has explicit axes, or the ambient one has them."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:  # arrays that have no place yet are the same on all devices
+        ambient = jax.sharding.get_abstract_mesh()
+        sharding = NamedSharding(ambient, PartitionSpec())
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
 class Leading(NamedTuple):
     """The leading axes of all arrays of a call, which become one batch axis and come back.
 

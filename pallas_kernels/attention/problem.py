@@ -37,6 +37,39 @@ class Operands(NamedTuple):
         return Sizes(b, t, s, n, k, n // k, d, dv)
 
 
+AXES = {
+    "query": "btnd",
+    "key": "bskd",
+    "value": "bske",
+    "bias": "bnts",
+    "sinks": "n",
+    "offsets": "b",
+    "query_lengths": "b",
+    "key_value_lengths": "b",
+    "query_segment_ids": "bt",
+    "key_value_segment_ids": "bs",
+    "dense": "bnts",
+    "starts": "b",
+    "prefix_lengths": "b",
+    "seeds": "bn",
+    "diagonals": "bnr",
+    "output": "btne",
+    "lse": "bnt",
+}
+"""Letters of the axes of each array, as `mapped.call` reads them."""
+
+
+def names_of(tree: Any) -> list[str]:
+    """Returns the names of the arrays of operands, or of a dictionary of some."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [getattr(path[-1], "key", None) or path[-1].name for path, _ in leaves]
+
+
+def axes_of(tree: Any) -> tuple[str, ...]:
+    """Returns the letters of the axes of each array."""
+    return tuple(AXES[name] for name in names_of(tree))
+
+
 class Sizes(NamedTuple):
     """The axes of `Operands`."""
 

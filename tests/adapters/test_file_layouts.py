@@ -181,6 +181,36 @@ class TestParts:
         with pytest.raises(ValueError, match=r"'c_attn\[0:6\]' is a part.*'mini' are not parted"):
             adapters.write_peft_folder(tmp_path / "b", base, lora, QKV_NAMES)
 
+    @pytest.mark.parametrize("missing", "qkv")
+    @pytest.mark.parametrize("kind", ["lora", "dora", "miss", "embedding"])
+    def test_a_part_that_is_changed_has_a_kernel(self, tmp_path, kind, missing):
+        """What no kernel is named after would be lost without a word."""
+        own, options = pair(1, 4, 18), {}
+        if kind == "miss":
+            own, options = {"miss_block": draw(1, 2, 18)}, {"peft_type": "MISS", "lora_alpha": ...}
+        elif kind == "dora":
+            own["lora_magnitude_vector"], options = 1 + np.abs(draw(3, 18)), {"use_dora": True}
+        elif kind == "embedding":
+            own = {"lora_embedding_A": draw(1, 2, 4), "lora_embedding_B": draw(2, 18, 2)}
+        first = 6 * "qkv".index(missing)
+        names = {k: x for k, x in QKV_NAMES.items() if k[0] != missing}
+        path = folder(tmp_path / "a", {"c_attn": own}, **options)
+        adapters.read_peft_folder(path, QKV, QKV_NAMES)
+        with pytest.raises(
+            ValueError, match=f"'c_attn' changes its outputs {first} to {first + 5}"
+        ):
+            adapters.read_peft_folder(path, QKV, names)
+        for name in ("lora_B.weight", "lora_embedding_B", "miss_block"):
+            if name in own:
+                (own[name].T if kind == "miss" else own[name])[first : first + 6] = 0
+        path = folder(tmp_path / "b", {"c_attn": own}, **options)
+        if kind == "dora":  # its lengths may change them all the same
+            with pytest.raises(ValueError, match="of which 6 are named after no kernel"):
+                adapters.read_peft_folder(path, QKV, names)
+            return
+        base, _ = adapters.read_peft_folder(path, QKV, names)
+        assert [k.name[0] for k in base.kernels] == [n for n in "kqv" if n != missing]
+
     def test_a_part_of_another_size_is_refused(self, tmp_path):
         path = folder(tmp_path, {"c_attn": pair(1, 4, 18)})
         with pytest.raises(ValueError, match=r"'c_attn\[0:5\]' are 5 outputs.*the kernel has 6"):

@@ -144,6 +144,61 @@ class TestWholeLeaves:
         biases = np.concatenate([lora[n]["bias"] for n in "qkv"])
         same(tensors[f"{PREFIX}c_attn.base_layer.bias"], biases)
 
+    @pytest.mark.parametrize("parameter", ["weight", "bias"])
+    def test_all_parts_of_what_is_trained_whole_are_named(self, tmp_path, parameter):
+        module = {parameter: draw(2, 18, 4) if parameter == "weight" else draw(2, 18)}
+        options = {"modules_to_save": ["c_attn"]} if parameter == "weight" else {"bias": "all"}
+        params = {"up": WHOLE["up"], **QKV}
+        names = {"up/kernel": "up", **QKV_NAMES}
+        path = folder(tmp_path, {"up": pair(1, 4, 6), "c_attn": module}, **options)
+        _, lora = adapters.read_peft_folder(path, params, names)
+        leaf = "kernel" if parameter == "weight" else "bias"
+        same(lora["k"][leaf], module[parameter][6:12].T)
+        del names["k/kernel"]
+        values = module[parameter].size
+        with pytest.raises(ValueError, match=f"has {values} values .* after {values * 2 // 3} of"):
+            adapters.read_peft_folder(path, params, names)
+
+    @pytest.mark.parametrize("untied", [True, False])
+    def test_a_head_that_repeats_its_embedding(self, tmp_path, untied):
+        """As `ensure_weight_tying` writes it; the tree may have a head of its own."""
+        embedding = {"lora_embedding_A": draw(1, 2, 7), "lora_embedding_B": draw(2, 4, 2)}
+        head = {
+            "lora_A.weight": embedding["lora_embedding_B"].T,
+            "lora_B.weight": embedding["lora_embedding_A"].T,
+        }
+        params = {"table": WHOLE["table"], "up": WHOLE["up"]}
+        names = {"table/embedding": "table", "up/kernel": "up"}
+        if untied:
+            params["lm"] = {"kernel": WHOLE["table"]["embedding"].T}
+            names["lm/kernel"] = "lm"
+        tie = {"ensure_weight_tying": True}
+        modules = {"table": embedding, "lm": head}
+        path = folder(tmp_path / "a", modules, **tie)
+        new = adapters.apply_adapters(*adapters.read_peft_folder(path, params, names))
+        wanted = embedding["lora_embedding_A"].T @ embedding["lora_embedding_B"].T
+        same(new["table"]["embedding"] - params["table"]["embedding"], wanted)
+        if untied:
+            same(new["lm"]["kernel"], new["table"]["embedding"].T)
+        saved = {"weight": draw(3, 7, 4)}
+        wholes = {"up": pair(1, 4, 6), "table": saved, "lm": saved}
+        path = folder(tmp_path / "b", wholes, modules_to_save=["table"], **tie)
+        new = adapters.apply_adapters(*adapters.read_peft_folder(path, params, names))
+        same(new["table"]["embedding"], saved["weight"])
+        if untied:
+            same(new["lm"]["kernel"], saved["weight"].T)
+            return
+        own = {"lora_A.weight": head["lora_A.weight"], "lora_B.weight": draw(4, 7, 2)}
+        lengths = {"lora_magnitude_vector": draw(5, 4)}, {"lora_magnitude_vector": draw(5, 7)}
+        for written, options in (
+            (modules, {}),  # tied only where the folder says so
+            (modules | {"lm": own}, tie),  # another change
+            ({"table": embedding | lengths[0], "lm": head | lengths[1]}, tie | {"use_dora": True}),
+        ):
+            path = folder(tmp_path / "c", written, **options)
+            with pytest.raises(ValueError, match="no kernel is named after module 'lm'"):
+                adapters.read_peft_folder(path, params, names)
+
     def test_what_cannot_be_written(self, tmp_path):
         config = adapters.LoraConfig(target_modules=["up"], r=2, modules_to_save=["norm"])
         base, lora = trained(WHOLE, config)

@@ -263,6 +263,44 @@ class TestFields:
         base, _ = read_w(tmp_path, task_type="ELSE")
         assert base.config.task_type is None
 
+    def test_dropout_is_taken_for_training_that_goes_on(self, tmp_path):
+        path = folder(tmp_path / "a", {"m.w": pair(1, 6, 9)}, lora_dropout=0.1)
+        base, lora = adapters.read_peft_folder(path, W, W_NAMES, is_trainable=True)
+        assert base.config.lora_dropout == 0.1
+        with pytest.raises(ValueError, match="apply_adapters has no dropout"):
+            adapters.apply_adapters(base, lora)
+        adapters.write_peft_folder(tmp_path / "b", base, lora, W_NAMES)
+        assert fields_of(tmp_path / "b")["lora_dropout"] == 0.1
+        for rate in (0, None, ...):
+            path = folder(tmp_path / "a", {"m.w": pair(1, 6, 9)}, lora_dropout=rate)
+            base, _ = adapters.read_peft_folder(path, W, W_NAMES, is_trainable=True)
+            assert base.config.lora_dropout == 0.0
+
+    @pytest.mark.parametrize(
+        ("own", "fields", "message"),
+        [
+            ({}, {"lora_dropout": 1.5}, "lora_dropout is 1.5; expected a number from 0 up to 1"),
+            ({}, {"lora_dropout": "x"}, "lora_dropout is 'x'; expected"),
+            (
+                {"lora_magnitude_vector": draw(1, 9)},
+                {"lora_dropout": 0.1, "use_dora": True},
+                "lora_dropout=0.1 is not supported for DoRA; is_trainable=False reads",
+            ),
+            (
+                {"miss_block": draw(1, 2, 9)},
+                {"miss_dropout": 0.1, "peft_type": "MISS"},
+                "miss_dropout=0.1 is not supported for MiSS; is_trainable=False reads",
+            ),
+        ],
+    )
+    def test_dropout_that_cannot_go_on(self, tmp_path, own, fields, message):
+        own = own if "miss_block" in own else pair(1, 6, 9) | own
+        fields = fields | ({"lora_alpha": ...} if "miss_block" in own else {})
+        path = folder(tmp_path, {"m.w": own}, **fields)
+        adapters.read_peft_folder(path, W, W_NAMES)
+        with pytest.raises(ValueError, match=message):
+            adapters.read_peft_folder(path, W, W_NAMES, is_trainable=True)
+
 
 class TestKeys:
     @pytest.mark.parametrize(

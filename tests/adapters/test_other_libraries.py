@@ -65,16 +65,23 @@ class TestMlx:
         same(golden["x"] @ kernel + golden["base_bias"], golden["out_q"])
 
     def test_stacks_and_parts(self, tmp_path):
-        params = {"layers": {"up": jnp.zeros((2, 4, 3))}}
-        base, lora = adapters.read_mlx_folder(
-            mlx(tmp_path, FACTORS),
-            params,
-            {"layers/up": ["layers.0.w[3:6]", "layers.1.w[3:6]"]},
-        )
+        params = {"layers": {n: jnp.zeros((2, 4, 3)) for n in ("gate", "up")}}
+        names = {
+            f"layers/{n}": [f"layers.{i}.w[{start}:{start + 3}]" for i in range(2)]
+            for n, start in (("gate", 0), ("up", 3))
+        }
+        path = mlx(tmp_path, FACTORS)
+        base, lora = adapters.read_mlx_folder(path, params, names)
         found = change(base, lora, "layers", "up")
         a, b = FACTORS.values()
         same(found[0], 3 * a @ b[:, 3:])
+        same(change(base, lora, "layers", "gate")[0], 3 * a @ b[:, :3])
         np.testing.assert_array_equal(found[1], 0)
+        del names["layers/gate"]
+        with pytest.raises(
+            ValueError, match=r"'layers.0.w' changes its outputs 0 to 2, of which 3"
+        ):
+            adapters.read_mlx_folder(path, params, names)
 
     @pytest.mark.parametrize(
         ("tensors", "fields", "message"),
@@ -159,6 +166,19 @@ class TestKohya:
         wanted = np.einsum("or,rihw->hwio", b[..., 0, 0], a)
         same(change(base, lora, "Conv_0", "kernel"), wanted)
         same(change(base, lora, "proj", "kernel"), (d[..., 0, 0] @ c[..., 0, 0]).T)
+
+    def test_parts_of_a_module_are_all_named(self, tmp_path):
+        params = {n: jnp.zeros((4, 6)) for n in ("q", "k")}
+        module = down_up(1, 4, 12, window=(1, 1))
+        path = kohya(tmp_path / "x.safetensors", {"lora_unet_qk": module})
+        names = {"q": "lora_unet.qk[0:6]", "k": "lora_unet.qk[6:12]"}
+        base, lora = adapters.read_kohya_file(path, params, names)
+        down, up = (x.reshape(x.shape[:2]) for x in module.values())
+        same(change(base, lora, "k"), (up @ down).T[:, 6:])
+        with pytest.raises(
+            ValueError, match="'lora_unet_qk' changes its outputs 6 to 11, of which 6"
+        ):
+            adapters.read_kohya_file(path, params, {"q": names["q"]})
 
     def test_text_encoder_and_image_model_in_one_tree(self, tmp_path):
         params = {"te": W["w"], "unet": W["w"]}

@@ -103,6 +103,42 @@ def claims(found: Iterable[Named]) -> list[tuple[str, Place, range]]:
     ]
 
 
+def check_covered(
+    found: Iterable[Named],
+    modules: Mapping[str, Tensors],
+    changes: Callable[[Tensors], np.ndarray],
+    where: str,
+) -> None:
+    """Refuses a module that changes outputs which no kernel is named after.
+
+    Args:
+      found: the kernels.
+      modules: the tensors of each module of the file.
+      changes: which outputs the tensors of a module change, bool (outputs,).
+      where: the file, for messages.
+
+    Raises:
+      ValueError: there are such outputs.
+    """
+    parts: dict[str, set[int]] = collections.defaultdict(set)
+    for _, place, rows in claims(found):
+        if place.is_part and place.module in modules:
+            parts[place.module] |= set(rows)
+    for module, rows in parts.items():
+        rest = set(np.flatnonzero(changes(modules[module])).tolist()) - rows
+        if rest:
+            raise ValueError(
+                f"{where}: module '{module}' changes its outputs {min(rest)} to {max(rest)}, of "
+                f"which {len(rest)} are named after no kernel; names needs all parts of a module"
+            )
+
+
+def outputs_of(b: np.ndarray, axis: int, every: bool) -> np.ndarray:
+    """Returns which outputs a factor changes, along `axis`; `every` one, where lengths do too."""
+    moved = np.moveaxis(b != 0, axis, 0)
+    return moved.reshape(len(moved), -1).any(axis=1) | every
+
+
 def joined(
     kernel: Kernel, pairs: Sequence[Pair | None], leaf: Any, use_dora: bool
 ) -> tuple[Kernel, Factors]:
@@ -161,6 +197,7 @@ def load(
     names: Names,
     modules: Mapping[str, Tensors],
     pairs_of: Callable[[Named, Place, Tensors], list[Pair]],
+    changes: Callable[[Tensors], np.ndarray],
     where: str,
     **options: Any,
 ) -> tuple[AdapterBase, dict[str, Any]]:
@@ -171,6 +208,7 @@ def load(
       names: the name map.
       modules: the tensors of each module of the file.
       pairs_of: what these are for a place.
+      changes: see `check_covered`.
       where: the file, for messages.
       **options: fields of the `LoraConfig` beside those that say which kernels, rank and alpha.
     """
@@ -185,6 +223,7 @@ def load(
         kernel, factors = joined(one.layer.kernel, pairs, leaf, options.get("use_dora", False))
         kernels.append(kernel)
         _kernels.insert(adapters, kernel.name, factors)
+    check_covered(found, modules, changes, where)
     config = LoraConfig(target_modules="", **options)
     ranks = {kernel.name: kernel.r for kernel in kernels}
     alphas = {k.name: alpha(k.r, k.scaling, config.use_rslora) for k in kernels}

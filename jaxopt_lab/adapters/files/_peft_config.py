@@ -21,9 +21,9 @@ LORA_ONLY = {"LORA": "lora_only", "MISS": "MiSS_only"}
 # Fields that decide what the adapter is.
 TAKEN = {
     "LORA": {
-        "alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha",
-        "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "target_modules",
-        "target_parameters", "task_type", "use_dora", "use_rslora",
+        "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
+        "lora_alpha", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern",
+        "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
     },
     "MISS": {
         "bias", "init_weights", "mini_r", "modules_to_save", "peft_type", "r", "target_modules",
@@ -33,9 +33,9 @@ TAKEN = {
 # Fields that say how the adapter was made or is to be trained, or where.
 IGNORED = {
     "LORA": {
-        "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
-        "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
-        "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
+        "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+        "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
+        "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
         "megatron_core", "qalora_group_size", "revision", "runtime_config",
     },
     "MISS": {
@@ -114,6 +114,25 @@ def rank_and_scaling(fields: Mapping[str, Any], place: Place) -> tuple[int, floa
     r = _by_pattern(place.own_name, fields.get("rank_pattern"), fields["r"])
     alpha = _by_pattern(place.own_name, fields.get("alpha_pattern"), fields["lora_alpha"])
     return r, alpha / r**0.5 if fields.get("use_rslora") else alpha / r
+
+
+def dropout(fields: Mapping[str, Any], path: pathlib.Path) -> float:
+    """Returns the dropout of an adapter that is trained on.
+
+    Raises:
+      ValueError: no probability below 1, or that of adapters which have none here.
+    """
+    name = "lora_dropout" if fields["peft_type"] == "LORA" else "miss_dropout"
+    rate = fields.get(name) or 0.0
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        raise ValueError(f"{path}: {name} is {rate!r}; expected a number from 0 up to 1")
+    if rate and (name == "miss_dropout" or fields.get("use_dora")):
+        kind = "MiSS" if name == "miss_dropout" else "DoRA"
+        raise ValueError(
+            f"{path}: {name}={rate} is not supported for {kind}; is_trainable=False reads the "
+            "adapter without it, and training goes on without dropout"
+        )
+    return float(rate)
 
 
 def is_legacy(fields: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxopt_lab.adapters import _kernels, _targets
 from jaxopt_lab.adapters._kernels import Kernel
-from jaxopt_lab.adapters.files import _peft_config, _peft_tensors
+from jaxopt_lab.adapters.files import _pairs, _peft_config, _peft_tensors
 from jaxopt_lab.adapters.files._pairs import Named
 from jaxopt_lab.adapters.files._peft_tensors import Part, Tensors
 from jaxopt_lab.adapters.miss import MissConfig
@@ -72,6 +72,13 @@ def read(
         factors = {"miss_block": jnp.asarray(stack.reshape(*batch, *shape))}
         _kernels.insert(adapters, kernel.name, factors)
         kernels.append(kernel)
+    if config.init_weights is True:  # others are not parted
+        _pairs.check_covered(
+            found,
+            modules,
+            lambda tensors: _pairs.outputs_of(tensors["miss_block"], 1, every=False),
+            str(path),
+        )
     return config, tuple(kernels), adapters
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab.adapters.files import _foreign, _peft_config, _torch_layers
+from jaxopt_lab.adapters.files import _foreign, _pairs, _peft_config, _torch_layers
 from jaxopt_lab.adapters.files._pairs import Named, Pair, Tensors, dtype_of_b, scaled_b
 from jaxopt_lab.adapters.files._places import Place
 from jaxopt_lab.adapters.files._torch_layers import Layer
@@ -59,6 +59,12 @@ def split(tensors: Mapping[str, np.ndarray], kind: str, path: pathlib.Path) -> C
     if not found.adapters:
         raise ValueError(f"{path} has no tensors of a {kind} adapter")
     return found
+
+
+def changes(tensors: Tensors, fields: Mapping[str, Any]) -> np.ndarray:
+    """Returns which outputs of a module its tensors change."""
+    name = "lora_B.weight" if "lora_B.weight" in tensors else "lora_embedding_B"
+    return _pairs.outputs_of(tensors[name], 0, bool(fields.get("use_dora")))
 
 
 def read_pairs(

@@ -48,6 +48,40 @@ class _Piece(NamedTuple):
         return tensor.reshape(-1) if tensor.size == size else None
 
 
+def without_tied(content: Content, fields: Mapping[str, Any], params: Any, names: Names) -> Content:
+    """Drops what `ensure_weight_tying` repeats for a head, where the tree has the embedding alone.
+
+    An adapter of the embedding then changes both; DoRA's lengths would be others on each side.
+    """
+    if not fields.get("ensure_weight_tying") or fields.get("use_dora"):
+        return content
+    known = {place.module for own in _named(params, names).values() for place in own}
+    dropped = {
+        module
+        for module, own in content.adapters.items()
+        if module not in known and any(_mirrors(own, x) for x in content.adapters.values())
+    }
+    dropped |= {
+        module
+        for (module, _), tensor in content.whole.items()
+        if module not in known and _is_tied(content, fields, module, tensor)
+    }
+    return Content(
+        {k: x for k, x in content.adapters.items() if k not in dropped},
+        {k: x for k, x in content.whole.items() if k[0] not in dropped},
+        {k: x for k, x in content.base.items() if k[0] not in dropped},
+    )
+
+
+def _mirrors(head: Mapping[str, np.ndarray], embedding: Mapping[str, np.ndarray]) -> bool:
+    """Whether the factors of a dense layer are those of an embedding, from the other side."""
+    pairs = ("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")
+    return all(
+        mine in head and other in embedding and np.array_equal(head[mine], embedding[other].T)
+        for mine, other in pairs
+    )
+
+
 def read(
     content: Content,
     fields: Mapping[str, Any],
@@ -78,8 +112,11 @@ def read(
     for tensors, suffix in ((content.whole, ""), (content.base, ".base_layer")):
         for (module, parameter), tensor in tensors.items():
             where = f"{path}: '{PREFIX}{module}{suffix}.{parameter}'"
-            saved = not suffix and _peft_config.is_saved(fields, module)
+            saved = not suffix and (
+                _peft_config.is_saved(fields, module) or _is_tied(content, fields, module, tensor)
+            )
             is_trained = saved or (parameter == "bias" and beside)
+            read = 0
             for piece in _pieces(found, named, module, parameter, where):
                 if piece.leaf not in matrices:
                     matrices[piece.leaf] = piece.matrix(np.asarray(leaves[piece.leaf]))
@@ -96,6 +133,7 @@ def read(
                         "(inputs, outputs), GPT-2's Conv1D; merge it with peft (merge_and_unload) "
                         "and take the merged weights"
                     )
+                read += value.size
                 if is_trained:
                     trained[piece.leaf].append((piece, value))
                     modules |= {_module(piece.leaf)} if saved else set()
@@ -104,6 +142,11 @@ def read(
                         f"{where} is the base below the adapter, and differs from '{piece.leaf}' "
                         "of params: the adapter was made for other weights"
                     )
+            if is_trained and read != tensor.size:
+                raise ValueError(
+                    f"{where} has {tensor.size} values and is trained whole, but kernels are named "
+                    f"after {read} of them alone; names needs all parts of a module"
+                )
     values = {
         name: _put(matrices[name], jnp.shape(leaf), trained[name])
         for name, leaf in leaves.items()
@@ -218,6 +261,14 @@ def _pieces(
                 f"{where} is a parameter of experts as a whole; only their adapters are read"
             )
     return pieces
+
+
+def _is_tied(content: Content, fields: Mapping[str, Any], module: str, tensor: np.ndarray) -> bool:
+    """Whether a module is trained whole because one that it is tied to is."""
+    return bool(fields.get("ensure_weight_tying")) and any(
+        other != module and _peft_config.is_saved(fields, other) and np.array_equal(tensor, own)
+        for (other, _), own in content.whole.items()
+    )
 
 
 def _module(leaf: str) -> str:

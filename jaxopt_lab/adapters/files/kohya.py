@@ -86,8 +86,15 @@ def read_kohya_file(
     def written(kernel: str) -> list[str]:
         return [_underscores(place) for place in _places.places(names, kernel)]
 
-    pairs_of = functools.partial(_pairs_of, path=path)
-    return _pairs.load(params, written, modules, pairs_of, str(path), kernel_axes=kernel_axes)
+    return _pairs.load(
+        params,
+        written,
+        modules,
+        functools.partial(_pairs_of, path=path),
+        lambda tensors: _pairs.outputs_of(tensors["lora_up"], 0, every=False),
+        str(path),
+        kernel_axes=kernel_axes,
+    )
 
 
 def _underscores(place: Place) -> str:

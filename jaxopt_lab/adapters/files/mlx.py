@@ -77,7 +77,12 @@ def read_mlx_folder(
     modules = _by_module(_tensors.load(path), path)
     pairs_of = functools.partial(_pairs_of, scale=scale, dora=dora, path=path)
     options = {"use_dora": dora, "kernel_axes": kernel_axes}
-    return _pairs.load(params, names, modules, pairs_of, str(path), **options)
+
+    def changes(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        b = tensors["lora_b"]
+        return _pairs.outputs_of(b, 1 if b.ndim == 3 else -1, dora)
+
+    return _pairs.load(params, names, modules, pairs_of, changes, str(path), **options)
 
 
 def _read_config(path: pathlib.Path) -> tuple[float, bool]:

@@ -152,6 +152,7 @@ def read_peft_folder(
     *,
     kernel_axes: Mapping[str, Any] | None = None,
     adapter_name: str | None = None,
+    is_trainable: bool = False,
 ) -> tuple[AdapterBase, dict[str, Any]]:
     """Reads a LoRA, DoRA or MiSS adapter that `peft` or `write_peft_folder` has saved.
 
@@ -169,6 +170,8 @@ def read_peft_folder(
       kernel_axes: by pattern, which axes of a kernel are inputs and outputs, as
         `optax.contrib.MuonDimensionNumbers`; by default they follow from names and shapes.
       adapter_name: which one, where a folder has adapters in folders of their names.
+      is_trainable: whether the config is to have what acts in training alone, `lora_dropout`, to
+        go on with it; `factored` then takes a key, and `apply_adapters` refuses.
 
     Returns:
       A base and adapters, as from `init_adapters`; the factors as the file has them, those in eight
@@ -178,8 +181,8 @@ def read_peft_folder(
       FileNotFoundError: a file is missing; the message says what is there.
       ValueError: a file that is cut short, or of another library; a kind of adapter that is neither
         LoRA nor MiSS; a field that is missing, unknown, or asks for what is not supported; a module
-        of the folder that no kernel is named after, with the nearest names; two kernels with one
-        name; shapes that do not fit; a base that is not `params`.
+        of the folder, or a part of one that it changes, that no kernel is named after; two kernels
+        with one name; shapes that do not fit; a base that is not `params`.
       ImportError: `safetensors` is not installed, or PyTorch for `adapter_model.bin`.
 
     Examples:
@@ -188,9 +191,12 @@ def read_peft_folder(
     _places.check(folder, names, kernel_axes)
     if adapter_name is not None:
         _checks.check_path(adapter_name=adapter_name)
+    _checks.check_flag(is_trainable=is_trainable)
     config_path, path = _foreign.locate(pathlib.Path(folder), adapter_name)
     fields = _peft_config.read(config_path)
+    dropout = _peft_config.dropout(fields, config_path) if is_trainable else 0.0
     content = _peft_tensors.split(_tensors.load(path), fields["peft_type"], path)
+    content = _peft_whole.without_tied(content, fields, params, names)
     whole, saved = _peft_whole.read(content, fields, params, names, kernel_axes, path)
     if fields["peft_type"] == "MISS":
         found = _pairs.named(params, names, content.adapters, kernel_axes, str(path))
@@ -205,6 +211,7 @@ def read_peft_folder(
             names,
             content.adapters,
             functools.partial(_peft_tensors.read_pairs, fields=fields, path=path),
+            functools.partial(_peft_tensors.changes, fields=fields),
             str(path),
             use_rslora=bool(fields.get("use_rslora")),
             use_dora=bool(fields.get("use_dora")),
@@ -212,6 +219,7 @@ def read_peft_folder(
             bias=fields.get("bias", "none"),
             modules_to_save=saved or None,
             task_type=task if task in get_args(TaskType) else None,
+            lora_dropout=dropout,
         )
     for name, value in whole.items():
         _kernels.insert(adapters, name, value)

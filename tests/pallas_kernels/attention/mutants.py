@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pallas_kernels
-from tests import mutants
+from tests import mutants, suites
 from tests.pallas_kernels.attention import cases, decode_cases, tangent_cases
 
 CONFIGS = {"chunked": {"block_q": 48, "block_kv": 40, "tile": 1}}
@@ -44,7 +44,20 @@ class Mutant(mutants.Mutant):
             return "survives"
 
 
-MUTANTS = [
+@dataclasses.dataclass(frozen=True)
+class SuiteMutant(suites.Mutant):
+    """One replacement in a file of `pallas_kernels/attention`, and tests that must notice."""
+
+    package = pallas_kernels
+
+    def tests(self) -> tuple[str, ...]:
+        return (f"pallas_kernels/attention/{NOTICED_BY[self.name]}.py",)
+
+
+NOTICED_BY = {"integers": "test_positions", "placement": "test_meshes", "heads": "test_vmapped"}
+
+
+CASES = [
     # The running maximum and sum.
     Mutant("chunked", "total = a * total + p.sum", "total = total + p.sum", "plain"),
     Mutant("chunked", "o = a[..., None] * o + precise", "o = o + precise", "plain"),
@@ -164,6 +177,56 @@ MUTANTS = [
     Mutant("position_bias", "jnp.arange(1 - queries, keys, dtype=jnp.int32)[None] - offset", "jnp.arange(1 - queries, keys, dtype=jnp.int32)[None] + offset", "alibi", "reference", "decode"),
     Mutant("position_bias", "distances - offsets[:, None]", "distances + offsets[:, None]", "alibi", "reference", "decode"),
 ]  # fmt: skip
+
+
+SUITES = [
+    # Numbers of any type and size.
+    SuiteMutant("integers", "max(low, int(info.min)), min(high, int(info.max))", "low, high"),
+    SuiteMutant("integers", "jnp.clip(values, low, high).astype(jnp.int32)", "values.astype(jnp.int32)"),
+    SuiteMutant("integers", "np.clip(values, low, high).astype(np.int32)", "values.astype(np.int32)"),
+    SuiteMutant("integers", 'return to_int32("values", values, -FAR, FAR)', "return jnp.asarray(values)"),
+    SuiteMutant("integers", "values = jnp.broadcast_to(values, leading.shape)", "pass"),
+    SuiteMutant("integers", "values = values.reshape(leading.shape)", "pass"),
+    SuiteMutant("integers", "return leading.merge(values)", "return values"),
+    SuiteMutant("integers", "low <= 1 - queries", "low <= 2 - queries"),
+    SuiteMutant("integers", "high >= keys - 1", "high >= keys - 2"),
+    SuiteMutant("integers", "if not -FAR < offset < FAR:", "if False:"),
+    SuiteMutant("integers", "min(low, keys)", "low"),
+    SuiteMutant("integers", "max(high, -queries)", "high"),
+    SuiteMutant("integers", "None if high is None else high - offset", "high"),
+    SuiteMutant("integers", "side >= length - 1 + FAR", "side >= length - 1"),
+    SuiteMutant("integers", "((x >= fits.min) & (x <= fits.max)).all()", "True"),
+    SuiteMutant("integers", "dtypes[0] == dtypes[1] == jnp.uint32", "False", same_function="ranks take longer and are right too"),
+    SuiteMutant("integers", "np.concatenate(ids, axis=1), return_inverse", "np.concatenate(ids[::-1], axis=1), return_inverse"),
+    SuiteMutant("integers", "common.itemsize > 4 and not has_64_bits", "False"),
+    SuiteMutant("integers", "in_order[:, 1:] != in_order[:, :-1]", "in_order[:, 1:] == in_order[:, :-1]"),
+    SuiteMutant("integers", "jnp.argsort(order, axis=1)", "order"),
+    # Where arrays lie.
+    SuiteMutant("placement", "given == wanted or", "True or"),
+    SuiteMutant("placement", "set(mesh.axis_names) - taken if taken else set()", "set()"),
+    SuiteMutant("placement", "if sharding.mesh.empty:", "if False:"),
+    SuiteMutant("placement", "if not any(names[1:]) or", "if True or"),
+    SuiteMutant("placement", "size // math.prod(self.mesh.shape[name] for name in names)", "size"),
+    SuiteMutant("placement", "PartitionSpec(*entries, *rest), PartitionSpec(sum", "PartitionSpec(*entries, *rest), PartitionSpec(None and sum"),
+    SuiteMutant("placement", "if isinstance(sharding, NamedSharding):", "if False:"),
+    SuiteMutant("placement", "if mesh.size == len(devices):", "if False:"),
+    SuiteMutant("placement", "if found.is_equivalent_to(sharding, len(shape)):", "if True:"),
+    SuiteMutant("placement", "if name not in names}", "if True}"),
+    SuiteMutant("placement", "yield (name, *names)", "yield (*names, name)"),
+    # A mapped axis as heads.
+    SuiteMutant("heads", "(axes, mapped) if has_axis) and small", "(axes, mapped) if has_axis)"),
+    SuiteMutant("heads", 'return all("n" in own for own, has_axis in zip(axes, mapped) if has_axis) and small', "return small"),
+    SuiteMutant("heads", "and shared and x.shape[n] == 1", "and x.shape[n] == 1"),
+    SuiteMutant("heads", "jnp.moveaxis(x, 0, n + 1)", "jnp.moveaxis(x, 0, n)"),
+    SuiteMutant("heads", "jnp.moveaxis(x, n + 1, 0)", "jnp.moveaxis(x, n, 0)"),
+    SuiteMutant("heads", "!= count:", "is None:", file="derivatives"),
+    SuiteMutant("heads", 'if "n" not in axes[i] or', "if", file="derivatives"),
+    SuiteMutant("heads", '"v" * number + AXES[name]', "AXES[name]", file="derivatives"),
+    SuiteMutant("heads", 'fold.unfold("v" * len(levels) + AXES[k], x)', "fold.unfold(AXES[k], x)", file="derivatives"),
+    SuiteMutant("heads", "if is_mapped} | {*form.wanted}", "if is_mapped}", file="derivatives"),
+    SuiteMutant("heads", "found = _as_heads(form, axis.size, arguments, mapped)", "found = None", file="derivatives"),
+]  # fmt: skip
+MUTANTS = [*CASES, *SUITES]
 
 
 def check(package: str, route: str, case: Any, kind: str = "gradient") -> None:

@@ -22,7 +22,10 @@ def decode_attention(**arguments: Any) -> Any:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Makes the loop of ``"chunked"`` take 16 keys at a time, or one page."""
+    decode._compiled.clear_cache()
     monkeypatch.setattr(decode, "_config", lambda _: decode.ChunkedConfig(512, 1))
+    yield
+    decode._compiled.clear_cache()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -115,7 +118,9 @@ def test_no_operation_makes_nan_or_infinity_of_finite_input(small_blocks):
     lengths = jnp.array([3, 40])
     with jax.debug_nans(True), jax.debug_infs(True):
         output: Any = decode.decode_attention(query[:, -1], key, value, lengths)
+        unseen: Any = decode.decode_attention(query[:, -1], key, value, jnp.array([0, 40]))
     assert output.shape == (2, 2, 8)
+    np.testing.assert_array_equal(unseen, jnp.stack([0 * output[0], output[1]]))
 
 
 def test_an_empty_batch():
@@ -191,6 +196,7 @@ def test_time_goes_with_the_longest_length_and_the_window():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "_config", lambda _: decode.ChunkedConfig(512, 1))
         patch.setattr(decode, "_loop_over_blocks", count)
+        patch.setattr(decode, "_compiled", decode._decode)
         decode.decode_attention(**arguments, implementation="chunked")
         lengths = jnp.array([90, 85, 96])
         decode.decode_attention(

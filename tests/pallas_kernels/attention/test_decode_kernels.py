@@ -64,8 +64,11 @@ INTERPRETED = [
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Makes the kernels take 16 keys at a time, or one page."""
+    decode._compiled.clear_cache()
     monkeypatch.setattr(decode_triton, "_config", lambda _: decode_triton.Config(128, 1, 4, 2))
     monkeypatch.setattr(decode_tpu, "_config", lambda _: decode_tpu.Config(128))
+    yield
+    decode._compiled.clear_cache()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.attention.integers import FAR, narrowed, same_ids, to_int32
+from pallas_kernels.attention.integers import FAR, as_array, narrowed, same_ids, to_int32
 from tests.pallas_kernels.attention.cases import quick_jit
 
 T, S = 6, 9
@@ -92,6 +92,17 @@ def test_huge_windows_with_positions_that_are_arrays(window):
     for offset in (2, -3):
         close(attend(jnp.array([offset, offset])), by_mask(seen(left, right, offset)))
     close(attend(jnp.array([2**31 - 1, 5], jnp.uint32))[1:], by_mask(seen(left, right, 5))[1:])
+
+
+def test_windows_that_only_a_far_position_leaves():
+    """Sides as long as the sequence, which hide nothing from where it is."""
+    attend = jax.jit(
+        lambda offset: pallas_kernels.attention(
+            Q, K, V, local_window_size=S - 1, query_offset=offset
+        )
+    )
+    for offset in (3, -3, 12, -12):
+        close(attend(jnp.array([offset, offset])), by_mask(seen(S - 1, S - 1, offset)))
 
 
 @pytest.mark.slow
@@ -188,6 +199,22 @@ def test_one_number_for_all_batch_entries():
     close(jax.jit(lambda n: decode(Q[:, 0], K, V, n))(5), decode(Q[:, 0], K, V, [5, 5]))
     with pytest.raises(ValueError, match=r"query_offset has shape \(3,\).*or one number for all"):
         pallas_kernels.attention(Q, K, V, query_offset=jnp.zeros(3, int))
+
+
+def test_numbers_of_several_batch_axes():
+    q, k, v = (jnp.stack([x, 2 * x, -x]) for x in (Q, K, V))
+    lengths = np.array([[1, 9], [4, 2], [7, 0]])
+    want = [
+        pallas_kernels.attention(*x, key_value_seq_lengths=own) for *x, own in zip(q, k, v, lengths)
+    ]
+    for given in (lengths, lengths.ravel(), jnp.asarray(lengths)):
+        close(pallas_kernels.attention(q, k, v, key_value_seq_lengths=given), jnp.stack(want))
+
+
+def test_integers_that_are_no_array_yet_are_not_cut_off():
+    np.testing.assert_array_equal(as_array([2**40, -(2**40), 3]), [FAR, -FAR, 3])
+    assert as_array(np.uint64(2**63)) == FAR
+    assert as_array([0.5]).dtype == jnp.float32
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,53 @@ def test_gradients_of_queries_alone():
         np.testing.assert_allclose(got[i], stacked, rtol=1e-4, atol=1e-5)
         want = stacked if i == 0 else stacked.sum(axis=0)
         np.testing.assert_allclose(summed[i], want, rtol=1e-4, atol=3e-5)
+
+
+LEARNED = {
+    "planes": ({}, lambda x: {"bias": x}, normal(3, N, T, S)),
+    "one plane": ({"is_causal": True}, lambda x: {"bias": x}, normal(4, B, 1, T, S)),
+    "sinks": ({"dropout_rate": 0.3, "dropout_rng": jax.random.key(0)}, lambda x: {"sinks": x},
+              normal(5, N)),
+    "slopes": ({"is_causal": True}, lambda x: {"bias": pallas_kernels.Alibi(x)}, RULE.slopes),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_gradients_of_what_is_shared(name):
+    """Of each entry, and of the sum over them, which is one call."""
+    options, given, x = LEARNED[name]
+
+    def of(q, k, v, x):
+        return loss(q, k, v, **options, **given(x))
+
+    def both(q, *rest):
+        axes = (0, *[None] * len(rest))
+        total = jax.grad(lambda *a: jax.vmap(of, axes)(*a).sum(), (0, 1, 2, 3))
+        return jax.vmap(jax.grad(of, (0, 3)), axes)(q, *rest), total(q, *rest)
+
+    each = quick_jit(jax.grad(of, (0, 1, 2, 3)))
+    want = jax.tree.map(lambda *g: jnp.stack(g), *(each(q, KEY, VALUE, x) for q in QUERIES))
+    mapped, total = quick_jit(both)(QUERIES, KEY, VALUE, x)
+    # Float32; sums of squares over all rows.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=3e-5)
+    jax.tree.map(close, mapped, (want[0], want[3]))
+    jax.tree.map(close, total, (want[0], *(g.sum(axis=0) for g in want[1:])))
+
+
+def test_gradients_of_queries_around_entries_with_keys_of_their_own():
+    keys, values = (jnp.stack([x, x[::-1], x + 1]) for x in (KEY, VALUE))
+    queries = jnp.stack([QUERIES, 2 * QUERIES])
+
+    def total(*x):
+        return jax.vmap(jax.vmap(loss), (0, None, None))(*x).sum()
+
+    got = quick_jit(jax.grad(total, (0, 1, 2)))(queries, keys, values)
+    each = quick_jit(jax.grad(lambda *x: sum(map(loss, *x)), (0, 1, 2)))
+    one, two = (each(list(q), list(keys), list(values)) for q in queries)
+    np.testing.assert_allclose(got[0], jnp.stack([jnp.stack(one[0]), jnp.stack(two[0])]), 1e-4)
+    for i in (1, 2):
+        want = jnp.stack(one[i]) + jnp.stack(two[i])
+        np.testing.assert_allclose(got[i], want, rtol=1e-4, atol=3e-5)
 
 
 def test_masks_and_biases_that_are_mapped_with_the_queries():
@@ -141,10 +190,13 @@ def test_shared_keys_are_not_copied():
         return pallas_kernels.attention(q.reshape(1, 512, 4, 64), k, v)
 
     def gradient(fn):
-        return jax.grad(lambda q, k, v: (fn(q, k, v) ** 2).sum())
+        return jax.grad(lambda q, k, v: (fn(q, k, v) ** 2).sum(), (0, 1, 2))
 
     assert temporaries(mapped, *shapes) <= 1.2 * temporaries(by_hand, *shapes)
     assert temporaries(gradient(mapped), *shapes) <= 1.2 * temporaries(gradient(by_hand), *shapes)
+    each = jax.vmap(jax.grad(lambda q, k, v: (pallas_kernels.attention(q, k, v) ** 2).sum()),
+                    (0, None, None))  # fmt: skip
+    assert temporaries(each, *shapes) <= 1.2 * temporaries(gradient(by_hand), *shapes)
 
 
 def test_no_entries():
