@@ -35,6 +35,7 @@ class Layouts:
                 self.children[p[:depth]].add(p[depth])
         self.vectors = [
             _names.is_vector(p)
+            or _names.is_mixture(p, self.children[p[:-1]])
             or (_names.may_be_bias(p) and (len(s) < 2 or self._has_mate(p)))
             or self._ends_a_pair(p)
             for p, s in zip(parts, shapes)
@@ -72,7 +73,7 @@ class Layouts:
             return len(window) == 2 and window[0] == window[1] and window[0] in (1, 3, 5, 7)
         if len(sizes) != 3:
             return False
-        if _names.expert(parts) is not None:
+        if _names.expert(parts) is not None or _names.are_factors(parts):
             return True
         if _names.is_query(parts) or _names.is_out(parts):
             # (layers, width, width) or (width, heads, head size), which is hardly square.
@@ -103,6 +104,8 @@ class Layouts:
         for j in self.under[place]:
             sizes, parts = without(self.shapes[j], stack), self.parts[j]
             if self.vectors[j] or len(sizes) != 3 or self.module(j)[:-1] != place:
+                continue
+            if _names.is_second_factor(parts):  # whose width is that of a latent
                 continue
             if _names.is_out(parts):
                 outs.append(sizes)
@@ -167,7 +170,10 @@ class Layouts:
         if rank == 3 and _names.is_einsum(parts):
             return MatrixAxes((), (1,), (0, 2))
         if rank == 3 and _names.expert(parts):
-            return MatrixAxes((0,), *((2,), (1,)) if self.is_transposed(i) else ((1,), (2,)))
+            first = self.is_transposed(i) or self._are_experts_transposed(i, stack)
+            return MatrixAxes((0,), *((2,), (1,)) if first else ((1,), (2,)))
+        if rank == 3 and _names.are_factors(parts):
+            return MatrixAxes((0,), (1,), (2,))
         if rank == 3 and _names.is_query(parts) and _names.words(own)[0] != "qkv":
             return MatrixAxes((), (0,), (1, 2)) if self._are_heads(i, stack) else None
         if rank == 4 and _names.words(own)[0] in ("qkv", "kv"):
@@ -181,7 +187,19 @@ class Layouts:
     def is_transposed(self, i: int) -> bool:
         """Whether a kernel has its outputs first, as those of PyTorch and Equinox."""
         parts = self.parts[i]
-        return bool(parts) and (_names.words(parts[-1])[0] == "weight") != (i in self.transposed)
+        return bool(parts) and _names.has_outputs_first(parts) != (i in self.transposed)
+
+    def _are_experts_transposed(self, i: int, stack: Axes) -> bool:
+        """Whether experts have their outputs first: a gate and an up in one show it by their size.
+
+        The down beside them has half as many inputs as they have outputs.
+        """
+        place = self.module(i)[:-1]
+        both = [self.index.get((*place, name)) for name in ("gate_up_proj", "down_proj")]
+        if i not in both or None in both:
+            return False
+        (*_, outs, _), (*_, down) = (without(self.shapes[j], stack) for j in both if j is not None)
+        return outs == 2 * down
 
     def is_thin(self, i: int, stack: Axes = ()) -> bool:
         """Whether a leaf that is not called a kernel has one axis, but for those of length 1."""
@@ -262,9 +280,11 @@ def is_window(sizes: Shape, parts: Parts) -> bool:
     """Whether a kernel looks like that of a convolution over images or volumes."""
     if len(sizes) not in (4, 5) or not _names.is_plain(parts) or _names.expert(parts):
         return False
+    first = _names.has_outputs_first(parts)
+    window, rest = (sizes[2:], sizes[:2]) if first else (sizes[:-2], sizes[-2:])
+    if max(window) == 1:
+        return True
     if _names.is_query(parts) or _names.is_out(parts) or _names.is_dense(parts):
         return False
-    first = bool(parts) and _names.words(parts[-1])[0] == "weight"
-    window, rest = (sizes[2:], sizes[:2]) if first else (sizes[:-2], sizes[-2:])
     square = len({size for size in window if size > 1}) < 2
     return square and max(window) <= min(16, max(rest))

@@ -21,14 +21,16 @@ def _set(text: str) -> frozenset[str]:
 _PLAIN = _set("kernel kernels w weight weights")
 _VECTOR = _set(
     "bias biases scale scales gamma beta gain offset shift mean var variance std count "
-    "temperature slope lambda alpha magnitude decay log"
+    "temperature slope lambda lambdas alpha magnitude decay log"
 )
 # The biases of raw dictionaries: b, b1, b_in, b_ih, bq, bo.
 _RAW_BIAS = re.compile(r"b\d*|b_(\d+|(?!proj|emb)[a-z]{1,5})|b[qkvo]|b(ih|hh)|g")
 # RWKV's decays, bonuses and mixtures with the token before, one number a channel; its factors end
-# in w1 and w2.
+# in w1 and w2, and are five or so in one array where they make all mixtures.
 _MIXTURE = re.compile(r"time_(mix|decay|first|faaaa|maa)(?!\w*_w\d$)\w*|r_k")
+_SHORT_MIXTURE = re.compile(r"x_[rwkvag]|k_[ka]|[wav]0")
 _FACTOR = re.compile(r"\w+_w\d")
+_FACTORS = re.compile(r"time_\w+_w\d")
 _NORM = _set("ln bn gn rms layernorm batchnorm groupnorm rmsnorm")
 _EMBED = _set("emb embs wte wpe vocab vocabulary codebook codebooks table")
 # An embedding followed by one of these is a layer that is applied to it.
@@ -38,16 +40,24 @@ _LAYER = _set(
     "attentions resnet resnets encoderblock decoderblock selfattention crossattention h"
 )
 _MLP = _set("up down gate ffn ff fc mlp wi w1 w2 w3 linear dense intermediate hidden")
-_QUERY = _set("query queries key keys value values q k v wq wk wv qkv kv")
+_QUERY = _set("query queries key keys value values q k v wq wk wv wkv qkv kv")
 _OUT = _set("out o wo output")
 _STRONG_HEAD = _set("classifier unembed unembedding score lm_head embed_out")
 _WEAK_HEAD = _set(
     "head heads output outputs out fc final readout predictions to_logits output_layer "
     "out_layer output_projection output_proj output_dense output_linear final_layer "
     "final_dense final_linear final_proj final_projection last_layer dense_out linear_out "
-    "conv_out decoder_output qa_outputs"
+    "conv_out decoder_output qa_outputs seq_relationship proj_out"
 )
-_INPUT = _set("stem patchify conv_init init_conv conv_stem stem_conv conv_in input_conv conv_input")
+_INPUT = _set(
+    "stem patchify conv_init init_conv conv_stem stem_conv conv_in input_conv conv_input img_in "
+    "txt_in"
+)
+# Learned positions; followed by one of `_NO_POSITION` or `_APPLIED` it is a layer.
+_POSITION = _set("pos position positions positional relpos pe")
+_NO_POSITION = _set("wise encoder net head query key value q k v bias")
+_GRAPH = _set("graph gcn gat gnn sage message edge node")
+_LEARNED = _set("learned learnable latent object output")
 
 
 def parts_of(name: str) -> Parts:
@@ -75,6 +85,12 @@ def is_kernel(parts: Parts) -> bool:
     )
 
 
+def has_outputs_first(parts: Parts) -> bool:
+    """Whether a leaf is called as PyTorch and Equinox call kernels: `weight`, `in_proj_weight`."""
+    found = words(parts[-1]) if parts else ("",)
+    return "weight" in (found[0], found[-1])
+
+
 def own(parts: Parts) -> str:
     """Returns the name of the layer that a leaf belongs to, or "" if it has none."""
     named = [part for part in _modules(parts) if not part.isdigit()]
@@ -86,10 +102,11 @@ def is_vector(parts: Parts) -> bool:
     if not parts:
         return False
     leaf = parts[-1]
-    if _MIXTURE.fullmatch(leaf):
+    # PyTorch's `weight_norm` keeps the lengths of a kernel's rows beside it.
+    if _MIXTURE.fullmatch(leaf) or leaf == "weight_g" or words(leaf)[-1] in ("bias", "biases"):
         return True
     if _any(leaf, _VECTOR) and not (
-        _any(leaf, _APPLIED | {"kernel", "net"}) or _FACTOR.fullmatch(leaf)
+        _any(leaf, _APPLIED | {"kernel", "net"}) or _FACTOR.fullmatch(leaf) or _is_bias_table(leaf)
     ):
         return True
     if may_be_bias(parts) and (is_norm(own(parts)) or _any(own(parts), _VECTOR)):
@@ -97,6 +114,26 @@ def is_vector(parts: Parts) -> bool:
     if words(leaf)[0] in ("weight", "weights", "w"):
         return is_norm(own(parts))
     return is_norm(leaf)
+
+
+def is_mixture(parts: Parts, siblings: Set[str]) -> bool:
+    """Whether a leaf is one of RWKV's mixtures, also by the short names of its seventh version."""
+    if not parts:
+        return False
+    beside = "r_k" in siblings or {"key", "value"} <= siblings
+    return bool(_MIXTURE.fullmatch(parts[-1])) or (
+        beside and bool(_SHORT_MIXTURE.fullmatch(parts[-1]))
+    )
+
+
+def are_factors(parts: Parts) -> bool:
+    """Whether a leaf with three axes is several of RWKV's factors, inputs before outputs."""
+    return bool(parts) and bool(_FACTORS.fullmatch(parts[-1]))
+
+
+def is_second_factor(parts: Parts) -> bool:
+    """Whether a layer gets from a latent to the heads, as in DeepSeek's attention."""
+    return words(own(parts) or "-")[-1] == "b" and is_query(parts)
 
 
 def may_be_bias(parts: Parts) -> bool:
@@ -118,6 +155,9 @@ def mates(leaf: str) -> tuple[str, ...]:
         return "kernel" + leaf[4:], "weight" + leaf[4:], "w" + leaf[4:]
     if leaf == "1":  # of a pair without names
         return ("0",)
+    if leaf.endswith("_bias"):
+        stem = leaf.removesuffix("_bias")
+        return f"{stem}_weight", f"{stem}_kernel", f"{stem}_w", stem
     return ("w" + leaf[1:], "weight", "kernel") if leaf.startswith("b") else ()
 
 
@@ -125,12 +165,12 @@ def is_table(parts: Parts) -> bool:
     """Whether a leaf is a table of embeddings, of positions or of tokens that are learned."""
     if not parts:
         return False
-    leaf = parts[-1]
-    if not is_plain(parts) and (_embeds(leaf) or leaf in ("cls", "probe", "latents")):
+    leaf, name = parts[-1], own(parts)
+    # A kernel with the name of what is learned is applied to it.
+    if not is_plain(parts) and (_embeds(leaf) or _is_learned(leaf)):
         return True
-    if not is_plain(parts) and words(leaf)[-1] in ("token", "tokens"):
+    if words(leaf)[0] in ("weight", "embedding", "embeddings") and _is_learned(name):
         return True
-    name = own(parts)
     if _any(name, {"bias"}) and _any(name, {"relative", "rel", "relpos", "pos", "position"}):
         return True
     return _embeds(name) or (name == "shared" and not in_layer(parts))
@@ -164,14 +204,20 @@ def is_head(parts: Parts, siblings: Iterable[str] = (), stacked: bool = False) -
       stacked: whether there is one for each layer of a stack.
     """
     modules = _modules(parts)
-    if not modules or in_layer(parts):
+    if not modules:
         return False
     name, siblings = own(parts), set(siblings)
+    if name == "head" and modules[-2:-1] == ("shared_head",):  # of DeepSeek's later tokens
+        return True
+    if in_layer(parts):
+        return False
     found = set(words(name))
     if any(word in ("pre", "scale") for word in found):
         return False
     above = [part for part in modules if not part.isdigit()][:-1]
     parent = above[-1] if above else ""
+    if parent and words(parent)[-1] == "in":  # the embedding of a time or a vector
+        return False
     # What puts CLIP's images and texts into one space.
     joint = {"visual_projection", "text_projection", "vision_projection", "image_projection"}
     if name in joint or (name == "proj" and _sees(parts)):
@@ -218,6 +264,12 @@ def is_depthwise(parts: Parts) -> bool:
     return any("depthwise" in word or word in ("dw", "dwconv") for word in words(own(parts)))
 
 
+def is_pointwise(parts: Parts) -> bool:
+    """Whether a layer called a convolution has no window, or that of a graph."""
+    found = words(own(parts))
+    return not _GRAPH.isdisjoint(found) or any(w.startswith(("pw", "pointwise")) for w in found)
+
+
 def is_query(parts: Parts) -> bool:
     """Whether a layer makes queries, keys or values."""
     return _any(own(parts), _QUERY)
@@ -261,6 +313,24 @@ def _embeds(part: str) -> bool:
         and not any("unembed" in word for word in found)
         and not set(found) & _APPLIED
     )
+
+
+def _is_learned(part: str) -> bool:
+    """Whether a name is that of learned positions, tokens, prompts or latents."""
+    found = words(part)
+    if found[-1] in ("token", "tokens", "prompt", "prompts", "latent", "latents"):
+        return True
+    if part in ("cls", "probe") or _is_bias_table(part):
+        return True
+    if found[-1] == "queries" and found[0] in _LEARNED:
+        return True
+    return _any(part, _POSITION) and (
+        not _any(part, _APPLIED | _NO_POSITION) or part == "query_pos"
+    )
+
+
+def _is_bias_table(part: str) -> bool:
+    return _any(part, {"bias"}) and words(part)[-1] == "table"
 
 
 def _sees(parts: Parts) -> bool:

@@ -69,16 +69,15 @@ def on_compact(
 
 def names_without_boxes(paths: Sequence[Any]) -> tuple[str, ...]:
     """Returns paths as names; the `value` of a box such as `nnx.Variable` is not part of them."""
-    box = jax.tree_util.GetAttrKey("value")
+    value, index = jax.tree_util.GetAttrKey("value"), jax.tree_util.FlattenedIndexKey
     inside = collections.Counter(path[:-1] for path in paths)
-    return tuple(
-        jax.tree_util.keystr(
-            path[:-1] if len(path) > 1 and path[-1] == box and inside[path[:-1]] == 1 else path,
-            simple=True,
-            separator="/",
-        )
-        for path in paths
-    )
+
+    def plain(path: Any) -> Any:
+        # Nodes registered without keys, such as Haliax's named arrays, count their leaves.
+        is_box = len(path) > 1 and (path[-1] == value or isinstance(path[-1], index))
+        return path[:-1] if is_box and inside[path[:-1]] == 1 else path
+
+    return tuple(jax.tree_util.keystr(plain(path), simple=True, separator="/") for path in paths)
 
 
 _are_compact = contextvars.ContextVar("are_compact", default=False)
@@ -126,8 +125,9 @@ class _Tree(Stacks):
         heads = _names.is_out(parts) and len(axes.reduction) == 2
         if not heads and _names.is_head(parts, siblings, bool(stack)):
             return Role("head", axes, "embedding or output layer by its path", named)
-        if self._is_depthwise(i, axes):
-            return Role("depthwise", axes, "one input a group", named)
+        depthwise = self._depthwise(i, axes)
+        if depthwise is not None:
+            return Role("depthwise", depthwise, "one input a group", named)
         return Role("matrix", axes, reason, named)
 
     def with_last_layer(self, found: list[Role]) -> tuple[Role, ...]:
@@ -164,12 +164,20 @@ class _Tree(Stacks):
         axes = MatrixAxes(tuple(a for a in stack if a < len(shape) - 1), inputs, (len(shape) - 1,))
         return Role("embedding", axes, "embedding or output layer by its path")
 
-    def _is_depthwise(self, i: int, axes: MatrixAxes) -> bool:
+    def _depthwise(self, i: int, axes: MatrixAxes) -> MatrixAxes | None:
+        """Returns the axes of a convolution with one input a group, None for all else."""
         parts, shape = self.parts[i], self.shapes[i]
-        if len(axes.reduction) < 2 or len(axes.output) != 1 or _names.is_out(parts):
-            return False
-        inputs = axes.reduction[0] if self.is_transposed(i) else axes.reduction[-1]
-        return shape[inputs] == 1 or _names.is_depthwise(parts)
+        if len(axes.output) != 1 or _names.is_out(parts):
+            return None
+        if len(axes.reduction) > 1:
+            inputs = axes.reduction[0] if self.is_transposed(i) else axes.reduction[-1]
+            return axes if shape[inputs] == 1 or _names.is_depthwise(parts) else None
+        # With two axes it has a window and channels: that of a state space model.
+        short, long = sorted(axes.reduction + axes.output, key=lambda axis: shape[axis])
+        window = 2 * shape[short] <= shape[long] and shape[short] <= 8
+        if window and _names.is_convolution(parts) and not _names.is_pointwise(parts):
+            return axes._replace(reduction=(short,), output=(long,))
+        return None
 
 
 def _axes(shape: Shape) -> str:

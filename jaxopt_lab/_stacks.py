@@ -172,8 +172,12 @@ class Stacks(Layouts):
         found = []
         kernels = {bias: kernel for kernel, bias in self.biases.items()}
         for i, parts in enumerate(self.parts):
-            rank = len(self.shapes[i])
-            if not self.vectors[i] or not rank:
+            shape = self.shapes[i]
+            rank = len(shape)
+            # A column is no stack of numbers, and mixtures have axes of their own.
+            if not self.vectors[i] or not rank or (rank > 1 and max(shape[1:]) == 1):
+                continue
+            if _names.is_mixture(parts, self.children[parts[:-1]]) and rank > 1:
                 continue
             scope = _names.expert(parts)
             if i in kernels:

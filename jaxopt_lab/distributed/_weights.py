@@ -25,10 +25,9 @@ def weighted(tree: Any, weight: Any, axis_name: _axes.AxisName, times: int = 1) 
 
     Raises:
       TypeError: a weight that is no real number.
-      ValueError: a weight with axes.
+      ValueError: a weight with axes, or a number that is negative, infinite or NaN.
     """
-    _checks.check_scalar(weight=weight)
-    own = jnp.asarray(weight, jnp.float32)
+    own = checked(weight)
     total = _axes.psum(own, axis_name)
     share = times * own / jnp.where(own == 0, 1, total)
 
@@ -37,6 +36,18 @@ def weighted(tree: Any, weight: Any, axis_name: _axes.AxisName, times: int = 1) 
         return jnp.where(own == 0, 0, wide * share.astype(wide.dtype)).astype(x.dtype)
 
     return jax.tree.map(scaled, tree)
+
+
+def checked(weight: Any) -> jax.Array:
+    """Returns a weight as float32, NaN in place of a negative one, so that no mean hides it.
+
+    Raises:
+      TypeError: a weight that is no real number.
+      ValueError: a weight with axes, or a number that is negative, infinite or NaN.
+    """
+    _checks.check_non_negative(weight=weight)
+    own = jnp.asarray(weight, jnp.float32)
+    return jnp.where(own < 0, jnp.nan, own)
 
 
 def for_mean(tree: Any, weight: Any, axis_name: _axes.AxisName) -> Any:

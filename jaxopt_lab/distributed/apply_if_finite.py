@@ -1,6 +1,6 @@
 r"""Skipping a step that is not finite on one replica, on all of them.
 
-bad = sum_i [some entry of g_i is NaN or infinite]           one number is reduced
+bad = sum_i [some entry of g_i, or its weight, is no finite number]     one number is reduced
 inner(g_i)  if bad == 0 or it has been bad too often in a row,  else no step
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import _checks, _compat, _hyperparams, _tree
-from jaxopt_lab.distributed import _axes
+from jaxopt_lab.distributed import _axes, _weights
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -42,7 +42,8 @@ def apply_if_finite(
     exchanges, some replicas would skip what others wait for. Here they agree by one reduction of
     one number, before anything is exchanged or stored: put it around the whole chain. In a skipped
     step the update is zero, and the state of `inner` stays as it is, its counters and its memories
-    of what was not sent among them.
+    of what was not sent among them. A `weight` of the mean that is negative or not finite counts as
+    a gradient that is not.
 
     Args:
       inner: any optax transformation, which may exchange over `axis_name`, such as
@@ -103,6 +104,8 @@ def apply_if_finite(
         for name, leaf in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, leaf)
         own = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
+        if extra_args.get("weight") is not None:
+            own.append(jnp.isfinite(_weights.checked(extra_args["weight"])))
         bad = ~functools.reduce(jnp.logical_and, own, jnp.ones((), bool))
         is_finite = _axes.psum(bad.astype(jnp.int32), axis_name) == 0
         in_a_row = jnp.where(is_finite, 0, _hyperparams.increment(state.notfinite_count))

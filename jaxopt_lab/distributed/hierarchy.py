@@ -92,7 +92,7 @@ def hierarchical_mean(
             own, divisor = updates, replicas
         else:  # the host's, of the host's weight
             own, divisor = _weights.weighted(updates, weight, fast_axis), 1
-            extra_args["weight"] = _axes.psum(jnp.asarray(weight, jnp.float32), fast_axis)
+            extra_args["weight"] = _axes.psum(_weights.checked(weight), fast_axis)
         part = _axes.psum_scatter(_flat.padded(_flat.ravel(own), replicas), fast_axis) / divisor
         part_params = None if params is None else part_of(params)
         with _axes.averaged(fast_axis):

@@ -39,7 +39,8 @@ def sync_gradients(
     The second formula is that of an update with `weight`, the replica's number: where the losses
     are means over unequal numbers of tokens, their counts give the gradient of the mean over all
     tokens, which a mean of means is not. A replica of weight 0 takes no part, whatever its gradient
-    (0/0 of no tokens), and if all weights are 0, so is the gradient.
+    (0/0 of no tokens), and if all weights are 0, so is the gradient. With a weight that turns out
+    negative or not finite while the program runs the gradient is NaN; `apply_if_finite` skips it.
 
     Args:
       axis_name: the mapped axis, or several.
@@ -53,8 +54,8 @@ def sync_gradients(
 
     Raises:
       ValueError: `op` is neither, no axis, or one twice; at update, an axis that is not bound; with
-        `weight`, an `op` of "sum", another shape than (), or gradients that `jax.grad` has already
-        summed (see `vary`).
+        `weight`, an `op` of "sum", another shape than (), a number that is negative or not finite,
+        or gradients that `jax.grad` has already summed (see `vary`).
       TypeError: `axis_name` no name; at update, a gradient or a `weight` that is not real.
 
     Examples:

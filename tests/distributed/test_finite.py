@@ -29,6 +29,11 @@ AROUND = {
     "sync_gradients": optax.chain(distributed.sync_gradients(AXIS), optax.adam(0.1)),
     "one_bit_adam": distributed.one_bit_adam(0.1, 2, AXIS),
     "diloco": distributed.diloco(optax.adam(0.1), sync_every=2, axis_name=AXIS),
+    "noloco": distributed.noloco(optax.adam(0.1), sync_every=2, axis_name=AXIS),
+    "co2": distributed.co2(optax.adam(0.1), sync_every=2, axis_name=AXIS, clip=1.0),
+    "gossip": distributed.local_updates(
+        optax.adam(0.1), distributed.gossip_exchange(axis_name=AXIS), sync_every=2
+    ),
 }
 GRADS = np.random.default_rng(0).normal(size=(N, 6, D)).astype(np.float32)
 
@@ -114,6 +119,54 @@ def test_estimates_keep_their_mean_over_a_bad_step(method):
     np.testing.assert_allclose(
         np.mean(state.estimate, axis=0), state.mean_estimate[0], rtol=1e-5, atol=1e-6
     )
+
+
+WEIGHTED = {
+    "sync_gradients": distributed.sync_gradients(AXIS),
+    "error_feedback": FEEDBACK["error_feedback"],
+    "ef21": FEEDBACK["ef21"],
+    "powersgd": FEEDBACK["powersgd"],
+    "one_bit_adam": distributed.scale_by_one_bit_adam(2, AXIS),
+    "hierarchical_mean": distributed.hierarchical_mean(distributed.sync_gradients("host"), AXIS),
+}
+
+
+def weighted_steps(tx, gradients, weights):
+    """The state and updates of three steps, the replicas of one host or of several."""
+
+    def steps(gradients, weights):
+        state, updates = tx.init(gradients[0]), []
+        for gradient, weight in zip(gradients, weights):
+            update, state = tx.update(gradient, state, gradient, weight=weight)
+            updates.append(update)
+        return jnp.stack(updates), state
+
+    inside = jax.vmap(steps, axis_name=AXIS)
+    return jax.jit(jax.vmap(inside, axis_name="host"))(gradients[None], weights[None])
+
+
+@pytest.mark.parametrize("method", WEIGHTED)
+def test_a_weight_that_makes_no_mean_is_told_and_skipped(method):
+    gradients = jnp.asarray(GRADS[:, :3].reshape(N, 3, 3, 2))
+    ones = jnp.ones((N, 3))
+    tx = distributed.apply_if_finite(WEIGHTED[method], AXIS, 5)
+    for bad in (-1.0, jnp.nan, jnp.inf):
+        updates, state = weighted_steps(tx, gradients, ones.at[1, 1].set(bad))
+        assert not np.any(updates[:, :, 1])
+        np.testing.assert_array_equal(state.total_notfinite, 1)
+        for leaf in jax.tree.leaves((updates, state)):
+            assert np.all(np.isfinite(leaf))
+        if method in ("sync_gradients", "hierarchical_mean"):
+            alone, _ = weighted_steps(WEIGHTED[method], gradients, ones.at[1, 1].set(bad))
+            assert np.all(np.isnan(alone[:, :, 1]))
+            assert np.all(np.isfinite(alone[:, :, ::2]))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_known_and_makes_no_mean_is_refused(weight):
+    tx = distributed.sync_gradients(AXIS)
+    with pytest.raises(ValueError, match=r"weight must be (non-negative|finite), got"):
+        jax.vmap(lambda g: tx.update(g, tx.init(g), weight=weight)[0], axis_name=AXIS)(jnp.ones(N))
 
 
 def test_one_bit_errors_stay_finite():

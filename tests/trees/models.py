@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tests.trees import published
+
 
 class Line(NamedTuple):
     path: str
@@ -62,6 +64,7 @@ def shapes(name: str) -> Any:
 
 
 MODELS = {
+    **published.MODELS,
     "gpt2_of_hugging_face": """
 transformer/h/0/attn/c_attn/bias   24   vector
 transformer/h/0/attn/c_attn/kernel 24x8 1|0

@@ -168,6 +168,114 @@ def test_names_of_rwkv_and_clip(path, shape, kind):
     assert muon_of({path: shape, "ln/weight": (64,)})[path] == kind
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("pos_enc", "position_encoding", "cls_pos", "pe", "query_pos", "rel_pos_h"),
+        *("positional_encoding/weight", "mask_tokens/weight", "iou_token/weight"),
+        *("soft_prompt", "prompt", "latent", "learned_queries", "object_queries"),
+        *("relative_position_bias_table", "lambdas", "block/pos_bias_u"),
+    ],
+)
+def test_what_is_learned_without_a_layer_is_left_to_adam(path):
+    assert muon_of({path: (16, 8), "block/up/kernel": (8, 20)})[path] == "adam"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("linear_pos/weight", "pos_proj/kernel", "position_wise/kernel"),
+        *("positional_encoding/kernel", "pos_encoder/weight", "attn/pos_key/weight"),
+        *("token_mixer/kernel", "prompt_encoder/kernel", "queries/kernel", "prompt/kernel"),
+    ],
+)
+def test_layers_that_are_applied_to_what_is_learned_are_matrices(path):
+    assert muon_of({path: (16, 8), "block/up/kernel": (8, 20)})[path] == "muon"
+
+
+@pytest.mark.parametrize(
+    "bias", ["in_proj_bias", "gate_up_proj_bias", "conv_bias", "dense_bias", "mlp_out_bias"]
+)
+def test_what_ends_in_bias_is_one_whatever_it_belongs_to(bias):
+    """Also where nothing beside it says how many layers or experts there are."""
+    kernel = bias.removesuffix("_bias")
+    found = muon_of({f"layer/{bias}": (4, 16), f"layer/{kernel}": (8, 16)})
+    assert found[f"layer/{bias}"] == "adam"
+
+
+def test_a_kernel_beside_its_bias_has_the_outputs_that_the_bias_has():
+    """A raw kernel, stacked or not, with its outputs at either end."""
+    for shape, bias, axes in (
+        ((8, 16), (16,), ((), (0,), (1,))),
+        ((16, 8), (16,), ((), (1,), (0,))),
+        ((3, 8, 16), (3, 16), ((0,), (1,), (2,))),
+    ):
+        params = {"layer": {"up_proj": jnp.ones(shape), "up_proj_bias": jnp.ones(bias)}}
+        found = jaxopt_lab.treatments(jaxopt_lab.muon(0.02), params).parameters
+        assert [(one.kind, one.axes) for one in found] == [("muon", axes), ("adam", None)]
+
+
+@pytest.mark.parametrize(("leaf", "shape"), [("w", (4, 64)), ("weight", (64, 4))])
+def test_a_convolution_with_two_axes_is_depthwise(leaf, shape):
+    params = {"conv_1d": {leaf: jnp.ones(shape)}, "up": {"kernel": jnp.ones((8, 8))}}
+    assert kinds(jaxopt_lab.muon(0.02), params)[f"conv_1d/{leaf}"] == "adam"
+    # A channel of AdamP's is one of the convolution's, with all of its window.
+    channel, window = shape.index(64), shape.index(4)
+    found = jaxopt_lab.treatments(jaxopt_lab.adamp(1e-3), params).parameters[0]
+    assert found.axes == ((), (window,), (channel,))
+    for layer in ("pwconv1", "pointwise_conv", "graph_conv", "GCNConv_0", "conv1"):
+        shape = (64, 64) if layer == "conv1" else (4, 64)
+        assert muon_of({f"{layer}/kernel": shape})[f"{layer}/kernel"] == "muon"
+
+
+def test_experts_with_a_gate_and_an_up_in_one_say_which_way_round_they_are():
+    """The same shapes in both orders, of as many features inside as outside."""
+
+    def outputs(both: tuple[int, ...], down: tuple[int, ...]) -> list[Any]:
+        experts = {"gate_up_proj": jnp.ones(both), "down_proj": jnp.ones(down)}
+        tx = jaxopt_lab.muon(0.02)
+        found = jaxopt_lab.treatments(tx, {"experts": experts}).parameters
+        return [one.axes.output for one in found]
+
+    assert outputs((4, 16, 8), (4, 8, 8)) == [(1,), (1,)]
+    assert outputs((4, 8, 16), (4, 8, 8)) == [(2,), (2,)]
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class Named:
+    """A box with names of axes, registered without keys, as Haliax's arrays are."""
+
+    array: Any
+
+    def tree_flatten(self) -> Any:
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Any:
+        return cls(*children)
+
+
+def test_a_box_without_keys_has_the_name_of_what_is_in_it():
+    shapes = {"embeddings": (50, 8), "up": (3, 20, 8), "norm": (3, 8)}
+    shapes |= {"norm_f": (8,), "lm_head": (50, 8)}
+    arrays = {name: {"weight": jnp.ones(shape)} for name, shape in shapes.items()}
+    blocks = {name: arrays.pop(name) for name in ("up", "norm")}
+    plain = {**arrays, "blocks": blocks}
+    boxed = jax.tree.map(Named, plain)
+    tx = jaxopt_lab.muon(0.02)
+    expected = jaxopt_lab.treatments(tx, plain).parameters
+    assert {one.name: one.kind for one in expected} == {
+        "blocks/norm/weight": "adam",
+        "blocks/up/weight": "muon",
+        "embeddings/weight": "adam",
+        "lm_head/weight": "adam",
+        "norm_f/weight": "adam",
+    }
+    for one, other in zip(expected, jaxopt_lab.treatments(tx, boxed).parameters):
+        assert (one.kind, one.axes) == (other.kind, other.axes)
+
+
 @pytest.mark.parametrize("stack", [(), (5,), (2, 5)], ids=str)
 @pytest.mark.parametrize(("kernel", "bias"), [((8, 16), (16,)), ((8, 4, 3), (4, 3))], ids=str)
 def test_the_second_of_a_pair_without_names_is_a_bias(stack, kernel, bias):
