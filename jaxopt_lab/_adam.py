@@ -16,11 +16,17 @@ from jaxopt_lab import _checks, _hyperparams, _tree
 
 
 class AdamState(NamedTuple):
-    """State of the Adam that other methods contain: 8 bytes a parameter in float32."""
+    """State of the Adam that other methods contain: 8 bytes a parameter in float32.
 
-    count: jax.Array  # steps taken; int32, shape ()
-    mu: optax.Updates  # first moment; shapes of the parameters, dtype `mu_dtype` or theirs
-    nu: optax.Updates  # second moment; at least float32
+    Attributes:
+      count: steps taken; int32, shape ().
+      mu: first moment; shapes of the parameters, dtype `mu_dtype` or theirs.
+      nu: second moment; at least float32.
+    """
+
+    count: jax.Array
+    mu: optax.Updates
+    nu: optax.Updates
 
 
 def scale_by_adam(

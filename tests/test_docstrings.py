@@ -1,4 +1,4 @@
-"""`help()` of a public name describes each of its arguments there, and points nowhere else."""
+"""`help()` of a public name says what it takes, holds and does, and points nowhere else."""
 
 from __future__ import annotations
 
@@ -16,24 +16,40 @@ from tests.test_docs import PUBLIC
 POINTER = re.compile(r"(?i)(see|as( for| in| of)?|likewise|the same( as)?)\b.{0,60}")
 
 
-# Other named tuples are made by functions, and their fields commented where they stand.
-RECORDS = ("ChunkedConfig", "Exchange")
-
-
-def is_called_by_users(value: Any) -> bool:
-    record = isinstance(value, type) and issubclass(value, tuple)
-    protocol = getattr(value, "_is_protocol", False)
-    return callable(value) and not protocol and (not record or value.__name__ in RECORDS)
-
-
-def public() -> Iterator[tuple[str, Callable[..., Any]]]:
+def every() -> Iterator[tuple[str, Any]]:
     seen = set()
     for module in map(importlib.import_module, PUBLIC):
         for name in module.__all__:
             value = getattr(module, name)
-            if id(value) not in seen and is_called_by_users(value):
+            if id(value) not in seen:
                 seen.add(id(value))
                 yield f"{module.__name__}.{name}", value
+
+
+def public() -> Iterator[tuple[str, Callable[..., Any]]]:
+    for name, value in every():
+        if callable(value) and not getattr(value, "_is_protocol", False):
+            yield name, value
+
+
+def members() -> Iterator[tuple[str, Callable[..., Any], str]]:
+    """Public methods and properties of public classes, with what describes them beside themselves.
+
+    That is their class, of which bases may be private, and the protocols that have them.
+    """
+    protocols = [value for _, value in every() if getattr(value, "_is_protocol", False)]
+    packages = {name.split(".")[0] for name in PUBLIC}
+    for place, value in every():
+        if not isinstance(value, type):
+            continue
+        for base in value.__mro__:
+            if base.__module__.split(".")[0] not in packages:
+                continue
+            for name, member in vars(base).items():
+                function = getattr(member, "fget", getattr(member, "__func__", member))
+                if inspect.isfunction(function) and not name.startswith("_"):
+                    shared = (base, *(p for p in protocols if hasattr(p, name)))
+                    yield f"{place}.{name}", function, "\n".join(x.__doc__ or "" for x in shared)
 
 
 def described(docstring: str) -> dict[str, str]:
@@ -59,6 +75,32 @@ def test_every_argument_is_described(name, value):
     for parameter in parameters(value):
         assert parameter in texts, f"{name}: {parameter} is not described"
         assert not POINTER.fullmatch(texts[parameter]), f"{name}: {parameter}: {texts[parameter]}"
+
+
+def is_named(parameter: str, docstring: str) -> bool:
+    return parameter in described(docstring) or bool(
+        re.search(rf"`\*{{0,2}}{parameter}\b", docstring)
+    )
+
+
+def test_every_method_says_what_it_does_and_names_what_it_is_given():
+    silent = []
+    for name, function, shared in members():
+        own = inspect.getdoc(function) or ""
+        silent += [] if own else [name]
+        for parameter in parameters(function):
+            if parameter not in ("self", "cls") and not is_named(parameter, f"{own}\n{shared}"):
+                silent.append(f"{name}: {parameter}")
+    assert not silent
+
+
+def test_every_field_is_described():
+    """Those of protocols too, which nobody calls."""
+    for name, value in every():
+        if isinstance(value, type):
+            texts = described(value.__doc__ or "")
+            fields = [*getattr(value, "__annotations__", {})]
+            assert [f for f in fields if not f.startswith("_") and f not in texts] == [], name
 
 
 def test_a_pointer_is_told_from_a_description():

@@ -29,7 +29,13 @@ initialiser whose product is zero has an attribute `keeps_base` that is true.
 
 
 class AdapterConfig(Protocol):
-    """What `init_adapters` can make: `LoraConfig`, `PerpConfig` and `MissConfig`; hashable."""
+    """What `init_adapters` can make: `LoraConfig`, `PerpConfig` and `MissConfig`; hashable.
+
+    Its methods are given `params`, the parameters of the model; a `kernel`, with its path, axes,
+    rank and scaling; `matrices`, its values as (matrices, inputs, outputs), or `whole`, those with
+    its own axes, both at least float32; its `factors` by name; `undo`, what the method of that name
+    returned; `init`, the start that `init_adapters` was given, and `key`, its random key.
+    """
 
     @property
     def additive(self) -> bool:
@@ -68,8 +74,6 @@ class AdapterConfig(Protocol):
     def changes_base(self, init: Initializer | None) -> bool:
         """Whether the base gives up what the first factors add."""
         ...
-
-    # Below, `whole` is a kernel with its own axes, at least float32.
 
     def effective(self, kernel: Kernel, whole: jax.Array, factors: Factors) -> jax.Array:
         """Returns the kernel that the layer uses."""

@@ -26,12 +26,19 @@ _DAMPED = ("lora_b", "miss_block")
 
 
 class IstState(NamedTuple):
-    """State of `ist`."""
+    """State of `ist`.
 
-    count: jax.Array  # steps taken; int32, shape ()
-    key: jax.Array  # random key
-    scores: jax.Array  # c, how unimportant each layer seems; float32, shape (layers,)
-    inner: tuple[optax.OptState, ...]  # of each layer, then of what is in no layer
+    Attributes:
+      count: steps taken; int32, shape ().
+      key: random key.
+      scores: c, how unimportant each layer seems; float32, shape (layers,).
+      inner: state of each layer, then of what is in no layer.
+    """
+
+    count: jax.Array
+    key: jax.Array
+    scores: jax.Array
+    inner: tuple[optax.OptState, ...]
 
 
 def ist(

@@ -128,11 +128,11 @@ class LoraConfig:
         return hash((str(self.target_modules), self.r, self.lora_alpha))
 
     def rank(self, name: str) -> int:
-        """Returns the rank of a kernel or layer."""
+        """Returns the rank of the kernel or layer called `name`."""
         return _targets.by_pattern(name, self.rank_pattern, self.r)
 
     def scaling(self, name: str) -> float:
-        """Returns s of a kernel or layer."""
+        """Returns s of the kernel or layer called `name`."""
         alpha, r = _targets.by_pattern(name, self.alpha_pattern, self.lora_alpha), self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 

@@ -174,7 +174,7 @@ class MissConfig:
         return jnp.tile(block, (1, -(-fan_in // kernel.r), 1))[:, :fan_in]
 
     def check(self, kernel: Kernel) -> None:
-        """Refuses sides that the block does not fit."""
+        """Raises ValueError where the block does not fit the sides of `kernel`."""
         fan_in, fan_out = kernel.matrix
         sizes = f"kernel '{kernel.name}' with {fan_in} inputs and {fan_out} outputs"
         if self.r > fan_in:

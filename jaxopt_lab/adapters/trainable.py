@@ -11,11 +11,17 @@ from jaxopt_lab.adapters.adapt import AdapterBase, parts, require_apart
 
 
 class TrainableParameters(NamedTuple):
-    """What `trainable_parameters` counts; its text is a table."""
+    """What `trainable_parameters` counts; its text is a table.
 
-    trained: int  # of the adapters
-    total: int  # of the base
-    kernels: tuple[tuple[str, ...], ...]  # path, matrices, inputs x outputs, r, scaling, parameters
+    Attributes:
+      trained: number of parameters of the adapters.
+      total: number of parameters of the base.
+      kernels: of each kernel path, matrices, inputs x outputs, r, scaling and parameters, as text.
+    """
+
+    trained: int
+    total: int
+    kernels: tuple[tuple[str, ...], ...]
 
     def __str__(self) -> str:
         head = ("kernel", "matrices", "in x out", "r", "scaling", "parameters")

@@ -17,17 +17,29 @@ _NOT_KNOWN = -1.0  # NaN would be taken for a fault of the program
 
 
 class LoggedNorms(NamedTuple):
-    """What `log_norms` keeps: float32, or float64 with such parameters; -1: not known."""
+    """What `log_norms` keeps: float32, or float64 with such parameters; -1: not known.
 
-    learning_rate: jax.Array  # eta_t, ()
-    gradient_norm: jax.Array  # |g_t|_2 over all leaves, ()
-    update_norm: jax.Array  # |u_t|_2 over all leaves, ()
+    Attributes:
+      learning_rate: eta_t, shape ().
+      gradient_norm: 2-norm of g_t over all leaves, shape ().
+      update_norm: 2-norm of u_t over all leaves, shape ().
+    """
+
+    learning_rate: jax.Array
+    gradient_norm: jax.Array
+    update_norm: jax.Array
 
 
 class LogNormsState(NamedTuple):
-    """State of `log_norms`: 16 bytes, and the inner one."""
+    """State of `log_norms`: 16 bytes, and the inner one.
 
-    step: jax.Array  # updates so far, (), int32
+    Attributes:
+      step: updates so far; int32, shape ().
+      logged: what `logged_norms` returns of the last update.
+      inner: state of the inner transformation.
+    """
+
+    step: jax.Array
     logged: LoggedNorms
     inner: optax.OptState
 

@@ -18,12 +18,19 @@ from jaxopt_lab.distributed import _axes, _weights
 
 
 class ApplyIfFiniteState(NamedTuple):
-    """State of `apply_if_finite`; all but `inner_state` is equal on all replicas."""
+    """State of `apply_if_finite`; all but `inner_state` is equal on all replicas.
 
-    notfinite_count: jax.Array  # steps in a row that were not finite; int32, shape ()
-    last_finite: jax.Array  # whether the last step was; bool, shape ()
-    total_notfinite: jax.Array  # steps that were not; int32, shape ()
-    inner_state: optax.OptState  # of `inner`
+    Attributes:
+      notfinite_count: steps in a row that were not finite; int32, shape ().
+      last_finite: whether the last step was; bool, shape ().
+      total_notfinite: steps that were not; int32, shape ().
+      inner_state: state of `inner`.
+    """
+
+    notfinite_count: jax.Array
+    last_finite: jax.Array
+    total_notfinite: jax.Array
+    inner_state: optax.OptState
 
 
 def apply_if_finite(

@@ -25,13 +25,21 @@ Penalty = Callable[[jax.Array, jax.Array], Any]
 
 
 class Co2State(NamedTuple):
-    """Exchange state of CO2; equal on all replicas but for `pending`."""
+    """Exchange state of CO2; equal on all replicas but for `pending`.
 
-    round: jax.Array  # t, rounds done; int32, shape ()
-    slow: optax.Params  # x_{t,0}; shapes of the parameters, at least float32
-    pending: optax.Params  # x_{t-1,0} - x^i_{t-1,tau}, to be averaged; each replica's own
-    outer_state: optax.OptState  # of the outer step on the slow weights
-    gap: jax.Array  # root mean square of x_{t,0} - x_{t-1,0}; float32, shape ()
+    Attributes:
+      round: t, rounds done; int32, shape ().
+      slow: x_{t,0}; shapes of the parameters, at least float32.
+      pending: x_{t-1,0} - x^i_{t-1,tau}, to be averaged; each replica's own.
+      outer_state: state of the outer step on the slow weights.
+      gap: root mean square of x_{t,0} - x_{t-1,0}; float32, shape ().
+    """
+
+    round: jax.Array
+    slow: optax.Params
+    pending: optax.Params
+    outer_state: optax.OptState
+    gap: jax.Array
 
 
 def gap_aware(learning_rate: optax.ScalarOrSchedule, sync_every: int) -> Penalty:

@@ -21,20 +21,29 @@ from jaxopt_lab.distributed.compressors import Compressor, check_compressor
 
 
 class CompressedMeanState(NamedTuple):
-    """State of `compressed_mean`."""
+    """State of `compressed_mean`.
 
-    count: jax.Array  # steps taken; int32, shape (); with the seed it gives the step's random key
+    Attributes:
+      count: steps taken; int32, shape (); with the seed it gives the step's random key.
+    """
+
+    count: jax.Array
 
 
 class ErrorFeedbackState(NamedTuple):
     """State of `error_feedback`: 4 bytes a parameter in float32, and 4/N with two phases.
 
     Under `shard_map` the errors are each replica's own (a spec with the axis).
+
+    Attributes:
+      count: steps taken; int32, shape (); with the seed it gives the step's random key.
+      error: what was not sent; shapes of the parameters, at least float32.
+      server_error: the same of the replica's part of the mean, shape (ceil(d / N),), if any.
     """
 
-    count: jax.Array  # steps taken; int32, shape (); with the seed it gives the step's random key
-    error: optax.Updates  # what was not sent; shapes of the parameters, at least float32
-    server_error: Any  # the same of the replica's part of the mean, shape (ceil(d / N),), if any
+    count: jax.Array
+    error: optax.Updates
+    server_error: Any
 
 
 def compressed_mean(

@@ -57,11 +57,11 @@ class Compressor(Protocol):
         ...
 
     def contraction(self, size: int) -> float | None:
-        """Returns alpha, or None for a compressor that is not contractive for every vector."""
+        """Returns alpha for vectors of `size` entries, or None if some of them do not contract."""
         ...
 
     def variance(self, size: int) -> float | None:
-        """Returns omega, or None for a compressor that is not unbiased."""
+        """Returns omega for vectors of `size` entries, or None if the mean is another vector."""
         ...
 
 

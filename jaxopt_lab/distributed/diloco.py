@@ -21,10 +21,15 @@ from jaxopt_lab.distributed.local_updates import Exchange, local_updates
 
 
 class DilocoState(NamedTuple):
-    """Exchange state of DiLoCo; equal on all replicas, to the bit."""
+    """Exchange state of DiLoCo; equal on all replicas, to the bit.
 
-    slow: optax.Params  # phi; shapes of the parameters, `slow_dtype` or at least float32
-    outer_state: optax.OptState  # of `outer` on the slow weights
+    Attributes:
+      slow: phi; shapes of the parameters, `slow_dtype` or at least float32.
+      outer_state: state of `outer` on the slow weights.
+    """
+
+    slow: optax.Params
+    outer_state: optax.OptState
 
 
 def diloco_exchange(

@@ -25,12 +25,18 @@ class EControlState(NamedTuple):
     """State of `econtrol`: 12 bytes a parameter in float32.
 
     Under `shard_map` `error` and `estimate` are each replica's own (a spec with the axis).
+
+    Attributes:
+      count: steps taken; int32, shape (); with the seed it gives the step's random key.
+      error: e_i; shapes of the parameters, at least float32.
+      estimate: h_i; as `error`.
+      mean_estimate: h, equal on all replicas; as `error`.
     """
 
-    count: jax.Array  # steps taken; int32, shape (); with the seed it gives the step's random key
-    error: optax.Updates  # e_i; shapes of the parameters, at least float32
-    estimate: optax.Updates  # h_i; as `error`
-    mean_estimate: optax.Updates  # h, equal on all replicas; as `error`
+    count: jax.Array
+    error: optax.Updates
+    estimate: optax.Updates
+    mean_estimate: optax.Updates
 
 
 def econtrol(

@@ -32,12 +32,18 @@ class EF21State(NamedTuple):
     """State of `ef21`: 8 bytes a parameter in float32, 12 with momentum.
 
     Under `shard_map` `estimate` and `momentum` are each replica's own (a spec with the axis).
+
+    Attributes:
+      count: steps taken; int32, shape (); with the seed it gives the step's random key.
+      estimate: h_i; shapes of the parameters, at least float32.
+      mean_estimate: h, equal on all replicas; as `estimate`.
+      momentum: moving average of the replica's gradients, if any; as `estimate`.
     """
 
-    count: jax.Array  # steps taken; int32, shape (); with the seed it gives the step's random key
-    estimate: optax.Updates  # h_i; shapes of the parameters, at least float32
-    mean_estimate: optax.Updates  # h, equal on all replicas; as `estimate`
-    momentum: Any  # moving average of the replica's gradients, if any; as `estimate`
+    count: jax.Array
+    estimate: optax.Updates
+    mean_estimate: optax.Updates
+    momentum: Any
 
 
 def ef21(

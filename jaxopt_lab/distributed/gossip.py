@@ -27,9 +27,13 @@ _GRAPHS = ("pairs", "ring", "torus", "exponential")
 
 
 class GossipState(NamedTuple):
-    """Exchange state of gossip."""
+    """Exchange state of gossip.
 
-    round: jax.Array  # rounds done; int32, shape (); equal on all replicas
+    Attributes:
+      round: rounds done; int32, shape (); equal on all replicas.
+    """
+
+    round: jax.Array
 
 
 def gossip_average(

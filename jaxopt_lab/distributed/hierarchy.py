@@ -18,9 +18,13 @@ from jaxopt_lab.distributed import _axes, _flat, _weights
 
 
 class HierarchicalMeanState(NamedTuple):
-    """State of `hierarchical_mean`."""
+    """State of `hierarchical_mean`.
 
-    slow: optax.OptState  # of the exchange over the slow axis, for the replica's part, shape (n,)
+    Attributes:
+      slow: state of the exchange over the slow axis, for the replica's part, shape (n,).
+    """
+
+    slow: optax.OptState
 
 
 def hierarchical_mean(

@@ -39,11 +39,17 @@ class Exchange(NamedTuple):
 
 
 class LocalUpdatesState(NamedTuple):
-    """State of `local_updates`."""
+    """State of `local_updates`.
 
-    count: jax.Array  # local steps taken; int32, shape (); equal on all replicas
-    inner_state: optax.OptState  # of `inner`; each replica's own, never averaged nor reset
-    exchange_state: Any  # of the exchange
+    Attributes:
+      count: local steps taken; int32, shape (); equal on all replicas.
+      inner_state: state of `inner`; each replica's own, never averaged nor reset.
+      exchange_state: state of the exchange.
+    """
+
+    count: jax.Array
+    inner_state: optax.OptState
+    exchange_state: Any
 
 
 def local_updates(

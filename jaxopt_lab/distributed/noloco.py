@@ -25,11 +25,17 @@ _GROUP = 2
 
 
 class NolocoState(NamedTuple):
-    """Exchange state of NoLoCo."""
+    """Exchange state of NoLoCo.
 
-    round: jax.Array  # rounds done; int32, shape (); equal on all replicas, it draws the pairs
-    slow: optax.Params  # phi_i; shapes of the parameters, at least float32; each replica's own
-    outer_state: optax.OptState  # of the outer step on the slow weights; each replica's own
+    Attributes:
+      round: rounds done; int32, shape (); equal on all replicas, it draws the pairs.
+      slow: phi_i; shapes of the parameters, at least float32; each replica's own.
+      outer_state: state of the outer step on the slow weights; each replica's own.
+    """
+
+    round: jax.Array
+    slow: optax.Params
+    outer_state: optax.OptState
 
 
 def noloco_exchange(

@@ -26,15 +26,20 @@ class ScaleByOneBitAdamState(NamedTuple):
 
     Under `shard_map` the errors are each replica's own (a spec with the axis); all else is equal on
     all replicas.
+
+    Attributes:
+      count: steps taken; int32, shape ().
+      mu: m; shapes of the parameters, at least float32.
+      nu: v; as `mu`.
+      worker_error: what the replica's signs have not yet said; as `mu`.
+      server_error: the same of the part that it averages; shape (L/N,), L a multiple of 8N.
     """
 
-    count: jax.Array  # steps taken; int32, shape ()
-    mu: optax.Updates  # m; shapes of the parameters, at least float32
-    nu: optax.Updates  # v; as `mu`
-    worker_error: optax.Updates  # what the replica's signs have not yet said; as `mu`
-    server_error: (
-        jax.Array
-    )  # the same of the part that it averages; shape (L/N,), L a multiple of 8N
+    count: jax.Array
+    mu: optax.Updates
+    nu: optax.Updates
+    worker_error: optax.Updates
+    server_error: jax.Array
 
 
 def one_bit_mean(

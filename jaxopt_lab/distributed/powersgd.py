@@ -26,11 +26,16 @@ class PowerSGDState(NamedTuple):
 
     Leaves that are not compressed have an `optax.MaskedNode`. Under `shard_map` the error is each
     replica's own (a spec with the axis).
+
+    Attributes:
+      count: steps taken; int32, shape (); with the seed it gives the step's random key.
+      error: e_i; shapes of the parameters, at least float32.
+      query: Q, (columns, r), a stack's (matrices, columns, r); equal on all replicas.
     """
 
-    count: jax.Array  # steps taken; int32, shape (); with the seed it gives the step's random key
-    error: optax.Updates  # e_i; shapes of the parameters, at least float32
-    query: optax.Updates  # Q, (columns, r), a stack's (matrices, columns, r); equal on all replicas
+    count: jax.Array
+    error: optax.Updates
+    query: optax.Updates
 
 
 def powersgd(

@@ -34,18 +34,29 @@ __all__ = [
 
 
 class TrainState(NamedTuple):
-    """What replicas train; the leading axis of every leaf but shared counters is theirs."""
+    """What replicas train; the leading axis of every leaf but shared counters is theirs.
+
+    Attributes:
+      params: parameters of every replica, as the transformation was given them.
+      opt_state: the optimizer's state of every replica.
+    """
 
     params: Any
     opt_state: Any
 
 
 class MutableTrainState(NamedTuple):
-    """A `TrainState` of a model with collections that a step changes, such as batch statistics."""
+    """A `TrainState` of a model with collections that a step changes, such as batch statistics.
+
+    Attributes:
+      params: parameters of every replica, as the transformation was given them.
+      opt_state: the optimizer's state of every replica.
+      mutable: each replica's own; `Replicas.consensus` gives the mean to evaluate with.
+    """
 
     params: Any
     opt_state: Any
-    mutable: Any  # each replica's own; `Replicas.consensus` gives the mean to evaluate with
+    mutable: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,15 @@ _MEMORY_KINDS = ("device", _HOST)
 
 
 class TrainRounds(NamedTuple):
-    """How to train in whole rounds: a function that makes the state, and one that runs a round."""
+    """How to train in whole rounds: a function that makes the state, and one that runs a round.
 
-    init: Callable[..., Any]  # params of one replica, and mutable collections if any -> state
-    step: Callable[[Any, Any], tuple[Any, Any]]  # state, batches -> state, losses
+    Attributes:
+      init: `params of one replica, mutable collections if any -> state`.
+      step: `state, batches -> state, losses`.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[[Any, Any], tuple[Any, Any]]
 
 
 def train_rounds(

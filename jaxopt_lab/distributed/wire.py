@@ -93,7 +93,7 @@ class WireBytes:
         return self.least + (self.peak - self.least) / every
 
     def by_kind(self, choose: Callable[..., Any] = max) -> dict[str, float]:
-        """Bytes sent by kind of collective: `max` for the peak, `min` for the least."""
+        """Bytes sent by kind of collective: `choose` is `max` for the peak, `min` for the least."""
         total = dict.fromkeys(KINDS, 0.0)
         for collective in self.collectives(choose):
             total[collective.kind] += collective.sent_bytes

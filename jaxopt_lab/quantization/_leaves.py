@@ -56,11 +56,17 @@ _flax.register(Encoding, ["rest"], _made_with)
 
 
 class QuantizedState(NamedTuple):
-    """State of `quantize_state`."""
+    """State of `quantize_state`.
 
-    count: jax.Array  # steps taken; int32, shape (); with the seed it gives the step's random key
-    inner_state: Any  # the inner state with codes, of a leaf's shape, in place of encoded leaves
-    encoding: Any  # a tuple: an `Encoding` for each encoded leaf of the inner state, else None
+    Attributes:
+      count: steps taken; int32, shape (); with the seed it gives the step's random key.
+      inner_state: the inner state with codes, of a leaf's shape, in place of encoded leaves.
+      encoding: a tuple with an `Encoding` for each encoded leaf of the inner state, else None.
+    """
+
+    count: jax.Array
+    inner_state: Any
+    encoding: Any
 
     def belongs_beside(self) -> tuple[Any, Any]:
         """Returns the inner state, and for each leaf of it what belongs to whom the leaf does."""

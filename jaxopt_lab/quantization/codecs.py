@@ -42,7 +42,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, encoded: Any, dtype: Any) -> jax.Array:
-        """Returns the array that `encoded` stands for."""
+        """Returns the array that `encoded` stands for, in `dtype`."""
         ...
 
 

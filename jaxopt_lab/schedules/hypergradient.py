@@ -33,10 +33,16 @@ _FEDHYPER_BOUNDS = (0.2, 5.0)
 
 
 class HypergradientState(NamedTuple):
-    """State of `hypergradient`: a direction (4 bytes a parameter in float32) and the inner one."""
+    """State of `hypergradient`: a direction (4 bytes a parameter in float32) and the inner one.
 
-    learning_rate: jax.Array  # eta_{t-1}, of the last update, (), float32 or wider
-    previous: optax.Updates  # d_{t-1}, shapes and dtypes of the parameters; 0 before any update
+    Attributes:
+      learning_rate: eta_{t-1}, of the last update; shape (), float32 or wider.
+      previous: d_{t-1}, shapes and dtypes of the parameters; 0 before any update.
+      inner: state of the inner transformation.
+    """
+
+    learning_rate: jax.Array
+    previous: optax.Updates
     inner: optax.OptState
 
 

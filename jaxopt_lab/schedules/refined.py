@@ -31,10 +31,15 @@ _NOT_RECORDED = -1.0
 
 
 class RecordNormsState(NamedTuple):
-    """State of `record_norms`: 4 bytes for each recorded update."""
+    """State of `record_norms`: 4 bytes for each recorded update.
 
-    count: jax.Array  # updates so far, (), int32
-    norms: jax.Array  # (length,), float32, or float64 with float64 gradients; -1: none yet
+    Attributes:
+      count: updates so far; int32, shape ().
+      norms: shape (length,), float32, or float64 with float64 gradients; -1: none yet.
+    """
+
+    count: jax.Array
+    norms: jax.Array
 
 
 def record_norms(kind: Kind, length: int, *, keep: Keep = "first") -> optax.GradientTransformation:

@@ -43,14 +43,22 @@ class FrugalState(NamedTuple):
     """State of `frugal`.
 
     Trees for a part of the parameters have an `optax.MaskedNode` in place of the others.
+
+    Attributes:
+      count: steps taken; int32, shape ().
+      treatments: a tuple with a `Treatment` for each parameter, with the selection of a split one.
+      full: state of `full` on what is kept full.
+      selected: state of `full` on the compact arrays, one for each phase.
+      free: state of `free`; no arrays.
+      error: what error feedback adds to the next gradient: shapes of the split parameters.
     """
 
-    count: jax.Array  # steps taken; int32, shape ()
-    treatments: Any  # tuple: a `Treatment` a parameter, with the selection of a split one
-    full: optax.OptState  # of `full` on what is kept full
-    selected: tuple[optax.OptState, ...]  # of `full` on the compact arrays, one for each phase
-    free: optax.OptState  # of `free`; no arrays
-    error: Any  # what error feedback adds to the next gradient: shapes of the split parameters
+    count: jax.Array
+    treatments: Any
+    full: optax.OptState
+    selected: tuple[optax.OptState, ...]
+    free: optax.OptState
+    error: Any
 
 
 def frugal(

@@ -63,6 +63,10 @@ class Step(NamedTuple):
 class Projection(Protocol):
     """How `frugal` finds and treats the part of the gradients that has state.
 
+    Its methods are given `leaves`, what is known of the parameters that are split together, and
+    one entry for each of them in all other lists: `selection` (indices, basis or flag), `xs`
+    (arrays of the leaves' shapes), `compact` (what `project` made of such).
+
     Attributes:
       mirrors: whether there is one compact array a leaf.
       on_refresh: what may happen to the state when the selection changes.
@@ -72,7 +76,7 @@ class Projection(Protocol):
     on_refresh: ClassVar[tuple[str, ...]]
 
     def sizes(self, leaves: Sequence[Leaf], density: Density) -> list[tuple[int, int]]:
-        """Returns, for each leaf, how much is selected of how much.
+        """Returns, for each leaf, how much of how much is selected, at `density`.
 
         Raises:
           ValueError: the projection cannot serve a leaf; the message has its path.
@@ -94,7 +98,7 @@ class Projection(Protocol):
     def choose(
         self, leaves: Sequence[Leaf], old: list[jax.Array], grads: list[jax.Array], step: Step
     ) -> list[jax.Array]:
-        """Returns a new selection."""
+        """Returns a new selection after `old` from the gradients `grads`, at `step`."""
         ...
 
     def project(
@@ -131,7 +135,10 @@ class Projection(Protocol):
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
     ) -> jax.Array:
-        """Expresses a leaf's compact moment in a new selection."""
+        """Expresses a compact `moment` of `leaf` in the selection `new` instead of `old`.
+
+        A second moment is `squared`.
+        """
         ...
 
 
@@ -200,7 +207,10 @@ class LeafProjection:
     def carry(
         self, leaf: Leaf, old: jax.Array, new: jax.Array, moment: jax.Array, squared: bool
     ) -> jax.Array:
-        """Expresses a leaf's compact moment in a new selection."""
+        """Expresses a compact `moment` of `leaf` in the selection `new` instead of `old`.
+
+        A second moment is `squared`.
+        """
         raise NotImplementedError
 
     def _size(self, leaf: Leaf, density: Density) -> tuple[int, int]:

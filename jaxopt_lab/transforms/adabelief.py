@@ -25,12 +25,19 @@ CONTRACT_EXCEPTIONS = {
 
 
 class ScaleByAdaBeliefState(NamedTuple):
-    """State of `scale_by_adabelief`: 8 bytes a parameter in float32, 12 with `amsgrad`."""
+    """State of `scale_by_adabelief`: 8 bytes a parameter in float32, 12 with `amsgrad`.
 
-    count: jax.Array  # steps taken; int32, shape ()
-    mu: optax.Updates  # m; shapes of the parameters, dtype `mu_dtype` or the parameter's
-    nu: optax.Updates  # s, with eps accumulated in it; at least float32
-    nu_max: Any  # running maximum of s; None without `amsgrad`
+    Attributes:
+      count: steps taken; int32, shape ().
+      mu: m; shapes of the parameters, dtype `mu_dtype` or the parameter's.
+      nu: s, with eps accumulated in it; at least float32.
+      nu_max: running maximum of s; None without `amsgrad`.
+    """
+
+    count: jax.Array
+    mu: optax.Updates
+    nu: optax.Updates
+    nu_max: Any
 
 
 def scale_by_adabelief(

@@ -24,12 +24,19 @@ CONTRACT_EXCEPTIONS = {
 
 
 class ScaleByDiffgradState(NamedTuple):
-    """State of `scale_by_diffgrad`: 12 bytes a parameter in float32."""
+    """State of `scale_by_diffgrad`: 12 bytes a parameter in float32.
 
-    count: jax.Array  # steps taken; int32, shape ()
-    mu: optax.Updates  # m; shapes of the parameters, dtype `mu_dtype` or the parameter's
-    nu: optax.Updates  # v; at least float32
-    previous: optax.Updates  # g_{t-1}, zero before the first step; dtype of the parameter
+    Attributes:
+      count: steps taken; int32, shape ().
+      mu: m; shapes of the parameters, dtype `mu_dtype` or the parameter's.
+      nu: v; at least float32.
+      previous: g_{t-1}, zero before the first step; dtype of the parameter.
+    """
+
+    count: jax.Array
+    mu: optax.Updates
+    nu: optax.Updates
+    previous: optax.Updates
 
 
 def scale_by_diffgrad(

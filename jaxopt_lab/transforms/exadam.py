@@ -25,11 +25,17 @@ CONTRACT_EXCEPTIONS = {
 
 
 class ScaleByExadamState(NamedTuple):
-    """State of `scale_by_exadam`: 8 bytes a parameter in float32."""
+    """State of `scale_by_exadam`: 8 bytes a parameter in float32.
 
-    count: jax.Array  # steps taken; int32, shape ()
-    mu: optax.Updates  # m; shapes of the parameters, dtype `mu_dtype` or the parameter's
-    nu: optax.Updates  # v; at least float32
+    Attributes:
+      count: steps taken; int32, shape ().
+      mu: m; shapes of the parameters, dtype `mu_dtype` or the parameter's.
+      nu: v; at least float32.
+    """
+
+    count: jax.Array
+    mu: optax.Updates
+    nu: optax.Updates
 
 
 def scale_by_exadam(

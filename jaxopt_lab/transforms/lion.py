@@ -18,9 +18,13 @@ from jaxopt_lab import _checks, _hyperparams, _tree
 
 
 class ScaleByLionState(NamedTuple):
-    """State of `scale_by_lion`: 4 bytes a parameter in float32."""
+    """State of `scale_by_lion`: 4 bytes a parameter in float32.
 
-    mu: optax.Updates  # m; shapes of the parameters, dtype `mu_dtype` or the parameter's
+    Attributes:
+      mu: m; shapes of the parameters, dtype `mu_dtype` or the parameter's.
+    """
+
+    mu: optax.Updates
 
 
 def scale_by_lion(

@@ -28,9 +28,13 @@ CONTRACT_EXCEPTIONS = {
 
 
 class ScaleByMuonState(NamedTuple):
-    """State of `scale_by_muon`: 4 bytes a parameter in float32."""
+    """State of `scale_by_muon`: 4 bytes a parameter in float32.
 
-    mu: optax.Updates  # b; shapes of the parameters, dtype `mu_dtype` or the parameter's
+    Attributes:
+      mu: b; shapes of the parameters, dtype `mu_dtype` or the parameter's.
+    """
+
+    mu: optax.Updates
 
 
 def scale_by_muon(

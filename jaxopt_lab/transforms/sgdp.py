@@ -29,10 +29,15 @@ CONTRACT_EXCEPTIONS = {
 
 
 class ScaleBySgdpState(NamedTuple):
-    """State of `scale_by_sgdp`: 4 bytes a parameter in float32."""
+    """State of `scale_by_sgdp`: 4 bytes a parameter in float32.
 
-    mu: optax.Updates  # b; shapes of the parameters, dtype `mu_dtype` or the parameter's
-    count: Any = None  # steps taken; int32, shape (), or None unless the decay is a schedule
+    Attributes:
+      mu: b; shapes of the parameters, dtype `mu_dtype` or the parameter's.
+      count: steps taken; int32, shape (), or None unless the decay is a schedule.
+    """
+
+    mu: optax.Updates
+    count: Any = None
 
 
 def scale_by_sgdp(

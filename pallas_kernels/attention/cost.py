@@ -95,19 +95,34 @@ class Ceilings(NamedTuple):
 
 
 class AttentionCost(NamedTuple):
-    """What `attention_cost` returns. Bytes and operations are of the whole call."""
+    """What `attention_cost` returns. Bytes and operations are of the whole call.
 
-    pairs: int  # (query, key) that see each other, over batch and query heads
-    forward_flops: int  # 2 pairs (d + dv)
-    backward_flops: int  # 2 pairs (3 d + 2 dv), scores recomputed; the five products of one pass
-    exponentials: int  # of the forward pass; the backward pass recomputes as many
-    minimum_bytes: int  # forward: q, the k and v that are seen, output and lse, once each
-    backward_minimum_bytes: int  # as well: output's cotangent, lse, delta, and dq, dk, dv
-    streamed_bytes: int  # forward: k and v past every block of queries of every query head
-    blocked_bytes: int  # forward: q, output and lse once, and streamed_bytes
-    bound_bytes: float  # order of the least that any exact algorithm moves, with constant 1
-    intensity: float  # forward_flops / minimum_bytes
-    forward: Ceilings | None  # with `chip`
+    Attributes:
+      pairs: number of (query, key) that see each other, over batch and query heads.
+      forward_flops: 2 pairs (d + dv).
+      backward_flops: 2 pairs (3 d + 2 dv), scores recomputed; the five products of one pass.
+      exponentials: those of the forward pass; the backward pass recomputes as many.
+      minimum_bytes: forward: q, the k and v that are seen, output and lse, once each.
+      backward_minimum_bytes: backward: as well output's cotangent, lse, delta, and dq, dk, dv.
+      streamed_bytes: forward: k and v past every block of queries of every query head.
+      blocked_bytes: forward: q, output and lse once, and streamed_bytes.
+      bound_bytes: order of the least that any exact algorithm moves, with constant 1.
+      intensity: forward_flops / minimum_bytes.
+      forward: seconds of the forward pass at the peaks of `chip`; None without one.
+      backward: seconds of the backward pass there; None without `chip`.
+    """
+
+    pairs: int
+    forward_flops: int
+    backward_flops: int
+    exponentials: int
+    minimum_bytes: int
+    backward_minimum_bytes: int
+    streamed_bytes: int
+    blocked_bytes: int
+    bound_bytes: float
+    intensity: float
+    forward: Ceilings | None
     backward: Ceilings | None
 
 

@@ -118,7 +118,7 @@ class RelativePositionBias:
         return jnp.moveaxis(_wide(self.table)[self.buckets(distances)], -1, 0)
 
     def check(self, heads: int) -> None:
-        """Raises ValueError or TypeError where table, buckets or distance do not fit."""
+        """Raises ValueError or TypeError where the fields do not fit each other or `heads`."""
         if not isinstance(self.bidirectional, (bool, np.bool_)):
             raise TypeError(f"bidirectional={self.bidirectional!r}; expected True or False")
         shape = _shape("table", self.table)

@@ -12,26 +12,46 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """An NVIDIA GPU."""
+    """An NVIDIA GPU.
 
-    description: str  # the name that the driver reports
+    Attributes:
+      description: the name that the driver reports.
+      compute_capability: major and minor number.
+      core_count: streaming multiprocessors.
+      fpus_per_core: float32 units of a multiprocessor.
+      threads_per_core: threads that a multiprocessor keeps at once.
+      shared_memory_per_block: bytes that a block may opt in to.
+      l2_cache_size: bytes.
+      memory_bandwidth: bytes per second.
+      device_memory_size: bytes.
+      clock_rate_ghz: highest clock of the multiprocessors.
+      topology: partitions x hosts x devices of a host.
+      platform: jax's name of the platform.
+    """
+
+    description: str
     compute_capability: tuple[int, int]
-    core_count: int  # streaming multiprocessors
+    core_count: int
     fpus_per_core: int
     threads_per_core: int
-    shared_memory_per_block: int  # bytes that a block may opt in to
-    l2_cache_size: int  # bytes
-    memory_bandwidth: int  # bytes per second
-    device_memory_size: int  # bytes
+    shared_memory_per_block: int
+    l2_cache_size: int
+    memory_bandwidth: int
+    device_memory_size: int
     clock_rate_ghz: float
-    topology: str = "1x1x1"  # partitions x hosts x devices of a host
+    topology: str = "1x1x1"
     platform: str = "cuda"
 
 
 class Tpu(NamedTuple):
-    """A TPU generation."""
+    """A TPU generation.
 
-    topology: str  # the smallest slice that libtpu describes with a whole host
+    Attributes:
+      topology: the smallest slice that libtpu describes with a whole host.
+      platform: jax's name of the platform.
+    """
+
+    topology: str
     platform: str = "tpu"
 
 

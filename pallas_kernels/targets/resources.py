@@ -24,16 +24,27 @@ _DYNAMIC_SHARED_MEMORY = re.compile(r"dynamic_shared_memory_size (%\w+)")
 
 
 class KernelResources(NamedTuple):
-    """What one kernel needs of a GPU."""
+    """What one kernel needs of a GPU.
+
+    Attributes:
+      name: name of the kernel.
+      registers: of a thread when the kernel starts.
+      spill_stores: bytes that a thread writes to local memory for want of registers.
+      spill_loads: bytes that it reads back.
+      stack: bytes of local memory of a thread.
+      shared_memory: bytes of a block.
+      barriers: named barriers of a block.
+      warnings: such as matrix products that wait for each other.
+    """
 
     name: str
-    registers: int  # of a thread when the kernel starts
-    spill_stores: int  # bytes that a thread writes to local memory for want of registers
-    spill_loads: int  # bytes that it reads back
-    stack: int  # bytes of local memory of a thread
-    shared_memory: int  # bytes of a block
-    barriers: int  # named barriers of a block
-    warnings: tuple[str, ...]  # such as matrix products that wait for each other
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    stack: int
+    shared_memory: int
+    barriers: int
+    warnings: tuple[str, ...]
 
 
 def compile_with_resources(

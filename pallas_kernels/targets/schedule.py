@@ -30,22 +30,38 @@ _BUNDLE = re.compile(r"\s*(?:0x)?(?P<address>[0-9a-f]+)\s+(?P<target>LH|LB|LE|PB
 
 
 class Region(NamedTuple):
-    """Bundles that always run one after the other: no branch leads in or out between them."""
+    """Bundles that always run one after the other: no branch leads in or out between them.
 
-    start: int  # address of the first bundle
+    Attributes:
+      start: address of the first bundle.
+      bundles: instruction bundles.
+      used: slots by unit.
+    """
+
+    start: int
     bundles: int
-    used: dict[str, int]  # slots by unit
+    used: dict[str, int]
 
 
 class KernelSchedule(NamedTuple):
-    """The schedule of one kernel. A loop body counts once."""
+    """The schedule of one kernel. A loop body counts once.
+
+    Attributes:
+      name: name of the kernel.
+      bundles: instruction bundles.
+      used: slots by unit.
+      capacity: slots of one bundle by unit.
+      spills: vector registers stored because there are too few.
+      fills: vector registers loaded again.
+      regions: the parts without a branch, in the order of their addresses.
+    """
 
     name: str
     bundles: int
-    used: dict[str, int]  # slots by unit
-    capacity: dict[str, int]  # slots of one bundle by unit
-    spills: int  # vector registers stored because there are too few
-    fills: int  # vector registers loaded again
+    used: dict[str, int]
+    capacity: dict[str, int]
+    spills: int
+    fills: int
     regions: tuple[Region, ...]
 
     def share(self, unit: str) -> float:

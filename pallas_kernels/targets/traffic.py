@@ -37,13 +37,21 @@ _NO_TRIP_COUNTS: Mapping[str, int] = MappingProxyType({})
 
 
 class Kernel(NamedTuple):
-    """The device memory that one kernel moves."""
+    """The device memory that one kernel moves.
+
+    Attributes:
+      name: name of the instruction in the compiled program.
+      opcode: its HLO operation, such as fusion.
+      operand_bytes: of one run.
+      result_bytes: of one run.
+      times: runs in one run of the program.
+    """
 
     name: str
     opcode: str
-    operand_bytes: int  # of one run
-    result_bytes: int  # of one run
-    times: int  # runs in one run of the program
+    operand_bytes: int
+    result_bytes: int
+    times: int
 
     @property
     def total_bytes(self) -> int:
@@ -52,7 +60,11 @@ class Kernel(NamedTuple):
 
 
 class MemoryTraffic(NamedTuple):
-    """The device memory that a program moves, kernel by kernel in the order of execution."""
+    """The device memory that a program moves, kernel by kernel in the order of execution.
+
+    Attributes:
+      kernels: one entry for each kernel.
+    """
 
     kernels: tuple[Kernel, ...]
 
