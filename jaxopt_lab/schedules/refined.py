@@ -66,7 +66,8 @@ def record_norms(kind: Kind, length: int, *, keep: Keep = "first") -> optax.Grad
       A `GradientTransformation` with a `RecordNormsState`; its update needs no `params`.
 
     Raises:
-      ValueError: unknown `kind` or `keep`, or `length` below 1.
+      ValueError: unknown `kind` or `keep`, or `length` below 1; at update, a state of another
+        `length`.
       TypeError: `length` that is no integer, or gradients that are not real floating point.
 
     Examples:
@@ -96,6 +97,11 @@ def record_norms(kind: Kind, length: int, *, keep: Keep = "first") -> optax.Grad
     ) -> tuple[optax.Updates, RecordNormsState]:
         del params
         state = _tree.check_state(state, RecordNormsState)
+        if state.norms.shape != (size,):
+            raise ValueError(
+                f"the state has room for {state.norms.shape[0]} norms, but length is {size}: it "
+                "was made with another length"
+            )
         for name, gradient in _tree.leaves_with_names(updates):
             _tree.check_gradient(name, gradient)
         updates = jax.tree.map(jnp.asarray, updates)

@@ -216,3 +216,12 @@ def test_end_to_end():
     params, state = run(optax.adam(schedule))
     assert float(schedules.current_learning_rate(state, schedule)) == 0
     assert float(jnp.abs(params).max()) < 0.9
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_a_state_of_another_length_is_refused(keep):
+    """Its places would be counted by the one length and its norms dropped by the other."""
+    state = schedules.record_norms("l1", 8, keep=keep).init(jnp.ones(3))
+    message = r"the state has room for 8 norms, but length is 4: it was made with another length"
+    with pytest.raises(ValueError, match=message):
+        schedules.record_norms("l1", 4, keep=keep).update(jnp.ones(3), state)
