@@ -222,6 +222,12 @@ def test_explain_says_which_routes_have_no_rule():
     found = explain(x, x, x, Alibi(slopes), is_causal=True, interpret=True)
     assert found.chosen == "chunked"
     assert found.refusals["mosaic_tpu"] == "has no bias by rule"
+    for chip, refusing, chosen in (
+        ("v6e", "mosaic_tpu", "chunked"),
+        ("h200", "mosaic_gpu", "triton"),
+    ):
+        found = explain(x, x, x, Alibi(slopes), is_causal=True, chip=chip)
+        assert (found.refusals[refusing], found.chosen) == ("has no bias by rule", chosen)
 
 
 @pytest.mark.parametrize(

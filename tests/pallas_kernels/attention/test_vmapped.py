@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels.attention import heads
 from tests.pallas_kernels.attention.cases import quick_jit
 
 A, B, T, S, N, KV, D = 3, 2, 4, 5, 4, 2, 8
@@ -125,10 +126,10 @@ def test_masks_and_biases_that_are_mapped_with_the_queries():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("heads", [1, N])
-def test_a_bias_or_a_rule_that_is_mapped_alone(heads):
-    q, k = QUERIES[0, :, :, :heads], KEY[:, :, : max(1, heads // 2)]
-    bias, slopes, sinks = normal(3, A, 1, T, S), normal(4, A, heads), normal(5, heads)
+@pytest.mark.parametrize("count", [1, N])
+def test_a_bias_or_a_rule_that_is_mapped_alone(count):
+    q, k = QUERIES[0, :, :, :count], KEY[:, :, : max(1, count // 2)]
+    bias, slopes, sinks = normal(3, A, 1, T, S), normal(4, A, count), normal(5, count)
 
     def attend(bias, slopes):
         return (
@@ -197,6 +198,17 @@ def test_shared_keys_are_not_copied():
     each = jax.vmap(jax.grad(lambda q, k, v: (pallas_kernels.attention(q, k, v) ** 2).sum()),
                     (0, None, None))  # fmt: skip
     assert temporaries(each, *shapes) <= 1.2 * temporaries(gradient(by_hand), *shapes)
+
+
+def test_planes_of_heads_that_are_larger_than_the_keys_are_not_copied_in_their_place():
+    axes, mapped = ("btnd", "bskd", "bske", "bnts"), (True, False, False, False)
+    for plane, shares in (
+        ((B, N, T, S), True),
+        ((B, N, 9 * T, S), False),
+        ((B, 1, 9 * T, S), True),
+    ):
+        args = (QUERIES, KEY, VALUE, jnp.zeros(plane))
+        assert heads.share_keys(axes, mapped, args) == shares
 
 
 def test_no_entries():
