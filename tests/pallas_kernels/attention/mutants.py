@@ -224,7 +224,6 @@ SUITES = [
     SuiteMutant("heads", '"v" * number + AXES[name]', "AXES[name]", file="derivatives"),
     SuiteMutant("heads", 'fold.unfold("v" * len(levels) + AXES[k], x)', "fold.unfold(AXES[k], x)", file="derivatives"),
     SuiteMutant("heads", "if is_mapped} | {*form.wanted}", "if is_mapped}", file="derivatives"),
-    SuiteMutant("heads", "found = _as_heads(form, axis.size, arguments, mapped)", "found = None", file="derivatives"),
 ]  # fmt: skip
 MUTANTS = [*CASES, *SUITES]
 

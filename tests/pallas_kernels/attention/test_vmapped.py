@@ -102,6 +102,25 @@ def test_gradients_of_what_is_shared(name):
     jax.tree.map(close, total, (want[0], *(g.sum(axis=0) for g in want[1:])))
 
 
+def test_one_plane_that_moves_in_each_entry():
+    """Its gradient with a single head, and its moves with several: not those of all entries."""
+    bias, moves = normal(4, B, 1, T, S), normal(5, A, B, 1, T, S)
+
+    def one_head(q, bias):
+        return (pallas_kernels.attention(q, KEY[:, :, :1], VALUE[:, :, :1], bias) ** 2).sum()
+
+    def moved(q, move):
+        attend = lambda bias: pallas_kernels.attention(q, KEY, VALUE, bias)  # noqa: E731
+        return jax.jvp(attend, (bias,), (move,))[1]
+
+    def both(q, move):
+        return jax.grad(one_head, 1)(q[:, :, :1], bias), moved(q, move)
+
+    got = quick_jit(jax.vmap(both))(QUERIES, moves)
+    want = jax.tree.map(lambda *x: jnp.stack(x), *map(quick_jit(both), QUERIES, moves))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+
+
 def test_gradients_of_queries_around_entries_with_keys_of_their_own():
     keys, values = (jnp.stack([x, x[::-1], x + 1]) for x in (KEY, VALUE))
     queries = jnp.stack([QUERIES, 2 * QUERIES])
