@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import os
 
 import jax
@@ -41,11 +42,22 @@ def _count(event: str, duration_secs: float, **_: object) -> None:
 jax.monitoring.register_event_duration_secs_listener(_count)
 
 
-def pytest_runtest_teardown() -> None:
+def _let_go() -> None:
     global _compiled
+    _compiled = 0
+    jax.clear_caches()
+
+
+def pytest_collection_finish() -> None:
+    _let_go()  # of what made the arrays of all files
+    # Modules and tests stay: the collector need not look at them again and again.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_teardown() -> None:
     if _compiled > COMPILED_AT_MOST:
-        _compiled = 0
-        jax.clear_caches()
+        _let_go()
 
 
 @pytest.hookimpl(trylast=True)  # after markers and names have chosen

@@ -97,11 +97,13 @@ def test_gradients_that_autodiff_has_summed_over_one_of_the_axes_are_refused():
         return tx.update(gradient, tx.init(w))[0]
 
     def mapped(own):
-        return jax.shard_map(
-            lambda w, x: step(own, w, x),
-            mesh=mesh,
-            in_specs=(jax.P(), jax.P(AXES)),
-            out_specs=jax.P(),
+        return jax.jit(
+            jax.shard_map(
+                lambda w, x: step(own, w, x),
+                mesh=mesh,
+                in_specs=(jax.P(), jax.P(AXES)),
+                out_specs=jax.P(),
+            )
         )
 
     x = np.arange(12.0).reshape(4, 3)

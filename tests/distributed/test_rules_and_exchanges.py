@@ -160,6 +160,7 @@ OWN = [*(name for name in RULES if name not in
        "randomized"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", OWN)
 def test_every_rule_under_a_shard_map_that_checks_what_varies(rule):
     """On gradients that vary, with parameters and first states that do not."""

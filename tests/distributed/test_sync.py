@@ -162,7 +162,7 @@ def test_hierarchical_mean_refuses_summed_gradients():
 
     run = jax.shard_map(step, mesh=two, in_specs=(jax.P(), jax.P("host")), out_specs=jax.P())
     with pytest.raises(ValueError, match=r"gradient of 'b' is the same .*vary"):
-        run(PARAMS, DATA)
+        jax.eval_shape(run, PARAMS, DATA)
 
 
 @pytest.mark.parametrize("slow_axis", ["device", ("host", "device")])

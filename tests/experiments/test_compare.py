@@ -32,6 +32,7 @@ def without_timing(content: dict) -> list:
     return [{k: v for k, v in run.items() if k != "train_seconds"} for run in content["runs"]]
 
 
+@pytest.mark.slow
 def test_interrupted_then_continued_equals_uninterrupted(
     finished: Callable[..., Path],
     out: Path,
@@ -62,6 +63,7 @@ def test_interrupted_then_continued_equals_uninterrupted(
     assert without_timing(results(out)) == without_timing(results(finished("compare")))
 
 
+@pytest.mark.slow
 def test_optimizers_seeds_and_target_can_be_added(
     copied: Callable[..., Path],
     tmp_path: Path,
@@ -225,6 +227,7 @@ def test_language_model_is_causal() -> None:
     assert calls == [(1, 8, size.heads, size.width // size.heads)] * size.layers
 
 
+@pytest.mark.slow
 def test_batches_change_with_the_step_and_not_with_the_optimizer() -> None:
     workload = digits(batch_size=8)
     evaluate = evaluated(workload)

@@ -34,6 +34,7 @@ def tiny() -> dict[str, Workload]:
     return texts.workloads("tiny", {name: TEXTS[name] for name in ("first", "second")})
 
 
+@pytest.mark.slow
 def test_table_says_what_is_trained_and_what_is_forgotten(finished: Callable[..., Path]) -> None:
     content = results(finished("finetune"))
     full, lora, other = content["table"]
@@ -52,6 +53,7 @@ def test_table_says_what_is_trained_and_what_is_forgotten(finished: Callable[...
     assert [line["learning_rate"] for line in content["equal_rates"]] == [7.41e-5, 2.22e-4, 6.67e-4]
 
 
+@pytest.mark.slow
 def test_all_start_from_the_pretrained_model(finished: Callable[..., Path]) -> None:
     content = results(finished("finetune"))
     start = content["runs"][0]
@@ -76,6 +78,7 @@ def test_memory_is_that_of_what_is_trained() -> None:
     assert said.startswith("At size tiny and rank 8 LoRA trains")
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(
     copied: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:

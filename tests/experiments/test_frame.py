@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,25 @@ import pytest
 from experiments.harness import training
 from tests.experiments.tiny import SCRIPTS, Script, results
 
-EVERY = pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
-STUDIES = pytest.mark.parametrize(
-    "script", [s for s in SCRIPTS.values() if s.lost], ids=lambda script: script.name
-)
+STUDY_SCRIPTS = [script for script in SCRIPTS.values() if script.lost]
 
 
-@EVERY
+def of_each(scripts: Sequence[Script], *, trains: bool = False) -> pytest.MarkDecorator:
+    """Parametrizes a test by `scripts`; if it trains models, the first alone is quick."""
+    cases = [
+        pytest.param(script, id=script.name, marks=pytest.mark.slow if trains and i else ())
+        for i, script in enumerate(scripts)
+    ]
+    return pytest.mark.parametrize("script", cases)
+
+
+EVERY = of_each([*SCRIPTS.values()])
+EVERY_TRAINED = of_each([*SCRIPTS.values()], trains=True)
+STUDIES = of_each(STUDY_SCRIPTS)
+TRAINED_STUDIES = of_each(STUDY_SCRIPTS, trains=True)
+
+
+@EVERY_TRAINED
 def test_results_hold_table_and_origin(script: Script, finished: Callable[..., Path]) -> None:
     content = results(finished(script.name))
     assert content["kind"] == script.name
@@ -26,7 +38,7 @@ def test_results_hold_table_and_origin(script: Script, finished: Callable[..., P
     assert re.fullmatch(r"\w+ \w+", content["platform"])  # no name of a kernel or a host
 
 
-@STUDIES
+@TRAINED_STUDIES
 def test_table_is_that_of_the_runs(script: Script, finished: Callable[..., Path]) -> None:
     content = results(finished(script.name))
     for line in content["table"]:
@@ -42,7 +54,7 @@ def test_table_is_that_of_the_runs(script: Script, finished: Callable[..., Path]
     assert content["table"][0]["step_time_ratio"] == 1.0
 
 
-@EVERY
+@EVERY_TRAINED
 def test_files_are_complete_and_hold_no_path_of_the_machine(
     script: Script, finished: Callable[..., Path]
 ) -> None:
@@ -59,7 +71,7 @@ def test_files_are_complete_and_hold_no_path_of_the_machine(
         assert str(out.parent) not in content
 
 
-@STUDIES
+@TRAINED_STUDIES
 def test_finished_runs_are_found_again_and_not_repeated(
     script: Script,
     copied: Callable[..., Path],
@@ -87,7 +99,7 @@ def test_finished_runs_are_found_again_and_not_repeated(
     assert results(out)["table"] == before["table"]
 
 
-@STUDIES
+@TRAINED_STUDIES
 def test_interruption_is_said(
     script: Script, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

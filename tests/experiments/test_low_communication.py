@@ -24,6 +24,7 @@ from tests.experiments.tiny import SCRIPTS, results
 LOW = SCRIPTS["low_communication"]
 
 
+@pytest.mark.slow
 def test_losses_are_those_above_synchronous_training(finished: Callable[..., Path]) -> None:
     content = results(finished("low_communication"))
     sync, diloco = content["table"]
@@ -34,6 +35,7 @@ def test_losses_are_those_above_synchronous_training(finished: Callable[..., Pat
     assert content["verdict"][1].startswith("diloco ends ")
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_traced_step(finished: Callable[..., Path], shared: Path) -> None:
     sync, diloco = results(finished("low_communication"))["table"]
     workload, setting = language_model("tiny", str(shared / "first.txt"), 2), Setting(20, 2, 5)
@@ -201,6 +203,7 @@ def kept_weights(out: Path) -> tuple[list[np.ndarray], dict]:
         return leaves, json.loads(str(file["record"]))
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_a_run_of_sync_at_its_own_rate(
     warmed: Path, finished: Callable[..., Path]
 ) -> None:
@@ -218,6 +221,7 @@ def test_a_warm_start_is_a_run_of_sync_at_its_own_rate(
         assert found["validation_loss"][-1] < end
 
 
+@pytest.mark.slow
 def test_all_seeds_start_from_the_warm_weights_with_batches_of_their_own(
     warm_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +244,7 @@ def test_all_seeds_start_from_the_warm_weights_with_batches_of_their_own(
     assert first["train_loss"][1] != second["train_loss"][1]
 
 
+@pytest.mark.slow
 def test_batches_of_the_warm_start_do_not_come_again(shared: Path) -> None:
     workload = language_model("tiny", str(shared / "first.txt"), 2)
     replicas = simulated_replicas(2, "replica")
@@ -259,6 +264,7 @@ def test_batches_of_the_warm_start_do_not_come_again(shared: Path) -> None:
     assert two_steps == pytest.approx(losses(40, 0)[10:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_kept_warm_start_is_not_trained_again(
     warm_copy: Path,
     training_runs: list,
@@ -276,6 +282,7 @@ def test_a_kept_warm_start_is_not_trained_again(
     assert results(warm_copy)["warm_start"] == before["warm_start"]
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_kept_before_any_run_is_finished(
     warmed: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +298,7 @@ def test_a_warm_start_is_kept_before_any_run_is_finished(
         np.testing.assert_array_equal(leaf, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", ["0", "40"])
 def test_another_warm_start_needs_another_folder(
     steps: str, warmed: Path, capsys: pytest.CaptureFixture
@@ -299,6 +307,7 @@ def test_another_warm_start_needs_another_folder(
     assert f"warm_start was 20, is {steps}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "moved", "message"),
     [

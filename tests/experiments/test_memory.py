@@ -32,6 +32,7 @@ LAB = Path(jaxopt_lab.__file__).parent
 MEMORY = SCRIPTS["memory"]
 
 
+@pytest.mark.slow
 def test_differences_are_in_spreads_of_the_baseline(finished: Callable[..., Path]) -> None:
     content = results(finished("memory"))
     adamw, galore = content["table"]
@@ -44,6 +45,7 @@ def test_differences_are_in_spreads_of_the_baseline(finished: Callable[..., Path
     assert adamw["excess"] == 0
 
 
+@pytest.mark.slow
 def test_page_says_what_keeps_all_of_its_state(finished: Callable[..., Path]) -> None:
     settings = results(finished("memory"))["settings"]
     full = 2 * 16 * settings["vocabulary"] + 16 * 16 + 3 * 16  # embeddings, output layer, norms
@@ -52,6 +54,7 @@ def test_page_says_what_keeps_all_of_its_state(finished: Callable[..., Path]) ->
     assert f"{share:.1%} of the parameters, which is {8 * share:.2f} bytes a parameter" in page
 
 
+@pytest.mark.slow
 def test_other_code_is_refused(
     finished: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -101,6 +104,7 @@ def test_timing_of_other_code_is_repeated(tmp_path: Path, monkeypatch: pytest.Mo
     assert measured == [["adamw", "mine"]] * 2
 
 
+@pytest.mark.slow
 def test_state_is_what_the_name_says() -> None:
     workload = language_model()
     params = jax.eval_shape(workload.init, jax.random.key(0))

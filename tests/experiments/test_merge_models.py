@@ -18,6 +18,7 @@ from tests.experiments.tiny import SCRIPTS, TEXTS, results
 MERGE = SCRIPTS["merge_models"]
 
 
+@pytest.mark.slow
 def test_table_is_that_of_the_models(finished: Callable[..., Path]) -> None:
     content = results(finished("merge_models"))
     rows = {row["model"]: row for row in content["table"]}
@@ -76,6 +77,7 @@ def test_scale_is_chosen_on_other_windows(
     assert set(result["chosen"].values()) == {study.SCALES[-1]}
 
 
+@pytest.mark.slow
 def test_finished_models_are_found_again_and_not_trained(
     copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -20,6 +20,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_files(finished: Path) -> None:
     assert (finished / "schedules.png").read_bytes().startswith(b"\x89PNG")
     text = (finished / "schedules.json").read_text()
@@ -38,6 +39,7 @@ def test_files(finished: Path) -> None:
     assert min(found["gradient_norms"]) > 0
 
 
+@pytest.mark.slow
 def test_table(finished: Path) -> None:
     found = json.loads((finished / "schedules.json").read_text())["table"]
     rows = {row["schedule"]: row for row in found}

@@ -174,6 +174,7 @@ def test_nan_in_one_leaf_stays_there(name):
 def test_floats_of_16_bits_keep_their_dtype():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     for name in PROJECTIONS:
-        found, state = trajectory(subspace.frugal(None, None, PROJECTIONS[name], 0.5, 2), 2, params)
+        tx = subspace.frugal(None, None, PROJECTIONS[name], 0.5, 2)
+        found, state = jax.eval_shape(lambda tx=tx: trajectory(tx, 2, params))
         assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
         assert {x.dtype for x in jax.tree.leaves(state.selected[0].mu)} == {jnp.dtype("bfloat16")}

@@ -137,8 +137,7 @@ def test_vmap_over_runs_and_scan_over_steps():
 def test_state_keeps_its_structure_and_dtypes():
     for name in PROJECTIONS:
         tx = adam(name, 0.5)
-        before = tx.init(PARAMS)
-        _, after = trajectory(tx, 2)
+        before, (_, after) = jax.eval_shape(lambda tx=tx: (tx.init(PARAMS), trajectory(tx, 2)))
         assert jax.tree.structure(before) == jax.tree.structure(after)
         assert [(x.shape, x.dtype) for x in jax.tree.leaves(before)] == [
             (x.shape, x.dtype) for x in jax.tree.leaves(after)

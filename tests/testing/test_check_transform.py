@@ -19,6 +19,7 @@ from tests.testing.broken import BROKEN, cast_updates, leafwise, stateful
 from tests.testing.reference import healthy, momentum
 
 
+@pytest.mark.slow
 def test_healthy_transformation_keeps_everything() -> None:
     report = check_transform(momentum, learning_rate=0.1)
     devices = {check.name for check in contract_checks() if check.group == "devices"}

@@ -74,7 +74,7 @@ _seeds = jax.jit(dropout.seeds, static_argnums=(1, 2))
 def build(case: Case) -> Problem:
     """Draws the arrays of `case`: unit normal, segment ids in a few runs, masks half True.
 
-    NumPy does all of it: XLA would compile each operation for each shape.
+    NumPy does all of it: XLA would compile each operation for each shape, `jnp.asarray` included.
     """
     rng = np.random.default_rng(case.seed)
     b, t, s, n, k, d = (
@@ -84,13 +84,13 @@ def build(case: Case) -> Problem:
     dtype = jnp.dtype(case.dtype)
 
     def normal(*shape: int, dtype: Any = dtype) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape).astype(np.float32).astype(dtype))
+        return jax.device_put(rng.normal(size=shape).astype(np.float32).astype(dtype))
 
     def full(letters: str) -> tuple[int, ...]:
         return tuple(size if axis in letters else 1 for axis, size in zip("bnts", (b, n, t, s)))
 
     def ints(values: Any) -> jax.Array | None:
-        return None if values is None else jnp.asarray(np.asarray(values, np.int32))
+        return None if values is None else jax.device_put(np.asarray(values, np.int32))
 
     mask = Mask(
         left=case.left,
@@ -105,17 +105,17 @@ def build(case: Case) -> Problem:
         prefix_lengths=ints(case.prefix_lengths),
         query_segment_ids=_segments(case.segments, rng, b, t, 0),
         key_value_segment_ids=_segments(case.segments, rng, b, s, 1),
-        dense=None if case.dense is None else jnp.asarray(rng.random(full(case.dense)) < 0.5),
+        dense=None if case.dense is None else jax.device_put(rng.random(full(case.dense)) < 0.5),
     )
     seeds = _seeds(jax.random.key(case.seed), b, n) if case.dropout_rate else None
     bias = None if case.bias is None else normal(*full(case.bias))
     if bias is not None and case.bias_hides:
         hidden = np.random.default_rng(case.seed + 1).random(bias.shape) < 1 / 3
         hidden[:, :, 3:4] = True
-        bias = jnp.asarray(np.where(hidden, np.asarray(-np.inf, dtype), bias))
+        bias = jax.device_put(np.where(hidden, np.asarray(-np.inf, dtype), bias))
     sinks = normal(n, dtype=jnp.float32) if case.sinks else None
     if sinks is not None and case.sinks == "some":
-        sinks = jnp.asarray(np.r_[np.float32(-np.inf), np.asarray(sinks)[1:]])
+        sinks = jax.device_put(np.r_[np.float32(-np.inf), np.asarray(sinks)[1:]])
     operands = Operands(
         query=normal(b, t, n, d),
         key=normal(b, s, k, d),
@@ -142,15 +142,33 @@ def _segments(kind: str | None, rng: Any, batch: int, length: int, side: int) ->
         return None
     if kind == "disjoint":  # half of the queries' ids occur among the keys
         ids = np.arange(length) * 4 // max(length, 1) + 2 * side
-        return jnp.asarray(np.broadcast_to(ids, (batch, length)).astype(np.int32))
+        return jax.device_put(np.broadcast_to(ids, (batch, length)).astype(np.int32))
     ids = rng.integers(-1, 3, size=(batch, length))
-    return jnp.asarray((np.sort(ids) if kind == "sorted" else ids).astype(np.int32))
+    return jax.device_put((np.sort(ids) if kind == "sorted" else ids).astype(np.int32))
 
 
 def quick_jit(fn: Any) -> Any:
     """As `jax.jit`. Most of a test's time is LLVM's optimiser, which changes no result here."""
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(fn, compiler_options=options if jax.default_backend() == "cpu" else None)
+
+
+def at_once(fn: Any, *args: Any, **options: Any) -> Any:
+    """Returns ``fn(*args, **options)`` from one program, which takes the arrays in them.
+
+    Called as it is, XLA would compile each of its operations.
+    """
+    leaves, structure = jax.tree.flatten((args, options))
+    traced = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
+
+    def call(arrays: list[Any]) -> Any:
+        left = iter(arrays)
+        args, options = structure.unflatten(
+            [next(left) if of_array else x for x, of_array in zip(leaves, traced)]
+        )
+        return fn(*args, **options)
+
+    return quick_jit(call)([x for x, of_array in zip(leaves, traced) if of_array])
 
 
 def run(attend: Any, problem: Problem) -> Result:

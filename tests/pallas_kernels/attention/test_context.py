@@ -16,7 +16,7 @@ from pallas_kernels.attention.context import METHODS, shard_sequence_order
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.problem import Operands
 from tests.pallas_kernels.attention import oracle
-from tests.pallas_kernels.attention.cases import build
+from tests.pallas_kernels.attention.cases import build, quick_jit
 from tests.pallas_kernels.attention.context_cases import (
     PLAIN,
     SPREAD,
@@ -199,7 +199,7 @@ def test_gradient_inside_of_shard_map(method):
             reference.attend(problem.settings, Operands(*x, mask=Mask(right=0)))[0] * target
         ).sum()
 
-    for got, want in zip(jax.jit(inside)(x, target), jax.grad(plain)(x)):
+    for got, want in zip(jax.jit(inside)(x, target), quick_jit(jax.grad(plain))(x)):
         np.testing.assert_allclose(got, want, atol=3e-5)
 
 

@@ -22,7 +22,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.attention import chunked, layouts
 from pallas_kernels.attention.context import METHODS
-from tests.pallas_kernels.attention.cases import quick_jit
+from tests.pallas_kernels.attention.cases import at_once, quick_jit
 from tests.pallas_kernels.attention.context_cases import PLAIN, SPREAD, N, mesh
 
 B, T, S, HEADS, K, D = 2, 32, 48, 4, 2, 8
@@ -112,6 +112,7 @@ def combinations(methods):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "layout"), combinations(METHODS))
 def test_rule_lengths_and_mask(method, layout):
     check(layout, method, False, method != "all_to_all", True, "buckets")
@@ -136,14 +137,14 @@ def test_the_default_route_serves_a_rule():
     options = {"is_causal": True, "implementation": None}
     x = (QUERY, KEY, VALUE)
     got, _ = quick_jit(lambda x: spread(x, None, ALIBI, "contiguous", "ring", **options))(x)
-    want = attention(QUERY, KEY, VALUE, ALIBI, is_causal=True, implementation="reference")
+    want = at_once(attention, QUERY, KEY, VALUE, ALIBI, is_causal=True, implementation="reference")
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, S), (B, HEADS, T, 1), (1, 1, T, S)])
 def test_masks_that_broadcast(shape):
     mask = jnp.asarray(np.random.default_rng(1).random(shape) < 0.6)
-    want = attention(QUERY, KEY, VALUE, mask=mask, implementation="reference")
+    want = at_once(attention, QUERY, KEY, VALUE, mask=mask, implementation="reference")
     for method in ("ring", "gather"):
         x = (QUERY, KEY, VALUE)
         got, _ = quick_jit(lambda x, m=method: spread(x, mask, None, "zigzag", m))(x)
@@ -160,6 +161,7 @@ def test_what_is_beyond_a_length_may_be_nan(method):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "layout"),
     [("ring", "zigzag"), ("gather", "zigzag"), ("gather", "striped"), ("all_to_all", "zigzag")],

@@ -13,9 +13,9 @@ from jax import export
 import pallas_kernels
 
 B, T, S = 3, 70, 50
-Q = jax.random.normal(jax.random.key(0), (B, T, 4, 8))
-K = jax.random.normal(jax.random.key(1), (B, S, 2, 8))
-IDS = jnp.arange(T)[None] // jnp.array([[20], [30], [70]])
+RNG = np.random.default_rng(0)
+Q, K = (jax.device_put(RNG.normal(size=s).astype(np.float32)) for s in ((B, T, 4, 8), (B, S, 2, 8)))
+IDS = jax.device_put((np.arange(T)[None] // np.array([[20], [30], [70]])).astype(np.int32))
 
 
 def windowed(q, k, v):
@@ -66,7 +66,7 @@ def decode_ruled(q, k, v, lengths, start, prefix, slopes):
 
 LENGTHS = jnp.array([3, 50, 20])
 STARTS, PREFIXES, SLOPES = jnp.array([0, 2, 30]), jnp.array([5, 0, 40]), jnp.arange(4.0) / 9
-PAGES = jnp.asarray(np.random.default_rng(0).permutation(30).reshape(3, 10))
+PAGES = jax.device_put(RNG.permutation(30).reshape(3, 10).astype(np.int32))
 CASES = {
     "batch": (windowed, (Q, K, K), ("b, 70, 4, 8", *["b, 50, 2, 8"] * 2)),
     "all": (windowed, (Q, K, K), ("b, t, 4, 8", *["b, s, 2, 8"] * 2)),

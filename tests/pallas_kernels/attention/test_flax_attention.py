@@ -14,6 +14,7 @@ from flax import nnx
 
 import pallas_kernels
 from pallas_kernels import flax_attention_fn, make_flax_attention_fn
+from tests.pallas_kernels.attention.cases import at_once
 
 B, T, E, HEADS = 2, 12, 32, 4
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, E)), jnp.float32)
@@ -34,8 +35,8 @@ def masks():
 @pytest.mark.parametrize("index", range(3))
 def test_nnx_layer(index):
     mask = masks()[index]
-    want = nnx_layer()(X, mask=mask)
-    got = nnx_layer(attention_fn=flax_attention_fn)(X, mask=mask)
+    want = at_once(nnx_layer(), X, mask=mask)
+    got = at_once(nnx_layer(attention_fn=flax_attention_fn), X, mask=mask)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

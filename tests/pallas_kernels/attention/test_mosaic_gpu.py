@@ -94,11 +94,11 @@ def test_race_detection_finds_a_missing_wait(fault):
 
 
 def _of(dtype=jnp.bfloat16, d=64, bias=None, **mask):
-    like = [jnp.zeros((1, 128, n, d), dtype) for n in (4, 2, 2)]
+    like = [jax.device_put(np.zeros((1, 128, n, d), dtype)) for n in (4, 2, 2)]
     return Operands(*like, bias=bias, mask=Mask(**mask))
 
 
-_ids = jnp.zeros((1, 128), jnp.int32)
+_ids = jax.device_put(np.zeros((1, 128), np.int32))
 
 
 @pytest.mark.parametrize(

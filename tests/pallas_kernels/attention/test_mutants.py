@@ -25,6 +25,7 @@ def test_an_unchanged_copy_is_right(tmp_path, kind):
     mutants.check(copied.__name__, "chunked", cases.CASES[0], kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", mutants.CASES[-1:], ids=str)
 def test_an_unchanged_copy_decodes_right(tmp_path, mutant):
     copied = imported(pallas_kernels, tmp_path, {})

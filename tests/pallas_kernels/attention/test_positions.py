@@ -13,7 +13,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels.attention.integers import FAR, as_array, narrowed, same_ids, to_int32
-from tests.pallas_kernels.attention.cases import quick_jit
+from tests.pallas_kernels.attention.cases import at_once, quick_jit
 
 T, S = 6, 9
 Q, K, V = (
@@ -44,7 +44,7 @@ def seen(left, right, offset, queries=T, keys=S):
 
 
 def by_mask(rows):
-    return pallas_kernels.attention(Q, K, V, mask=jnp.asarray(rows)[None, None])
+    return at_once(pallas_kernels.attention, Q, K, V, mask=rows[None, None])
 
 
 def close(got, want):
@@ -184,7 +184,7 @@ def test_integers_keep_their_value_up_to_the_bounds():
 def test_one_number_for_all_batch_entries():
     lengths = jnp.full(2, 5)
     options = {"is_causal": True, "query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
-    want = pallas_kernels.attention(Q, K, V, query_offset=2, **options)
+    want = at_once(pallas_kernels.attention, Q, K, V, query_offset=2, **options)
 
     @jax.jit
     def attend(offset, length):
@@ -196,7 +196,7 @@ def test_one_number_for_all_batch_entries():
     close(attend(2, 5), want)
     close(attend(jnp.uint8(2), np.int64(5)), want)
     decode = pallas_kernels.decode_attention
-    close(jax.jit(lambda n: decode(Q[:, 0], K, V, n))(5), decode(Q[:, 0], K, V, [5, 5]))
+    close(jax.jit(lambda n: decode(Q[:, 0], K, V, n))(5), at_once(decode, Q[:, 0], K, V, [5, 5]))
     with pytest.raises(ValueError, match=r"query_offset has shape \(3,\).*or one number for all"):
         pallas_kernels.attention(Q, K, V, query_offset=jnp.zeros(3, int))
 
@@ -254,7 +254,7 @@ IDS = np.array([[5, 5, 5 + 2**32, -1, 7, 2**32 - 1], [3, 3, 3, 2**40, 2**40, 3 +
 @pytest.mark.parametrize("route", ROUTES[:2], ids=lambda route: route["implementation"])
 def test_segment_ids_that_differ_in_their_upper_bits_differ(kind, route):
     same = IDS[:, :, None] == IDS[:, None, :]
-    want = pallas_kernels.attention(Q, K[:, :T], V[:, :T], mask=jnp.asarray(same)[:, None])
+    want = at_once(pallas_kernels.attention, Q, K[:, :T], V[:, :T], mask=same[:, None])
     with jax.enable_x64(kind == "jax"):
         ids = IDS if kind == "numpy" else jnp.asarray(IDS)
         close(pallas_kernels.attention(Q, K[:, :T], V[:, :T], query_segment_ids=ids, **route), want)

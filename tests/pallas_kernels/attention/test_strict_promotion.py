@@ -39,6 +39,7 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, 0, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", ["alibi", "buckets"])
 def test_rules_in_sixteen_bits(dtype, kind):
