@@ -13,6 +13,7 @@ from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
+from pallas_kernels.layers.tract import tract_conv, tract_dot_general
 
 __all__ = [
     "Alibi",
@@ -29,4 +30,6 @@ __all__ = [
     "merge_attention",
     "ring_attention",
     "shard_sequence_order",
+    "tract_conv",
+    "tract_dot_general",
 ]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxopt_lab.testing
 import pallas_kernels.targets
@@ -278,6 +279,14 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: kernels.shard_sequence_order(10, 4), ("length", "10", "multiple of 8")),
     (lambda: kernels.shard_sequence_order("64", 4), ("length", "'64'", "integer")),
     (lambda: kernels.make_flax_attention_fn(mask=1), ("mask", "'mask'", "expected some of")),
+    # Layers.
+    (lambda: kernels.tract_conv("0.1"), ("damping", "'0.1'", "number")),
+    (lambda: kernels.tract_conv(0), ("damping", "0.0", "positive")),
+    (lambda: kernels.tract_dot_general(nnx.Linear), ("damping", "Linear", "number")),
+    (lambda: kernels.tract_dot_general()(Q, Q, (((3,), (3,)), ((0,), (0,)))),
+     ("dimension_numbers", "((0,), (0,))", "expected none")),
+    (lambda: kernels.tract_conv()(Q, Q, (1, 1), "SAME", feature_group_count=2),
+     ("feature_group_count", "2", "expected 1")),
     (lambda: kernels.targets.missing_compiler(["h200"]), ("chip", "['h200']", "h200, ")),
     (lambda: kernels.targets.memory_traffic(loss), ("compiled", "loss", "compiled program")),
 ]  # fmt: skip
