@@ -210,6 +210,24 @@ def attention() -> str:
     return _table(header, rows)
 
 
+def norms_on_a_chip() -> str:
+    """Bytes moved by norms and by their plain forms, in arrays like the input."""
+    found = store.read_json(RESULTS / "norm_traffic_h200.json", "norm_traffic")["figures"]
+    return _figures("norm", found)
+
+
+def norms_on_a_cpu() -> str:
+    """The plain forms' processor time divided by that of norms, and what they keep."""
+    found = store.read_json(RESULTS / "bench_norm_cpu.json", "bench_norm")["figures"]
+    return _figures("norm", found)
+
+
+def _figures(first: str, found: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(found.values())))
+    rows = ([f"`{name}`", *(f"{row[c]:.2f}" for c in columns)] for name, row in found.items())
+    return _table([first, *columns], rows)
+
+
 SECTIONS = {
     "methods": methods,
     "compare": comparison,
@@ -219,6 +237,8 @@ SECTIONS = {
     "merging": merging,
     "cost": cost,
     "attention": attention,
+    "norms on an H200": norms_on_a_chip,
+    "norms on a CPU": norms_on_a_cpu,
 }
 
 

@@ -25,6 +25,7 @@ from jax import lax
 
 from pallas_kernels import _compat
 from pallas_kernels.attention.options import number
+from pallas_kernels.attention.problem import wide
 
 AxisName = Hashable  # or a tuple of them, or None
 
@@ -267,8 +268,8 @@ def _with_gradient(
         lhs, rhs = kept
         (of_lhs,) = jax.linear_transpose(lambda x: plain(x, rhs), lhs)(cotangent)
         # A system is solved in float32 at least, whatever the layer computes in.
-        wide = jnp.promote_types(lhs.dtype, jnp.float32)
-        found = gradient(lhs.astype(wide), cotangent.astype(wide))
+        dtype = wide(lhs.dtype)
+        found = gradient(lhs.astype(dtype), cotangent.astype(dtype))
         return of_lhs, found.astype(rhs.dtype)
 
     tract.defvjp(lambda lhs, rhs: (plain(lhs, rhs), (lhs, rhs)), backward)

@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant("tract", "order = (*of_rhs, *columns)", "order = tuple(range(rhs.ndim))"),
     Mutant("tract", "x.transpose(batch, *space, features)", "x"),
     Mutant("tract", "order = list(axes.rhs_spec)", "order = list(range(rhs.ndim))"),
-    Mutant("tract", "jnp.promote_types(lhs.dtype, jnp.float32)", "lhs.dtype"),
+    Mutant("tract", "wide(lhs.dtype)", "lhs.dtype"),
     Mutant("tract", "return of_lhs, found", "return 0 * of_lhs, found"),
     Mutant("tract", "@functools.cache\n", ""),
     Mutant(

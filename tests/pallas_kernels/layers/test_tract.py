@@ -27,6 +27,13 @@ DENSE = (((1,), (0,)), ((), ()))
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
+@pytest.fixture(autouse=True)
+def strict() -> Any:
+    """No array gets axes or a wider dtype silently."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 def formula(a: np.ndarray, z: np.ndarray, damping: float) -> np.ndarray:
     """The definition, whichever of rows and columns are more."""
     return np.linalg.solve(a.T @ a / len(a) + damping * np.eye(a.shape[1]), a.T @ z)
