@@ -222,6 +222,16 @@ def norms_on_a_cpu() -> str:
     return _figures("norm", found)
 
 
+def products() -> str:
+    """The plain product's processor time divided by that of `gram`, and for a step of Muon."""
+    figures = store.read_json(RESULTS / "bench_gram_cpu.json", "bench_gram")["figures"]
+    rows = (
+        [shape, *(f"{row[c]:.2f}" if c in row else "" for c in ("gram", "muon"))]
+        for shape, row in figures.items()
+    )
+    return _table(["shape", "`gram`, times as fast", "a step of `muon(gram=gram)`"], rows)
+
+
 def _figures(first: str, found: dict[str, dict[str, float]]) -> str:
     columns = list(next(iter(found.values())))
     rows = ([f"`{name}`", *(f"{row[c]:.2f}" for c in columns)] for name, row in found.items())
@@ -239,6 +249,7 @@ SECTIONS = {
     "attention": attention,
     "norms on an H200": norms_on_a_chip,
     "norms on a CPU": norms_on_a_cpu,
+    "gram": products,
 }
 
 

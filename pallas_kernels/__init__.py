@@ -14,6 +14,7 @@ from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
 from pallas_kernels.layers.tract import tract_conv, tract_dot_general
+from pallas_kernels.matmul.gram import gram
 from pallas_kernels.norm.norms import add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "decode_attention",
     "explain",
     "flax_attention_fn",
+    "gram",
     "layer_norm",
     "make_flax_attention_fn",
     "merge_attention",

@@ -279,6 +279,13 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: kernels.shard_sequence_order(10, 4), ("length", "10", "multiple of 8")),
     (lambda: kernels.shard_sequence_order("64", 4), ("length", "'64'", "integer")),
     (lambda: kernels.make_flax_attention_fn(mask=1), ("mask", "'mask'", "expected some of")),
+    # Products.
+    (lambda: kernels.gram(jnp.ones(3)), ("x", "(3,)", "(..., m, k)")),
+    (lambda: kernels.gram(jnp.ones((3, 3), complex)), ("x", "complex64", "real")),
+    (lambda: kernels.gram(jnp.ones((3, 3)), least_side=1), ("least_side", "1", "at least 2")),
+    (lambda: lab.muon(0.02, gram="gram").init(PARAMS), ("gram", "'gram'", "function")),
+    (lambda: updated(lab.muon(0.02, gram=lambda x, **options: x), PARAMS),
+     ("gram", "expected shape", "dtype float32")),
     # Layers.
     (lambda: kernels.rms_norm("x"), ("x", "str", "array")),
     (lambda: kernels.rms_norm(jnp.ones(3, int)), ("x", "int32", "floating")),
