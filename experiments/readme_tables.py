@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxopt_lab
+from experiments import first_layer
 from experiments.bench_attention import summary as bench_attention
 from experiments.bench_update.methods import FUSED
 from experiments.compare import summary as compare
@@ -232,6 +233,12 @@ def products() -> str:
     return _table(["shape", "`gram`, times as fast", "a step of `muon(gram=gram)`"], rows)
 
 
+def first_layers() -> str:
+    """A small CNN trained plainly and with TrAct in its first layer."""
+    figures = store.read_json(RESULTS / "first_layer.json", "first_layer")["figures"]
+    return _table(first_layer.HEADER, map(first_layer.cells, figures, figures.values()))
+
+
 def _figures(first: str, found: dict[str, dict[str, float]]) -> str:
     columns = list(next(iter(found.values())))
     rows = ([f"`{name}`", *(f"{row[c]:.2f}" for c in columns)] for name, row in found.items())
@@ -250,6 +257,7 @@ SECTIONS = {
     "norms on an H200": norms_on_a_chip,
     "norms on a CPU": norms_on_a_cpu,
     "gram": products,
+    "first layer": first_layers,
 }
 
 
