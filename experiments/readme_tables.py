@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxopt_lab
+from experiments import first_layer
 from experiments.bench_attention import summary as bench_attention
 from experiments.bench_update.methods import FUSED
 from experiments.compare import summary as compare
@@ -210,6 +211,40 @@ def attention() -> str:
     return _table(header, rows)
 
 
+def norms_on_a_chip() -> str:
+    """Bytes moved by norms and by their plain forms, in arrays like the input."""
+    found = store.read_json(RESULTS / "norm_traffic_h200.json", "norm_traffic")["figures"]
+    return _figures("norm", found)
+
+
+def norms_on_a_cpu() -> str:
+    """The plain forms' processor time divided by that of norms, and what they keep."""
+    found = store.read_json(RESULTS / "bench_norm_cpu.json", "bench_norm")["figures"]
+    return _figures("norm", found)
+
+
+def products() -> str:
+    """The plain product's processor time divided by that of `gram`, and for a step of Muon."""
+    figures = store.read_json(RESULTS / "bench_gram_cpu.json", "bench_gram")["figures"]
+    rows = (
+        [shape, *(f"{row[c]:.2f}" if c in row else "" for c in ("gram", "muon"))]
+        for shape, row in figures.items()
+    )
+    return _table(["shape", "`gram`, times as fast", "a step of `muon(gram=gram)`"], rows)
+
+
+def first_layers() -> str:
+    """A small CNN trained plainly and with TrAct in its first layer."""
+    figures = store.read_json(RESULTS / "first_layer.json", "first_layer")["figures"]
+    return _table(first_layer.HEADER, map(first_layer.cells, figures, figures.values()))
+
+
+def _figures(first: str, found: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(found.values())))
+    rows = ([f"`{name}`", *(f"{row[c]:.2f}" for c in columns)] for name, row in found.items())
+    return _table([first, *columns], rows)
+
+
 SECTIONS = {
     "methods": methods,
     "compare": comparison,
@@ -219,6 +254,10 @@ SECTIONS = {
     "merging": merging,
     "cost": cost,
     "attention": attention,
+    "norms on an H200": norms_on_a_chip,
+    "norms on a CPU": norms_on_a_cpu,
+    "gram": products,
+    "first layer": first_layers,
 }
 
 

@@ -13,20 +13,29 @@ from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
+from pallas_kernels.layers.tract import tract_conv, tract_dot_general
+from pallas_kernels.matmul.gram import gram
+from pallas_kernels.norm.norms import add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
     "Alibi",
     "AttentionCost",
     "ChunkedConfig",
     "RelativePositionBias",
+    "add_rms_norm",
     "alibi_slopes",
     "attention",
     "attention_cost",
     "decode_attention",
     "explain",
     "flax_attention_fn",
+    "gram",
+    "layer_norm",
     "make_flax_attention_fn",
     "merge_attention",
     "ring_attention",
+    "rms_norm",
     "shard_sequence_order",
+    "tract_conv",
+    "tract_dot_general",
 ]

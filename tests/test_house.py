@@ -55,8 +55,10 @@ def test_arrows_point_one_way(name):
         formats = {"safetensors"} if inside[-2:] == ["files", "_tensors"] else set()
         assert outside <= {"jax", "optax", "numpy"} | formats
     elif package == "pallas_kernels":
-        # Flax's own attention gives the weights that its layers sow; nothing else needs Flax.
-        flax = {"flax"} if inside[-1] == "flax_attention" else set()
+        # Flax's own attention gives the weights that its layers sow, and layers of Flax are made
+        # where a user imports their file; nothing else needs Flax.
+        layers = inside[-2:] in (["norm", "linen"], ["norm", "nnx"])
+        flax = {"flax"} if inside[-1] == "flax_attention" or layers else set()
         assert outside <= {"jax", "jaxlib", "numpy"} | flax
     else:
         assert "tests" not in outside

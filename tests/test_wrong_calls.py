@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxopt_lab.testing
 import pallas_kernels.targets
@@ -280,6 +281,31 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: kernels.shard_sequence_order(10, 4), ("length", "10", "multiple of 8")),
     (lambda: kernels.shard_sequence_order("64", 4), ("length", "'64'", "integer")),
     (lambda: kernels.make_flax_attention_fn(mask=1), ("mask", "'mask'", "expected some of")),
+    # Products.
+    (lambda: kernels.gram(jnp.ones(3)), ("x", "(3,)", "(..., m, k)")),
+    (lambda: kernels.gram(jnp.ones((3, 3), complex)), ("x", "complex64", "real")),
+    (lambda: kernels.gram(jnp.ones((3, 3)), least_side=1), ("least_side", "1", "at least 2")),
+    (lambda: lab.muon(0.02, gram="gram").init(PARAMS), ("gram", "'gram'", "function")),
+    (lambda: updated(lab.muon(0.02, gram=lambda x, **options: x), PARAMS),
+     ("gram", "expected shape", "dtype float32")),
+    # Layers.
+    (lambda: kernels.rms_norm("x"), ("x", "str", "array")),
+    (lambda: kernels.rms_norm(jnp.ones(3, int)), ("x", "int32", "floating")),
+    (lambda: kernels.rms_norm(jnp.float32(1)), ("x", "()", "(..., d)")),
+    (lambda: kernels.rms_norm(Q, jnp.ones(4)), ("scale", "(4,)", "(16,)")),
+    (lambda: kernels.rms_norm(Q, epsilon=-1e-6), ("epsilon", "-1e-06", "at least 0")),
+    (lambda: kernels.rms_norm(Q, casting="lama"), ("casting", "'lama'", "'llama'")),
+    (lambda: kernels.rms_norm(Q, scale_offset=None), ("scale_offset", "None", "number")),
+    (lambda: kernels.layer_norm(Q, bias=jnp.ones((4, 16))), ("bias", "(4, 16)", "(16,)")),
+    (lambda: kernels.add_rms_norm(Q, KV), ("residual", "(2, 8, 2, 16)", "(2, 8, 4, 16)")),
+    (lambda: kernels.add_rms_norm(Q, jnp.ones(16)), ("residual", "(16,)", "(2, 8, 4, 16)")),
+    (lambda: kernels.tract_conv("0.1"), ("damping", "'0.1'", "number")),
+    (lambda: kernels.tract_conv(0), ("damping", "0.0", "positive")),
+    (lambda: kernels.tract_dot_general(nnx.Linear), ("damping", "Linear", "number")),
+    (lambda: kernels.tract_dot_general()(Q, Q, (((3,), (3,)), ((0,), (0,)))),
+     ("dimension_numbers", "((0,), (0,))", "expected none")),
+    (lambda: kernels.tract_conv()(Q, Q, (1, 1), "SAME", feature_group_count=2),
+     ("feature_group_count", "2", "expected 1")),
     (lambda: kernels.targets.missing_compiler(["h200"]), ("chip", "['h200']", "h200, ")),
     (lambda: kernels.targets.memory_traffic(loss), ("compiled", "loss", "compiled program")),
 ]  # fmt: skip

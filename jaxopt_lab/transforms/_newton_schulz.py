@@ -89,6 +89,7 @@ def newton_schulz(
     coefficients: Sequence[Coefficients],
     ns_steps: int | None,
     ns_dtype: Any,
+    gram: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """The iteration on matrices (..., rows, cols) with rows <= cols.
 
@@ -101,10 +102,23 @@ def newton_schulz(
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.matmul(left, right, precision="highest", preferred_element_type=dtype)
 
+    def symmetric(x: jax.Array) -> jax.Array:
+        if gram is None:
+            return product(x, jnp.swapaxes(x, -2, -1))
+        found = gram(x, precision="highest", preferred_element_type=dtype)
+        shape = (*x.shape[:-1], x.shape[-2])
+        if jnp.shape(found) != shape or found.dtype != dtype:
+            raise ValueError(
+                f"gram returned shape {jnp.shape(found)} and dtype {found.dtype} for matrices of "
+                f"shape {x.shape}; expected shape {shape} and dtype {dtype}"
+            )
+        return found
+
     def iteration(x: jax.Array, abc: jax.Array | Coefficients) -> jax.Array:
         a, b, c = abc
-        gram = product(x, jnp.swapaxes(x, -2, -1)).astype(narrow)
-        poly = (b * gram.astype(dtype) + c * product(gram, gram)).astype(narrow)
+        square = symmetric(x).astype(narrow)
+        # It is symmetric, so that its square is such a product too.
+        poly = (b * square.astype(dtype) + c * symmetric(square)).astype(narrow)
         return (a * x.astype(dtype) + product(poly, x)).astype(narrow)
 
     x = (x / (norm + eps)).astype(narrow)

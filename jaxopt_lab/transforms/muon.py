@@ -10,7 +10,7 @@ and Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982 (Moo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,7 @@ def scale_by_muon(
     ns_coeffs: NsCoeffs | Coefficients | Sequence[Coefficients] = NS_COEFFS,
     ns_steps: int | None = None,
     ns_dtype: Any = None,
+    gram: Callable[..., jax.Array] | None = None,
     consistent_rms: _hyperparams.Scalar | None = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
     mu_dtype: Any = None,
@@ -83,6 +84,9 @@ def scale_by_muon(
         at least float32, with exact matrix products; `jax.numpy.bfloat16` is the authors' choice
         and several times faster on accelerators: products are accumulated in float32, and each
         expression is rounded once.
+      gram: what computes x x^T, of the momentum and of its Gram matrix, as
+        `gram(x, precision=..., preferred_element_type=...)` for x (..., m, k); `pallas_kernels`
+        has one with 5/8 of the arithmetic. By default the plain product.
       consistent_rms: root mean square of a full-rank update, 0.2 in Moonlight, which lets AdamW's
         learning rate and weight decay carry over; by default Jordan's shape factor.
       dimension_numbers: which axes are inputs and outputs of a matrix, all others count matrices:
@@ -120,6 +124,8 @@ def scale_by_muon(
     if consistent_rms is not None:
         _checks.check_positive(consistent_rms=consistent_rms)
     coefficients = _newton_schulz.coefficients_of(ns_coeffs, ns_steps)
+    if gram is not None:
+        _checks.check_function(gram=gram)
     mu_dtype = _checks.canonical_mu_dtype(mu_dtype)
     ns_dtype = _checks.canonical_mu_dtype(ns_dtype, name="ns_dtype")
 
@@ -156,7 +162,7 @@ def scale_by_muon(
         ]
 
         def newton_schulz(x: jax.Array) -> jax.Array:
-            return _newton_schulz.newton_schulz(x, eps, coefficients, ns_steps, ns_dtype)
+            return _newton_schulz.newton_schulz(x, eps, coefficients, ns_steps, ns_dtype, gram)
 
         def iterate(batch: jax.Array) -> jax.Array:
             # A CPU has its cores busy with one matrix, and keeps one in its cache.
@@ -193,6 +199,7 @@ def muon(
     ns_coeffs: NsCoeffs | Coefficients | Sequence[Coefficients] = NS_COEFFS,
     ns_steps: int | None = None,
     ns_dtype: Any = None,
+    gram: Callable[..., jax.Array] | None = None,
     consistent_rms: _hyperparams.Scalar | None = None,
     dimension_numbers: _matrices.DimensionNumbers = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -230,6 +237,9 @@ def muon(
         at least float32, with exact matrix products; `jax.numpy.bfloat16` is the authors' choice
         and several times faster on accelerators: products are accumulated in float32, and each
         expression is rounded once.
+      gram: what computes x x^T, of the momentum and of its Gram matrix, as
+        `gram(x, precision=..., preferred_element_type=...)` for x (..., m, k); `pallas_kernels`
+        has one with 5/8 of the arithmetic. By default the plain product.
       consistent_rms: root mean square of a full-rank update, 0.2 in Moonlight, which lets AdamW's
         learning rate and weight decay carry over; by default Jordan's shape factor.
       dimension_numbers: which axes are inputs and outputs of a matrix, all others count matrices:
@@ -291,6 +301,7 @@ def muon(
             ns_coeffs=ns_coeffs,
             ns_steps=ns_steps,
             ns_dtype=ns_dtype,
+            gram=gram,
             consistent_rms=consistent_rms,
             dimension_numbers=structure.unflatten(map(_matrices.specification, axes)),
             mu_dtype=mu_dtype,

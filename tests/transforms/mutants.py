@@ -168,7 +168,7 @@ MUTANTS = [
     Mutant("muon", "fan_out / max(fan_in, 1)", "fan_in / max(fan_out, 1)"),
     Mutant("muon", "max(fan_in, fan_out) ** 0.5", "min(fan_in, fan_out) ** 0.5"),
     Mutant("muon", "fori_loop(0, steps", "fori_loop(1, steps", file="_newton_schulz"),
-    Mutant("muon", "c * product(gram, gram)", "b * product(gram, gram)", file="_newton_schulz"),
+    Mutant("muon", "c * symmetric(square)", "b * symmetric(square)", file="_newton_schulz"),
     Mutant("muon", "x / (norm + eps)", "x / jnp.maximum(norm, eps)", file="_newton_schulz"),
     Mutant("muon", "x / (norm + eps)", "x / (norm**2 + eps)", file="_newton_schulz"),
     Mutant(

@@ -1,0 +1,1 @@
+"""Normalisation: functions of arrays (`norms`), and layers of Flax (`linen`, `nnx`)."""
