@@ -1,6 +1,7 @@
-"""Fused attention for JAX on TPU, GPU and CPU, and what the compilers of absent chips say.
+"""Fused attention and cross-entropy for JAX on TPU, GPU and CPU, and compilers of absent chips.
 
-`attention` takes the arguments of `jax.nn.dot_product_attention`, and more.
+`attention` takes the arguments of `jax.nn.dot_product_attention`, and more. `cross_entropy` is an
+output layer and its loss in one, without logits in memory.
 `pallas_kernels.targets` compiles any JAX function for a GPU or TPU that this machine does not have
 and reports the memory that the compiled program needs and moves.
 """
@@ -13,6 +14,7 @@ from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
+from pallas_kernels.loss.api import cross_entropy
 
 __all__ = [
     "Alibi",
@@ -22,6 +24,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "attention_cost",
+    "cross_entropy",
     "decode_attention",
     "explain",
     "flax_attention_fn",
