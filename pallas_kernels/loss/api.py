@@ -179,8 +179,8 @@ def cross_entropy(
     )  # fmt: skip
     if in_forward and not isinstance(operands.labels.size, int):
         raise ValueError(
-            f"gradient_in_forward=True with hidden {operands.hidden.shape}; expected a known number "
-            "of tokens, which are cut into equal parts"
+            f"gradient_in_forward=True with hidden {operands.hidden.shape}; expected a known "
+            "number of tokens, which are cut into equal parts"
         )
     if in_forward:
         total = core.summed(settings, operands, given)

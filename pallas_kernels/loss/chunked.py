@@ -207,7 +207,10 @@ def add_at(total: jax.Array, part: jax.Array, start: Any, axis: int, overwrite: 
 
 def _block(settings: Settings, operands: Operands, start: Any, size: int, dtype: Any) -> jax.Array:
     axis = settings.vocabulary_axis
-    block = lax.dynamic_slice_in_dim(operands.weight, jnp.asarray(start, jnp.int32), size, axis)
+    weight, start = operands.weight, jnp.asarray(start, jnp.int32)
+    if weight.dtype != dtype:  # else XLA casts the whole weight before the loop
+        weight, start = lax.optimization_barrier((weight, start))
+    block = lax.dynamic_slice_in_dim(weight, start, size, axis)
     # First to what the hidden states are: more digits of some weights would be no other model.
     return block.astype(operands.hidden.dtype).astype(dtype)
 

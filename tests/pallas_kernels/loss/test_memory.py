@@ -14,11 +14,13 @@ PLANS = {"recompute": {}, "in forward": {"gradient_in_forward": True}}
 
 
 @functools.cache
-def temporaries(tokens: int, width: int, vocabulary: int, axis: int = 1, **options) -> int:
+def temporaries(
+    tokens: int, width: int, vocabulary: int, axis: int = 1, dtype: str = "float32", **options
+) -> int:
     weight = (width, vocabulary) if axis == 1 else (vocabulary, width)
     structs = (
-        jax.ShapeDtypeStruct((tokens, width), jnp.float32),
-        jax.ShapeDtypeStruct(weight, jnp.float32),
+        jax.ShapeDtypeStruct((tokens, width), dtype),
+        jax.ShapeDtypeStruct(weight, dtype),
         jax.ShapeDtypeStruct((tokens,), jnp.int32),
     )
     fn = functools.partial(pallas_kernels.cross_entropy, vocabulary_axis=axis, **options)
@@ -33,6 +35,13 @@ def temporaries(tokens: int, width: int, vocabulary: int, axis: int = 1, **optio
 def test_no_copy_of_the_weight_is_made(plan, axis):
     vocabulary = 20 * 512 + 7  # with a smaller last block
     found = temporaries(256, 128, vocabulary, axis, block_vocabulary=512, **PLANS[plan])
+    assert found < 4 * 128 * vocabulary / 2
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_narrow_weight_is_widened_block_by_block(axis):
+    vocabulary = 20 * 512 + 7
+    found = temporaries(256, 128, vocabulary, axis, "bfloat16", block_vocabulary=512)
     assert found < 4 * 128 * vocabulary / 2
 
 

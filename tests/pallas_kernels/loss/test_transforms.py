@@ -67,6 +67,21 @@ def test_a_policy_that_saves_the_lse_spares_a_forward_pass():
     assert loops(policy) == loops(jax.checkpoint_policies.nothing_saveable) - 1
 
 
+def test_a_narrow_weight_is_mapped_and_differentiated_twice():
+    weight = jnp.asarray(WEIGHT, jnp.bfloat16)
+    weights = jnp.stack([weight, weight + 1])
+
+    def product(weight):
+        slope = jax.grad(lambda w: LOSS(HIDDEN, w, LABELS))
+        return jax.jvp(slope, (weight,), (weight,))[1]
+
+    found = jax.jit(jax.vmap(product))(weights)
+    for one, of_one in zip(weights, found):
+        wanted = jax.jit(product)(one.astype(jnp.float32))
+        # The result is rounded once, and so is a gradient on its way.
+        np.testing.assert_allclose(of_one.astype(np.float32), wanted, rtol=0.01, atol=1e-3)
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_hessian_vector_products(plan):
     direction = np.cos(np.arange(WEIGHT.size, dtype=np.float32)).reshape(WEIGHT.shape)
