@@ -1,6 +1,7 @@
-"""Fused attention for JAX on TPU, GPU and CPU, and what the compilers of absent chips say.
+"""Fused attention and cross-entropy for JAX on TPU, GPU and CPU, and compilers of absent chips.
 
-`attention` takes the arguments of `jax.nn.dot_product_attention`, and more.
+`attention` takes the arguments of `jax.nn.dot_product_attention`, and more. `cross_entropy` is an
+output layer and its loss in one, without logits in memory.
 `pallas_kernels.targets` compiles any JAX function for a GPU or TPU that this machine does not have
 and reports the memory that the compiled program needs and moves.
 """
@@ -14,6 +15,7 @@ from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
 from pallas_kernels.layers.tract import tract_conv, tract_dot_general
+from pallas_kernels.loss.api import cross_entropy
 from pallas_kernels.matmul.gram import gram
 from pallas_kernels.norm.norms import add_rms_norm, layer_norm, rms_norm
 
@@ -26,6 +28,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "attention_cost",
+    "cross_entropy",
     "decode_attention",
     "explain",
     "flax_attention_fn",

@@ -36,6 +36,7 @@ class Mutant(abc.ABC):
     file: str = ""
     same_function: str = ""  # why no test can tell it from what is right
     package: ClassVar[types.ModuleType]
+    folder: ClassVar[str] = ""  # of the package, in which no two files are called the same
 
     def __str__(self) -> str:
         return f"{self.name}: {self.old.strip()}  ->  {self.new.strip()}"
@@ -51,7 +52,7 @@ class Mutant(abc.ABC):
           LookupError: the file does not contain what is to be replaced.
         """
         stem = self.file or self.name
-        (path,) = (p for p in self.root().rglob("*.py") if p.stem == stem)
+        (path,) = (p for p in (self.root() / self.folder).rglob("*.py") if p.stem == stem)
         source = path.read_text()
         if self.old not in source:
             raise LookupError(f"{path.name} does not contain {self.old!r}")

@@ -25,6 +25,7 @@ from jaxopt_lab import adapters
 PARAMS = {"up": {"kernel": jnp.ones((4, 4))}, "down": {"kernel": jnp.ones((4, 2))}}
 ADAMW = optax.adamw(1e-3)
 Q, KV = jnp.ones((2, 8, 4, 16)), jnp.ones((2, 8, 2, 16))
+HIDDEN, HEAD, LABELS = jnp.ones((2, 8, 4)), jnp.ones((4, 9)), jnp.zeros((2, 8), int)
 
 
 def no_schedule(rate: float, steps: int) -> Any:
@@ -52,6 +53,10 @@ def updated(tx: Any, updates: Any, params: Any = PARAMS) -> Any:
 
 def attend(query: Any = Q, key: Any = KV, value: Any = KV, **options: Any) -> Any:
     return jax.eval_shape(lambda: pallas_kernels.attention(query, key, value, **options))
+
+
+def entropy(hidden: Any = HIDDEN, weight: Any = HEAD, labels: Any = LABELS, **options: Any) -> Any:
+    return jax.eval_shape(lambda: pallas_kernels.cross_entropy(hidden, weight, labels, **options))
 
 
 def decode(cache: Any = KV, **options: Any) -> Any:
@@ -276,6 +281,35 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: cost((2, 8, 4, 16), (2, 8, 2, 16), dtype="bf16"), ("dtype", "'bf16'", "'bfloat16'")),
     (lambda: cost((2, 8, 4, 16), (2, 8, 2, 16), dtype="float32", chip="v5"),
      ("chip", "'v5'", "v5e")),
+    (lambda: entropy(hidden="h"), ("hidden", "str", "array")),
+    (lambda: entropy(hidden=jnp.ones((2, 8, 4), int)), ("hidden", "int32", "floating")),
+    (lambda: entropy(jnp.ones(())), ("hidden", "()", "(..., width)")),
+    (lambda: entropy(weight=jnp.ones(4)), ("weight", "(4,)", "(width, vocabulary)")),
+    (lambda: entropy(weight=jnp.ones((9, 4))), ("weight", "(9, 4)", "vocabulary_axis=0")),
+    (lambda: entropy(vocabulary_axis=2), ("vocabulary_axis", "2", "expected 1")),
+    (lambda: entropy(labels=jnp.ones((2, 8))), ("labels", "float32", "integers")),
+    (lambda: entropy(labels=jnp.ones((2, 7), int)), ("labels", "(2, 7)", "(2, 8)")),
+    (lambda: entropy(bias=jnp.ones(4)), ("bias", "(4,)", "(9,)")),
+    (lambda: entropy(bias=jnp.ones(9, int)), ("bias", "int32", "floating")),
+    (lambda: entropy(class_weights=jnp.ones(8)), ("class_weights", "(8,)", "(9,)")),
+    (lambda: entropy(ignore_index=0.5), ("ignore_index", "0.5", "integer")),
+    (lambda: entropy(label_smoothing=1.5), ("label_smoothing", "1.5", "from 0 to 1")),
+    (lambda: entropy(z_loss=-1e-4), ("z_loss", "-0.0001", "at least 0")),
+    (lambda: entropy(z_loss=jnp.ones(2)), ("z_loss", "[1., 1.]", "number")),
+    (lambda: entropy(logits_soft_cap=0), ("logits_soft_cap", "0", "positive")),
+    (lambda: entropy(reduction="avg"), ("reduction", "'avg'", "'mean'")),
+    (lambda: entropy(return_lse=1), ("return_lse", "1", "True or False")),
+    (lambda: entropy(axis_name="model"), ("axis_name", "'model'", "shard_map")),
+    (lambda: entropy(axis_name="v", implementation="reference"),
+     ("implementation", "'reference'", "'chunked'")),
+    (lambda: entropy(implementation="xla"), ("implementation", "'xla'", "'chunked'")),
+    (lambda: entropy(precision="hihg"), ("precision", "'hihg'", "'highest'")),
+    (lambda: entropy(block_vocabulary=0), ("block_vocabulary", "0", "positive integer")),
+    (lambda: entropy(block_tokens=8), ("block_tokens", "8", "gradient_in_forward=True")),
+    (lambda: entropy(gradient_in_forward=True, reduction="none"),
+     ("gradient_in_forward", "'none'", "'mean' or 'sum'")),
+    (lambda: entropy(gradient_in_forward=True, return_lse=True),
+     ("gradient_in_forward", "return_lse=True", "'mean' or 'sum'")),
     (lambda: kernels.explain(Q, KV, KV, chip="h20"), ("chip", "'h20'", "h200")),
     (lambda: kernels.merge_attention(Q, None, Q, None), ("lse1", "NoneType", "array")),
     (lambda: kernels.shard_sequence_order(10, 4), ("length", "10", "multiple of 8")),

@@ -26,6 +26,7 @@ class Mutant(mutants.Mutant):
     route: str = "chunked"
     check: str = "gradient"  # or "tangent", "second" or "decode"
     package = pallas_kernels
+    folder = "attention"
 
     def noticed_by(self) -> Any:
         """Returns the case."""
