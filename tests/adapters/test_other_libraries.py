@@ -230,6 +230,67 @@ class TestKohya:
             adapters.read_kohya_file(path, W, TO_Q)
 
 
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("key", "found"),
+        [
+            ("q.hada_w1_a", r"LyCORIS \(LoHa\)"),
+            ("q.hada_t2", r"LyCORIS \(LoHa\)"),
+            ("q.lokr_w1", r"LyCORIS \(LoKr\)"),
+            ("q.lokr_w2_b", r"LyCORIS \(LoKr\)"),
+            ("q.lokr_t2", r"LyCORIS \(LoKr\)"),
+            ("q.a1.weight", r"LyCORIS \(GLoRA\)"),
+            ("q.b2.weight", r"LyCORIS \(GLoRA\)"),
+            ("q.oft_blocks", r"LyCORIS \(OFT or BOFT\)"),
+            ("q.oft_diag", r"LyCORIS \(OFT or BOFT\)"),
+            ("q.on_input", r"LyCORIS \(IA3\)"),
+            ("q.lora.up.weight", "an early release of diffusers"),
+            ("q.lora.down.weight", "an early release of diffusers"),
+            ("to_q_lora.down.weight", "an early release of diffusers"),
+            ("q.lora_a", "mlx-lm; use read_mlx_folder"),
+            ("base_model.model.q.lora_A.weight", "an adapter of peft"),
+        ],
+    )
+    def test_files_are_refused_as_what_their_keys_say(self, tmp_path, key, found):
+        safetensors.numpy.save_file({key: draw(1, 2, 2)}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=f"x.safetensors is {found}.*; expected a file of"):
+            adapters.read_kohya_file(tmp_path / "x.safetensors", W, TO_Q)
+
+    @pytest.mark.parametrize("name", ["up", "down"])
+    def test_either_factor_is_of_kohya(self, tmp_path, name):
+        path = folder(tmp_path, {"m.w": pair(1, 6, 9)})
+        key = f"lora_unet_q.lora_{name}.weight"
+        safetensors.numpy.save_file({key: draw(1, 2, 2)}, path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="kohya's scripts; use read_kohya_file"):
+            adapters.read_peft_folder(path, W, {"w/kernel": "m.w"})
+
+    def test_a_mark_within_a_name_is_none(self, tmp_path):
+        path = tmp_path / "x.safetensors"
+        safetensors.numpy.save_file({"q.on_input_norm.w": draw(1, 2, 2)}, path)
+        with pytest.raises(ValueError, match=r"^(?!.*LyCORIS)"):
+            adapters.read_kohya_file(path, W, TO_Q)
+
+    @pytest.mark.parametrize(
+        ("name", "start"), [("x.safetensors", b"PK\x03\x04"), ("x.pt", b"\x80\x02}q")]
+    )
+    def test_files_of_pytorch_are_known_by_bytes_or_name(self, tmp_path, name, start):
+        (tmp_path / name).write_bytes(start + b"\0" * 16)
+        with pytest.raises(ValueError, match=f"{name} is a file of PyTorch"):
+            adapters.read_kohya_file(tmp_path / name, W, TO_Q)
+
+    def test_of_two_files_of_weights_that_of_safetensors_is_read(self, tmp_path):
+        path = folder(tmp_path, {"m.w": pair(1, 4, 6)})
+        (path / "adapter_model.bin").write_bytes(b"PK nothing")
+        adapters.read_peft_folder(path, W, {"w/kernel": "m.w"})
+
+    @pytest.mark.parametrize("field", ["lora_parameters", "fine_tune_type"])
+    def test_either_field_is_of_mlx(self, tmp_path, field):
+        path = folder(tmp_path, {"m.w": pair(1, 4, 6)})
+        (path / "adapter_config.json").write_text(json.dumps({field: {}}))
+        with pytest.raises(ValueError, match="is of mlx-lm, not of peft"):
+            adapters.read_peft_folder(path, W, {"w/kernel": "m.w"})
+
+
 class TestGguf:
     def test_adapters_of_llama_cpp_are_recognised_wherever_they_are_given(self, tmp_path):
         path = tmp_path / "adapter.gguf"
