@@ -53,7 +53,8 @@ def test_checkpoint_changes_nothing(plan):
         kept = jax.checkpoint(fn, policy=policy)
         found = jax.jit(jax.value_and_grad(kept, (0, 1)))(HIDDEN, WEIGHT, LABELS)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
-            np.testing.assert_array_equal(a, b)
+            # Another program, whose sums are rounded in another order.
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_policy_that_saves_the_lse_spares_a_forward_pass():
