@@ -55,7 +55,8 @@ def problem(features: tuple[str, ...]):
 
 def agree(found, wanted):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        # Rounding of sums of up to 66 terms of order 1, in another order.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
