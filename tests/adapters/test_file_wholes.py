@@ -199,6 +199,47 @@ class TestWholeLeaves:
             with pytest.raises(ValueError, match="no kernel is named after module 'lm'"):
                 adapters.read_peft_folder(path, params, names)
 
+    def test_inputs_first_are_told_by_the_shape(self, tmp_path):
+        """GPT-2's layers have them so."""
+        modules = {"m.up": pair(1, 4, 6), "head": {"weight": draw(2, 6, 5)}}
+        path = folder(tmp_path, modules, modules_to_save=["head"])
+        _, lora = adapters.read_peft_folder(path, WHOLE, WHOLE_NAMES)
+        same(lora["head"]["kernel"], modules["head"]["weight"])
+
+    def test_square_weights_must_be_known_by_what_training_left(self, tmp_path):
+        kernel = draw(1, 5, 5)
+        params = {"up": WHOLE["up"], "square": {"kernel": jnp.asarray(kernel)}}
+        names = {"up/kernel": "m.up", "square/kernel": "square"}
+
+        def read(weight, **fields):
+            modules = {"m.up": pair(1, 4, 6), "square": {"weight": weight}}
+            path = folder(tmp_path, modules, modules_to_save=["square"], **fields)
+            return adapters.read_peft_folder(path, params, names)[1]["square"]["kernel"]
+
+        moved = draw(2, 5, 5) / 10
+        same(read(kernel.T + moved), kernel + moved.T)
+        for weight, fields in ((kernel + moved, {}), (kernel.T + moved, {"fan_in_fan_out": True})):
+            with pytest.raises(ValueError, match="is square and trained whole, and may be of a"):
+                read(weight, **fields)
+
+    def test_biases_are_trained_where_the_folder_says_so(self, tmp_path):
+        modules = {"m.up": pair(1, 4, 6), "m.norm": {"bias": draw(2, 6)}}
+        path = folder(tmp_path / "a", modules, bias="all")
+        same(adapters.read_peft_folder(path, WHOLE, WHOLE_NAMES)[1]["norm"]["bias"], draw(2, 6))
+        path = folder(tmp_path / "b", modules, bias="none")
+        with pytest.raises(ValueError, match=r"m.norm.bias' is the base.*from 'norm/bias'"):
+            adapters.read_peft_folder(path, WHOLE, WHOLE_NAMES)
+
+    def test_statistics_of_a_batch_norm_have_pytorchs_names(self, tmp_path):
+        leaves = {name: draw(i, 6) for i, name in enumerate(("scale", "bias", "mean", "var"))}
+        params = {"up": WHOLE["up"], "norm": {k: jnp.asarray(x) for k, x in leaves.items()}}
+        names = {"up/kernel": "m.up"} | {f"norm/{name}": "norm" for name in leaves}
+        config = adapters.LoraConfig(target_modules=["up"], r=2, modules_to_save=["norm"])
+        base, lora = trained(params, config)
+        there_and_back(tmp_path, base, lora, names, params)
+        for name in ("mean", "var"):
+            same(tensors_of(tmp_path)[f"{PREFIX}norm.running_{name}"], lora["norm"][name])
+
     def test_what_cannot_be_written(self, tmp_path):
         config = adapters.LoraConfig(target_modules=["up"], r=2, modules_to_save=["norm"])
         base, lora = trained(WHOLE, config)
