@@ -1,6 +1,7 @@
-"""Fused attention for JAX on TPU, GPU and CPU, and what the compilers of absent chips say.
+"""Attention and products for JAX on TPU, GPU and CPU, and what the compilers of absent chips say.
 
-`attention` takes the arguments of `jax.nn.dot_product_attention`, and more.
+`attention` takes the arguments of `jax.nn.dot_product_attention`, and more; products in few bits
+take those of `jax.lax.dot_general`.
 `pallas_kernels.targets` compiles any JAX function for a GPU or TPU that this machine does not have
 and reports the memory that the compiled program needs and moves.
 """
@@ -13,11 +14,18 @@ from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
+from pallas_kernels.matmul.quantized import quantized_dot_general
+from pallas_kernels.matmul.weight_only import (
+    QuantizedWeight,
+    quantize_weight,
+    weight_only_dot_general,
+)
 
 __all__ = [
     "Alibi",
     "AttentionCost",
     "ChunkedConfig",
+    "QuantizedWeight",
     "RelativePositionBias",
     "alibi_slopes",
     "attention",
@@ -27,6 +35,9 @@ __all__ = [
     "flax_attention_fn",
     "make_flax_attention_fn",
     "merge_attention",
+    "quantize_weight",
+    "quantized_dot_general",
     "ring_attention",
     "shard_sequence_order",
+    "weight_only_dot_general",
 ]

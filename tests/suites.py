@@ -12,6 +12,7 @@ import sys
 import tempfile
 
 import jaxopt_lab
+import pallas_kernels
 from tests import mutants
 
 ROOT = mutants.TESTS.parent
@@ -43,7 +44,7 @@ def _pass(tests: tuple[str, ...], change: tuple[pathlib.Path, str] | None = None
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for name in (jaxopt_lab.__name__, mutants.TESTS.name):
+        for name in (jaxopt_lab.__name__, pallas_kernels.__name__, mutants.TESTS.name):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         if change is not None:
             path, source = change

@@ -1,0 +1,1 @@
+"""Matrix products: of quantised operands, and of weights that are kept in few bits."""
