@@ -14,6 +14,7 @@ from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
+from pallas_kernels.matmul.bit_planes import bit_plane_matmul
 from pallas_kernels.matmul.quantized import quantized_dot_general
 from pallas_kernels.matmul.weight_only import (
     QuantizedWeight,
@@ -30,6 +31,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "attention_cost",
+    "bit_plane_matmul",
     "decode_attention",
     "explain",
     "flax_attention_fn",

@@ -24,6 +24,7 @@ from jaxopt_lab import adapters
 PARAMS = {"up": {"kernel": jnp.ones((4, 4))}, "down": {"kernel": jnp.ones((4, 2))}}
 ADAMW = optax.adamw(1e-3)
 Q, KV = jnp.ones((2, 8, 4, 16)), jnp.ones((2, 8, 2, 16))
+BITS = jnp.ones((4, 4), int)
 WEIGHT, DENSE = pallas_kernels.quantize_weight(jnp.ones((4, 4))), (((1,), (0,)), ((), ()))
 
 
@@ -321,6 +322,17 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: kernels.weight_only_dot_general(
         jnp.ones((2, 4)), WEIGHT._replace(scales=jnp.ones((3, 4))), DENSE),
      ("rhs", "(3, 4)", "block")),
+    (lambda: kernels.bit_plane_matmul(Q[0, 0], BITS, lhs_bits=1, rhs_bits=1),
+     ("lhs", "float32", "integers")),
+    (lambda: kernels.bit_plane_matmul(BITS, BITS[:1], lhs_bits=1, rhs_bits=1),
+     ("rhs", "(1, 4)", "(K, N)")),
+    (lambda: kernels.bit_plane_matmul(BITS, BITS, lhs_bits=9, rhs_bits=1),
+     ("lhs_bits", "9", "1 to 8")),
+    (lambda: kernels.bit_plane_matmul(BITS, BITS, lhs_bits=1, rhs_bits=2.0),
+     ("rhs_bits", "2.0", "integer")),
+    (lambda: kernels.bit_plane_matmul(
+        jnp.ones((1, 40_000), int), jnp.ones((40_000, 1), int), lhs_bits=8, rhs_bits=8),
+     ("lhs", "40000", "33025")),
     (lambda: kernels.targets.missing_compiler(["h200"]), ("chip", "['h200']", "h200, ")),
     (lambda: kernels.targets.memory_traffic(loss), ("compiled", "loss", "compiled program")),
 ]  # fmt: skip

@@ -24,6 +24,7 @@ PRODUCT = "test_is_the_product_of_rounded_operands"
 NUMBERS = "test_numbers_of_the_specification"
 GRADIENTS = "test_gradients_of_quantised_products"
 MEAN = "test_gradients_that_are_rounded_at_random_are_right_in_the_mean"
+PAIRS = "test_every_pair_of_widths_is_exact"
 WEIGHT = "test_is_the_product_of_the_rounded_weight"
 
 MUTANTS = [
@@ -135,4 +136,10 @@ MUTANTS = [
     Mutant(
         "weight_only", "size // scales.shape[axis], axis)", "size // scales.shape[axis], 0)", WEIGHT
     ),
+    # Bits.
+    Mutant("bit_planes", "of_lhs[1] - 2 * count", "of_lhs[1] - count", PAIRS),
+    Mutant("bit_planes", "<< (i + j)", "<< i", PAIRS),
+    Mutant("bit_planes", "(2**bits - 1)) >> 1", "2**bits) >> 1", PAIRS),
+    Mutant("bit_planes", "-x.shape[1] % WORD", "0", "test_every_length_is_exact"),
+    Mutant("bit_planes", "of_lhs[1] - 2 * count", "rows[0].shape[1] * WORD - 2 * count", PAIRS),
 ]
