@@ -215,7 +215,8 @@ def _check_sums(product: Product) -> None:
     if _blocks(product) > 1:
         length = length // shape[product.contracting[0][-1]] * int(product.settings.granularity)
     most = int(INT32 // (kinds[0].largest * kinds[1].largest))
-    if kinds[0].is_integer and length > most:
+    # In a program to be exported a length may be a symbol, of which nothing is known.
+    if kinds[0].is_integer and isinstance(length, int) and length > most:
         raise ValueError(
             f"the contraction sums {length} products of {product.settings.formats[0]}; expected at "
             f"most {most}, which int32 holds: blocks as granularity, a part of the batch at a "

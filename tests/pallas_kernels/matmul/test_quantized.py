@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -387,6 +388,20 @@ def test_second_derivatives_are_those_of_the_plain_product(backward, granularity
     with jax.enable_x64(True):
         found, want = curvature(dot), curvature(lax.dot_general)
         assert np.linalg.norm(found - want) < 0.03 * np.linalg.norm(want)  # int8, three products
+
+
+def test_any_number_of_tokens_is_exported():
+    a, b = (jnp.asarray(x) for x in draw((6, 8), (8, 5), dtype=np.float32))
+    dot = quantized_dot_general(backward="both")
+
+    def program(a: jax.Array, b: jax.Array) -> Any:
+        return jax.grad(lambda a, b: jnp.sin(dot(a, b, DENSE)).sum(), (0, 1))(a, b)
+
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    any_number = jax.ShapeDtypeStruct((tokens, 8), a.dtype)
+    exported = jax.export.export(jax.jit(program))(any_number, b)
+    for x, want in zip(exported.call(a, b), jax.jit(program)(a, b), strict=True):
+        np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-5)
 
 
 def test_forward_mode_is_refused():
