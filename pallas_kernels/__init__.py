@@ -1,7 +1,8 @@
-"""Fused attention and cross-entropy for JAX on TPU, GPU and CPU, and compilers of absent chips.
+"""Fused attention, losses and products for JAX on TPU, GPU and CPU, and compilers of absent chips.
 
 `attention` takes the arguments of `jax.nn.dot_product_attention`, and more. `cross_entropy` is an
-output layer and its loss in one, without logits in memory.
+output layer and its loss in one, without logits in memory. Products in few bits take the arguments
+of `jax.lax.dot_general`.
 `pallas_kernels.targets` compiles any JAX function for a GPU or TPU that this machine does not have
 and reports the memory that the compiled program needs and moves.
 """
@@ -16,18 +17,27 @@ from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
 from pallas_kernels.layers.tract import tract_conv, tract_dot_general
 from pallas_kernels.loss.api import cross_entropy
+from pallas_kernels.matmul.bit_planes import bit_plane_matmul
 from pallas_kernels.matmul.gram import gram
+from pallas_kernels.matmul.quantized import quantized_dot_general
+from pallas_kernels.matmul.weight_only import (
+    QuantizedWeight,
+    quantize_weight,
+    weight_only_dot_general,
+)
 from pallas_kernels.norm.norms import add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
     "Alibi",
     "AttentionCost",
     "ChunkedConfig",
+    "QuantizedWeight",
     "RelativePositionBias",
     "add_rms_norm",
     "alibi_slopes",
     "attention",
     "attention_cost",
+    "bit_plane_matmul",
     "cross_entropy",
     "decode_attention",
     "explain",
@@ -36,9 +46,12 @@ __all__ = [
     "layer_norm",
     "make_flax_attention_fn",
     "merge_attention",
+    "quantize_weight",
+    "quantized_dot_general",
     "ring_attention",
     "rms_norm",
     "shard_sequence_order",
     "tract_conv",
     "tract_dot_general",
+    "weight_only_dot_general",
 ]

@@ -26,6 +26,8 @@ PARAMS = {"up": {"kernel": jnp.ones((4, 4))}, "down": {"kernel": jnp.ones((4, 2)
 ADAMW = optax.adamw(1e-3)
 Q, KV = jnp.ones((2, 8, 4, 16)), jnp.ones((2, 8, 2, 16))
 HIDDEN, HEAD, LABELS = jnp.ones((2, 8, 4)), jnp.ones((4, 9)), jnp.zeros((2, 8), int)
+BITS = jnp.ones((4, 4), int)
+WEIGHT, DENSE = pallas_kernels.quantize_weight(jnp.ones((4, 4))), (((1,), (0,)), ((), ()))
 
 
 def no_schedule(rate: float, steps: int) -> Any:
@@ -57,6 +59,11 @@ def attend(query: Any = Q, key: Any = KV, value: Any = KV, **options: Any) -> An
 
 def entropy(hidden: Any = HIDDEN, weight: Any = HEAD, labels: Any = LABELS, **options: Any) -> Any:
     return jax.eval_shape(lambda: pallas_kernels.cross_entropy(hidden, weight, labels, **options))
+
+
+def multiplied(lhs: Any = Q[0, 0], rhs: Any = Q[0, 0].T, **options: Any) -> Any:
+    dot = kernels.quantized_dot_general()
+    return jax.eval_shape(lambda: dot(lhs, rhs, DENSE, **options))
 
 
 def decode(cache: Any = KV, **options: Any) -> Any:
@@ -340,9 +347,59 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
      ("dimension_numbers", "((0,), (0,))", "expected none")),
     (lambda: kernels.tract_conv()(Q, Q, (1, 1), "SAME", feature_group_count=2),
      ("feature_group_count", "2", "expected 1")),
+    (lambda: kernels.quantized_dot_general("int2"), ("format", "'int2'", "'int8'")),
+    (lambda: kernels.quantized_dot_general(jnp.int8), ("format", "int8", "'float8_e4m3fn'")),
+    (lambda: kernels.quantized_dot_general("int8", "channel"),
+     ("granularity", "'channel'", "'row'")),
+    (lambda: kernels.quantized_dot_general("int8", 0), ("granularity", "0", "positive")),
+    (lambda: kernels.quantized_dot_general("int8", 64.0), ("granularity", "64.0", "integer")),
+    (lambda: kernels.quantized_dot_general(backward=True), ("backward", "True", "'both'")),
+    (lambda: kernels.quantized_dot_general(residuals="int8"), ("residuals", "'int8'", "quantized")),
+    (lambda: kernels.quantized_dot_general(stochastic_rounding=True),
+     ("stochastic_rounding", "'none'", "'both'")),
+    (lambda: kernels.quantized_dot_general(gradient_format="int8"),
+     ("gradient_format", "'none'", "'both'")),
+    (lambda: kernels.quantized_dot_general(backward="rhs", gradient_format="float8_e5m2"),
+     ("gradient_format", "'float8_e5m2'", "both of integers")),
+    (lambda: kernels.quantized_dot_general("float8_e5m2", backward="rhs", gradient_format="e5m2"),
+     ("gradient_format", "'e5m2'", "'float8_e5m2'")),
+    (lambda: kernels.quantized_dot_general(backward="rhs", stochastic_rounding=1),
+     ("stochastic_rounding", "1", "True or False")),
+    (lambda: multiplied(jnp.ones((4, 8), int)), ("lhs", "int32", "floating")),
+    (lambda: multiplied(rhs="kernel"), ("rhs", "str", "array")),
+    (lambda: multiplied(out_sharding=jax.sharding.PartitionSpec("x")),
+     ("out_sharding", "P('x',)", "shard the operands")),
+    (lambda: multiplied(key=jax.random.key(0)), ("key", "given", "stochastic_rounding=True")),
+    (lambda: multiplied(jnp.ones((1, 200_000)), jnp.ones((200_000, 1))),
+     ("contraction", "200000", "133144")),
+    (lambda: kernels.quantize_weight(jnp.ones((4, 4), int)), ("kernel", "int32", "floating")),
+    (lambda: kernels.quantize_weight(jnp.ones((4, 4)), axis=2), ("axis", "2", "(4, 4)")),
+    (lambda: kernels.quantize_weight(jnp.ones(4)), ("axis", "-2", "(4,)")),
+    (lambda: kernels.quantize_weight(jnp.ones((6, 4)), "int8", 4), ("granularity", "4", "6")),
+    (lambda: kernels.weight_only_dot_general(jnp.ones((2, 4)), jnp.ones((4, 4)), DENSE),
+     ("rhs", "Array", "quantize_weight")),
+    (lambda: kernels.weight_only_dot_general(jnp.ones((2, 4), int), WEIGHT, DENSE),
+     ("lhs", "int32", "floating")),
+    (lambda: kernels.weight_only_dot_general(
+        jnp.ones((2, 4)), WEIGHT._replace(scales=jnp.ones((3, 4))), DENSE),
+     ("rhs", "(3, 4)", "block")),
+    (lambda: kernels.bit_plane_matmul(Q[0, 0], BITS, lhs_bits=1, rhs_bits=1),
+     ("lhs", "float32", "integers")),
+    (lambda: kernels.bit_plane_matmul(BITS, BITS[:1], lhs_bits=1, rhs_bits=1),
+     ("rhs", "(1, 4)", "(K, N)")),
+    (lambda: kernels.bit_plane_matmul(BITS, BITS, lhs_bits=9, rhs_bits=1),
+     ("lhs_bits", "9", "1 to 8")),
+    (lambda: kernels.bit_plane_matmul(BITS, BITS, lhs_bits=1, rhs_bits=2.0),
+     ("rhs_bits", "2.0", "integer")),
+    (lambda: kernels.bit_plane_matmul(
+        jnp.ones((1, 40_000), int), jnp.ones((40_000, 1), int), lhs_bits=8, rhs_bits=8),
+     ("lhs", "40000", "33025")),
     (lambda: kernels.targets.missing_compiler(["h200"]), ("chip", "['h200']", "h200, ")),
     (lambda: kernels.targets.memory_traffic(loss), ("compiled", "loss", "compiled program")),
 ]  # fmt: skip
+
+
+ERRORS = (TypeError, ValueError, AttributeError, FileNotFoundError, NotImplementedError)
 
 
 def shown(row: int) -> str:
@@ -355,7 +412,7 @@ def shown(row: int) -> str:
 @pytest.mark.parametrize("row", range(len(CALLS)), ids=shown)
 def test_a_wrong_call_is_answered_with_argument_value_and_remedy(row):
     call, texts = CALLS[row]
-    with pytest.raises((TypeError, ValueError, AttributeError, FileNotFoundError)) as caught:
+    with pytest.raises(ERRORS) as caught:
         call()
     for text in texts:
         assert text in str(caught.value)
