@@ -124,3 +124,12 @@ def is_box(node: Any) -> bool:
     if not (linen or hasattr(kind, "get_metadata")):
         return False
     return len(jax.tree.leaves(node)) == 1
+
+
+def unboxed(tree: Any) -> Any:
+    """Returns the tree with each box's array in its place."""
+
+    def bare(node: Any) -> Any:
+        return jax.tree.leaves(node)[0] if is_box(node) else node
+
+    return jax.tree.map(bare, tree, is_leaf=is_box)

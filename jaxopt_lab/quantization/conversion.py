@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_lab import _checks, _tree
+from jaxopt_lab import _checks, _flax, _tree
 from jaxopt_lab.quantization import _leaves
 from jaxopt_lab.quantization._leaves import QuantizedState, Unpacked
 
@@ -24,7 +24,8 @@ def encode_state(
 
     Leaves that `tx` encodes are rounded once to what their codec can hold; all others, counters
     included, are taken over, so that the run goes on where it was. Leaves are found by their names:
-    a checkpoint that was restored into dictionaries and lists will do.
+    a checkpoint that was restored into dictionaries and lists will do, and `opt_state` of a
+    `flax.nnx.Optimizer` too.
 
     Args:
       tx: the transformation that goes on, with `quantize_state(inner, ...)` somewhere in it.
@@ -75,7 +76,7 @@ def decode_state(tx: optax.GradientTransformation, state: Any, params: optax.Par
 
     Args:
       tx: the transformation that made the state, with `quantize_state(inner, ...)` in it.
-      state: its state.
+      state: its state, also as `flax.nnx.Optimizer` holds it.
       params: the parameters, arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
 
     Returns:
@@ -104,6 +105,9 @@ def decode_state(tx: optax.GradientTransformation, state: Any, params: optax.Par
       `encode_state`, the way there.
     """
     expected = _expected(tx, params)
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+        # flax.nnx.Optimizer holds every array in a variable and hands the rule none of them.
+        state, expected = _flax.unboxed(state), _expected(tx, _flax.unboxed(params))
     wanted, structure = jax.tree.flatten(expected, is_leaf=_leaves.is_quantized)
     found, given = jax.tree.flatten(state, is_leaf=_leaves.is_quantized)
     if structure != given or any(
@@ -139,8 +143,7 @@ def _by_name(state: Any, template: Any) -> Any:
     Raises:
       ValueError: the names or the shapes differ; the message has the first.
     """
-    leaves = dict(_tree.leaves_with_names(state))
-    expected = _tree.leaves_with_names(template)
+    leaves, expected = dict(_without_boxes(state)), _without_boxes(template)
     missing = [name for name, _ in expected if name not in leaves]
     extra = sorted(leaves.keys() - {name for name, _ in expected})
     if missing or extra:
@@ -159,6 +162,11 @@ def _by_name(state: Any, template: Any) -> Any:
         else:
             found.append(jnp.asarray(leaf).astype(own.dtype))
     return jax.tree.structure(template).unflatten(found)
+
+
+def _without_boxes(tree: Any) -> list[tuple[str, Any]]:
+    """Returns names and leaves; the `value` of a box of Flax is not part of a name."""
+    return [(name.removesuffix("/value"), leaf) for name, leaf in _tree.leaves_with_names(tree)]
 
 
 def _encoded(own: QuantizedState, plain: Any, seed: int) -> QuantizedState:
