@@ -14,6 +14,7 @@ from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
+from pallas_kernels.layers.block_ffn import block_ffn, relu_rms_router
 from pallas_kernels.matmul.bit_planes import bit_plane_matmul
 from pallas_kernels.matmul.quantized import quantized_dot_general
 from pallas_kernels.matmul.weight_only import (
@@ -32,6 +33,7 @@ __all__ = [
     "attention",
     "attention_cost",
     "bit_plane_matmul",
+    "block_ffn",
     "decode_attention",
     "explain",
     "flax_attention_fn",
@@ -39,6 +41,7 @@ __all__ = [
     "merge_attention",
     "quantize_weight",
     "quantized_dot_general",
+    "relu_rms_router",
     "ring_attention",
     "shard_sequence_order",
     "weight_only_dot_general",
