@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxopt_lab
-from experiments import first_layer
+from experiments import first_layer, product_errors, quantized_training, weight_traffic
 from experiments.bench_attention import summary as bench_attention
 from experiments.bench_update.methods import FUSED
 from experiments.compare import summary as compare
@@ -245,6 +245,24 @@ def _figures(first: str, found: dict[str, dict[str, float]]) -> str:
     return _table([first, *columns], rows)
 
 
+def errors_of_products() -> str:
+    """Errors against float64, by format and by what shares a scale."""
+    measured = store.read_json(RESULTS / "product_errors.json", "product_errors")["errors"]
+    return _table(product_errors.HEADER, product_errors.rows(measured))
+
+
+def training_in_few_bits() -> str:
+    """Losses of the language model with products in few bits."""
+    record = store.read_json(RESULTS / "quantized_training.json", "quantized_training")
+    return _table(quantized_training.HEADER, quantized_training.rows(record["losses"]))
+
+
+def bytes_of_weights() -> str:
+    """Bytes that a product of a few tokens moves, as a part of those with a bfloat16 weight."""
+    measured = store.read_json(RESULTS / "weight_traffic.json", "weight_traffic")["bytes"]
+    return _table(weight_traffic.header(measured), weight_traffic.rows(measured))
+
+
 SECTIONS = {
     "methods": methods,
     "compare": comparison,
@@ -258,6 +276,9 @@ SECTIONS = {
     "norms on a CPU": norms_on_a_cpu,
     "gram": products,
     "first layer": first_layers,
+    "errors of products": errors_of_products,
+    "training in few bits": training_in_few_bits,
+    "bytes of weights": bytes_of_weights,
 }
 
 

@@ -25,7 +25,15 @@ from jaxopt_lab.transforms.sgdp import ScaleBySgdpState, scale_by_sgdp, sgdp
 
 if TYPE_CHECKING:
     # From the file, not the folder: where both have one name, mypy takes the file for the function.
-    from jaxopt_lab import adapters, diagnostics, distributed, quantization, schedules, subspace
+    from jaxopt_lab import (
+        adapters,
+        diagnostics,
+        distributed,
+        quantization,
+        regularizers,
+        schedules,
+        subspace,
+    )
     from jaxopt_lab.adapters.adapt import (
         apply_adapters,
         init_adapters,
@@ -170,6 +178,7 @@ __all__ = [
     "read_peft_folder",
     "record_norms",
     "refined_schedule",
+    "regularizers",
     "rewarmed_schedule",
     "scale_by_adabelief",
     "scale_by_adamp",

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 # All of which have an `__all__`.
 _ROOT = "jaxopt_lab"
-FOLDERS = ("adapters", "diagnostics", "distributed", "quantization", "schedules", "subspace")
+FOLDERS = (
+    "adapters",
+    "diagnostics",
+    "distributed",
+    "quantization",
+    "regularizers",
+    "schedules",
+    "subspace",
+)
 
 
 def error(module: str, public: Sequence[str], name: str) -> AttributeError:

@@ -15,6 +15,7 @@ from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
+from pallas_kernels.layers.block_ffn import block_ffn, relu_rms_router
 from pallas_kernels.layers.tract import tract_conv, tract_dot_general
 from pallas_kernels.loss.api import cross_entropy
 from pallas_kernels.matmul.bit_planes import bit_plane_matmul
@@ -38,6 +39,7 @@ __all__ = [
     "attention",
     "attention_cost",
     "bit_plane_matmul",
+    "block_ffn",
     "cross_entropy",
     "decode_attention",
     "explain",
@@ -48,6 +50,7 @@ __all__ = [
     "merge_attention",
     "quantize_weight",
     "quantized_dot_general",
+    "relu_rms_router",
     "ring_attention",
     "rms_norm",
     "shard_sequence_order",

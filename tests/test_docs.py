@@ -19,6 +19,7 @@ PUBLIC = (
     "jaxopt_lab.diagnostics",
     "jaxopt_lab.distributed",
     "jaxopt_lab.quantization",
+    "jaxopt_lab.regularizers",
     "jaxopt_lab.schedules",
     "jaxopt_lab.subspace",
     "jaxopt_lab.testing",

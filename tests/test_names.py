@@ -38,6 +38,7 @@ def test_a_wrong_name_is_told_the_right_one(name: str, hint: str) -> None:
         ("distributed", "adamw", "; that one is optax's: optax.adamw"),
         ("distributed", "nothing_like_it", ""),
         ("quantization", "Int8", "; did you mean int8?"),
+        ("regularizers", "chunksparsity", "; did you mean chunk_sparsity?"),
         ("schedules", "WSD_schedule", "; did you mean wsd_schedule?"),
         ("subspace", "SVD", "; did you mean svd?"),
         ("adapters", "LoRAConfig", "; did you mean LoraConfig?"),

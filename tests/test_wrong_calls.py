@@ -27,6 +27,7 @@ ADAMW = optax.adamw(1e-3)
 Q, KV = jnp.ones((2, 8, 4, 16)), jnp.ones((2, 8, 2, 16))
 HIDDEN, HEAD, LABELS = jnp.ones((2, 8, 4)), jnp.ones((4, 9)), jnp.zeros((2, 8), int)
 BITS = jnp.ones((4, 4), int)
+TOKENS, BITS = jnp.ones((8, 4)), jnp.ones((4, 4), int)
 WEIGHT, DENSE = pallas_kernels.quantize_weight(jnp.ones((4, 4))), (((1,), (0,)), ((), ()))
 
 
@@ -61,6 +62,12 @@ def entropy(hidden: Any = HIDDEN, weight: Any = HEAD, labels: Any = LABELS, **op
     return jax.eval_shape(lambda: pallas_kernels.cross_entropy(hidden, weight, labels, **options))
 
 
+def sparse(x: Any = TOKENS, **options: Any) -> Any:
+    activations = options.pop("activations", jnp.ones((8, 3)))
+    up, down = (options.pop("up", jnp.ones((3, 4, 2))), options.pop("down", jnp.ones((3, 2, 4))))
+    return jax.eval_shape(lambda: kernels.block_ffn(x, activations, up, down, **options))
+
+
 def multiplied(lhs: Any = Q[0, 0], rhs: Any = Q[0, 0].T, **options: Any) -> Any:
     dot = kernels.quantized_dot_general()
     return jax.eval_shape(lambda: dot(lhs, rhs, DENSE, **options))
@@ -81,6 +88,7 @@ def in_axis(tx: Any) -> Any:
 
 lab: Any = jaxopt_lab
 kernels: Any = pallas_kernels
+regularizers: Any = jaxopt_lab.regularizers
 cost = kernels.attention_cost
 config: Any = adapters.LoraConfig
 miss: Any = adapters.MissConfig
@@ -394,6 +402,31 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: kernels.bit_plane_matmul(
         jnp.ones((1, 40_000), int), jnp.ones((40_000, 1), int), lhs_bits=8, rhs_bits=8),
      ("lhs", "40000", "33025")),
+    # Sparse layers, and what makes them so.
+    (lambda: kernels.relu_rms_router(BITS), ("scores", "int32", "floating")),
+    (lambda: kernels.relu_rms_router(Q[0, 0], jnp.ones(4)), ("gain", "(4,)", "(16,)")),
+    (lambda: kernels.relu_rms_router(Q[0, 0], eps=0), ("eps", "0.0", "positive")),
+    (lambda: sparse(x=Q), ("x", "(2, 8, 4, 16)", "(tokens, width)")),
+    (lambda: sparse(up=jnp.ones((3, 5, 2))), ("up", "(3, 5, 2)", "(experts, 4, hidden)")),
+    (lambda: sparse(down=jnp.ones((3, 4, 2))), ("down", "(3, 4, 2)", "(3, 2, 4)")),
+    (lambda: sparse(activations=jnp.ones((8, 4))), ("activations", "(8, 4)", "(8, 3)")),
+    (lambda: sparse(chunk=4), ("chunk", "capacity=None", "both")),
+    (lambda: sparse(chunk=3, capacity=2), ("chunk", "3", "8 tokens")),
+    (lambda: sparse(chunk=4, capacity=4), ("capacity", "4", "1 to 3")),
+    (lambda: sparse(chunk=4, capacity=1.5), ("capacity", "1.5", "integer")),
+    (lambda: regularizers.activation_locality_loss([[1.0]]), ("scores", "list", "array")),
+    (lambda: regularizers.activation_locality_loss(BITS), ("scores", "int32", "floating")),
+    (lambda: regularizers.activation_locality_loss(Q[0, 0], jnp.ones(3)),
+     ("segment_ids", "(3,)", "(4,)")),
+    (lambda: regularizers.activation_locality_loss(Q[0, 0], steep=0), ("steep", "0", "positive")),
+    (lambda: regularizers.chunk_sparsity_loss(jnp.ones(4), 2),
+     ("activations", "(4,)", "(..., tokens, experts)")),
+    (lambda: regularizers.chunk_sparsity_loss(Q, 0), ("chunk", "0", "positive")),
+    (lambda: regularizers.chunk_sparsity_loss(Q, 2, jnp.ones(4)), ("mask", "(4,)", "(2, 8, 4)")),
+    (lambda: regularizers.chunk_sparsity_loss(Q, 2, eps=-1.0), ("eps", "-1.0", "negative")),
+    (lambda: regularizers.token_sparsity(BITS), ("activations", "int32", "floating")),
+    (lambda: regularizers.chunk_sparsity(Q, 1.5), ("chunk", "1.5", "integer")),
+    (lambda: regularizers.adaptive_factor(0.1, 0.2, 0.0), ("before", "0.0", "positive")),
     (lambda: kernels.targets.missing_compiler(["h200"]), ("chip", "['h200']", "h200, ")),
     (lambda: kernels.targets.memory_traffic(loss), ("compiled", "loss", "compiled program")),
 ]  # fmt: skip

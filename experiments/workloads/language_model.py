@@ -50,14 +50,22 @@ STEPS = 400
 class Block(nnx.Module):
     """Pre-norm causal self-attention and a feed-forward layer, each with a residual."""
 
-    def __init__(self, size: Size, attention_fn: Callable[..., jax.Array], rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: Size,
+        attention_fn: Callable[..., jax.Array],
+        dot_general: Callable[..., jax.Array],
+        rngs: nnx.Rngs,
+    ):
         width = size.width
         # Both branches of all layers add to one stream: this keeps its variance near one.
         out_init = nnx.initializers.variance_scaling(0.5 / size.layers, "fan_in", "normal")
 
         def linear(n_in: int, n_out: int, init: nnx.Initializer | None = None) -> nnx.Linear:
             init = init or nnx.initializers.lecun_normal()
-            return nnx.Linear(n_in, n_out, use_bias=False, kernel_init=init, rngs=rngs)
+            return nnx.Linear(
+                n_in, n_out, use_bias=False, kernel_init=init, dot_general=dot_general, rngs=rngs
+            )
 
         self.heads, self.attention_fn = size.heads, attention_fn
         self.attention_norm = nnx.RMSNorm(width, rngs=rngs)
@@ -84,6 +92,7 @@ class LanguageModel(nnx.Module):
       vocabulary: number of different characters.
       attention_fn: called as `attention_fn(q, k, v, is_causal=True)` on [batch, time, heads, head
         size]; default `jax.nn.dot_product_attention`.
+      dot_general: called as `jax.lax.dot_general` for all products with weights.
       rngs: source of the initial weights.
     """
 
@@ -93,13 +102,18 @@ class LanguageModel(nnx.Module):
         vocabulary: int,
         *,
         attention_fn: Callable[..., jax.Array] = jax.nn.dot_product_attention,
+        dot_general: Callable[..., jax.Array] = jax.lax.dot_general,
         rngs: nnx.Rngs,
     ):
         self.embed = nnx.Embed(vocabulary, size.width, rngs=rngs)
         self.position = nnx.Embed(size.context, size.width, rngs=rngs)
-        self.blocks = nnx.List([Block(size, attention_fn, rngs) for _ in range(size.layers)])
+        self.blocks = nnx.List(
+            [Block(size, attention_fn, dot_general, rngs) for _ in range(size.layers)]
+        )
         self.norm = nnx.RMSNorm(size.width, rngs=rngs)
-        self.head = nnx.Linear(size.width, vocabulary, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(
+            size.width, vocabulary, use_bias=False, dot_general=dot_general, rngs=rngs
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[1]))
@@ -123,7 +137,10 @@ def read_text(path: str | None, option: str = "--text") -> str:
 
 
 def language_model(
-    size: str = "0.15M", text: str | None = None, batch_size: int | None = None
+    size: str = "0.15M",
+    text: str | None = None,
+    batch_size: int | None = None,
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general,
 ) -> Workload:
     """Next-character prediction; the loss is the mean cross-entropy in nats per character.
 
@@ -131,6 +148,7 @@ def language_model(
       size: a name in `SIZES`.
       text: path of a UTF-8 file; default the documentation topics of this Python.
       batch_size: windows per step; default that of the size.
+      dot_general: of all products with weights, for instance in few bits.
     """
     if size not in SIZES:
         raise UserError(f"--size {size}: unknown; expected one of {', '.join(SIZES)}")
@@ -139,7 +157,9 @@ def language_model(
         np.frombuffer(characters.encode("utf-32-le"), np.uint32), return_inverse=True
     )
     checksum = hashlib.sha256(characters.encode("utf-8")).hexdigest()
-    return workload_of_tokens(size, tokens, len(alphabet), checksum, f"--text {text}", batch_size)
+    return workload_of_tokens(
+        size, tokens, len(alphabet), checksum, f"--text {text}", batch_size, dot_general
+    )
 
 
 def workload_of_tokens(
@@ -149,6 +169,7 @@ def workload_of_tokens(
     checksum: str,
     source: str,
     batch_size: int | None = None,
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general,
 ) -> Workload:
     """As `language_model`, for a text that is numbers already.
 
@@ -159,6 +180,7 @@ def workload_of_tokens(
       checksum: of the text.
       source: where the text is from, for messages.
       batch_size: windows per step; default that of the size.
+      dot_general: of all products with weights.
     """
     shape = SIZES[size]
     batch_size = batch_size or shape.batch_size
@@ -173,7 +195,7 @@ def workload_of_tokens(
     data = {"train": jnp.asarray(tokens[:-held_out]), "validation": jnp.asarray(windows)}
 
     def build(rngs: nnx.Rngs) -> LanguageModel:
-        return LanguageModel(shape, vocabulary, rngs=rngs)
+        return LanguageModel(shape, vocabulary, dot_general=dot_general, rngs=rngs)
 
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
 

@@ -62,7 +62,7 @@ def bit_plane_matmul(lhs: Any, rhs: Any, *, lhs_bits: int, rhs_bits: int) -> jax
 
     References:
       Ma et al., `Efficient Arbitrary Precision Acceleration for Large Language Models on GPU
-      Tensor Cores <https://arxiv.org/abs/2409.17870>`_, section 3.
+      Tensor Cores <https://arxiv.org/abs/2409.17870>`_.
     """
     matrices = array("lhs", lhs), array("rhs", rhs)
     widths = _width("lhs_bits", lhs_bits), _width("rhs_bits", rhs_bits)

@@ -158,7 +158,7 @@ def weight_only_dot_general(
 
     References:
       Dettmers et al., *LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale*
-      (`arXiv 2208.07339 <https://arxiv.org/abs/2208.07339>`_), section 2, for scales of rows.
+      (`arXiv 2208.07339 <https://arxiv.org/abs/2208.07339>`_), for scales of rows.
     """
     lhs = array("lhs", lhs)
     if not jnp.issubdtype(lhs.dtype, jnp.floating):

@@ -40,4 +40,12 @@ MUTANTS = [
         "out_sharding=out_sharding,\n        )\n        kept",
     ),
     Mutant("tract", '"rhs_dilation": rhs_dilation,', '"rhs_dilation": None,'),
+    Mutant("block_ffn", "active**2, axis=-1", "active**2, axis=0"),
+    Mutant("block_ffn", "keepdims=True) + eps", "keepdims=True)"),
+    Mutant("block_ffn", "found *= jnp.expand_dims", "found += jnp.expand_dims"),
+    Mutant("block_ffn", "jnp.any(active != 0, axis=0)", "jnp.any(active > 1, axis=0)"),
+    Mutant("block_ffn", "jnp.argsort(~used", "jnp.argsort(used"),
+    Mutant("block_ffn", "used.sum() <= most", "used.sum() <= most + 1"),
+    Mutant("block_ffn", "used.sum() <= most", "used.sum() < most"),
+    Mutant("block_ffn", "preferred_element_type=sums\n", "preferred_element_type=x.dtype\n"),
 ]

@@ -26,7 +26,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("granularity", oracle.GRANULARITIES)
+@pytest.mark.parametrize("granularity", [*oracle.GRANULARITIES, 1])
 @pytest.mark.parametrize("format", FORMATS)
 def test_is_the_product_of_the_rounded_weight(format, granularity, call):
     *shapes, dimensions, axis = CALLS[call]
