@@ -15,6 +15,7 @@ from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
+from pallas_kernels.attention.projected import attention_projected
 from pallas_kernels.layers.block_ffn import block_ffn, relu_rms_router
 from pallas_kernels.layers.tract import tract_conv, tract_dot_general
 from pallas_kernels.loss.api import cross_entropy
@@ -38,6 +39,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "attention_cost",
+    "attention_projected",
     "bit_plane_matmul",
     "block_ffn",
     "cross_entropy",

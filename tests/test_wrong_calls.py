@@ -280,6 +280,8 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: attend(mask="causal"), ("mask", "str", "array")),
     (lambda: attend(bias=kernels.Alibi), ("bias", "Alibi", "made of its numbers")),
     (lambda: attend(is_causal=1), ("is_causal", "1", "True or False")),
+    (lambda: kernels.attention_projected(Q, KV, KV, Q[0], axis_name="heads", chunks=2),
+     ("axis", "'heads'", "inside shard_map")),
     (lambda: attend(scale=jnp.ones(2)), ("scale", "[1., 1.]", "number")),
     (lambda: attend(precision="hihg"), ("precision", "'hihg'", "'highest'")),
     (lambda: attend(return_residual="lse"), ("return_residual", "'lse'", "True or False")),

@@ -17,7 +17,7 @@ from pallas_kernels.attention.gather import gather
 from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.parts import key_positions
-from pallas_kernels.attention.placement import explicit_sharding
+from pallas_kernels.attention.placement import explicit_sharding, size_of_axis
 from pallas_kernels.attention.position_bias import Rule, check_rule
 from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 from pallas_kernels.attention.ring import Axis, ring
@@ -188,7 +188,7 @@ def ring_attention(
       >>> attend(x, x, x)[:, inverse].shape
       (1, 8, 2, 4)
     """
-    axis = Axis(axis_name, _axis_size(axis_name))
+    axis = Axis(axis_name, size_of_axis(axis_name))
     _check_choice("layout", layout, LAYOUTS)
     _check_choice("method", method, METHODS)
     _check_runs(layout, query, key)
@@ -344,16 +344,6 @@ def _ids_of_all(query_ids: Any, key_ids: Any, axis: Axis) -> tuple[Any, Any]:
     rest = iter(own)
     query_ids, key_ids = (None if x is None else next(rest) for x in (query_ids, key_ids))
     return query_ids, key_ids
-
-
-def _axis_size(axis_name: Hashable) -> int:
-    try:
-        return lax.axis_size(axis_name)
-    except NameError as error:
-        raise ValueError(
-            f"axis {axis_name!r} is not bound; call inside shard_map or pmap, or vmap with this "
-            "axis_name"
-        ) from error
 
 
 def _check_choice(name: str, given: str, known: tuple[str, ...]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 
@@ -17,6 +18,17 @@ def axis_names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+def size_of_axis(axis_name: Hashable) -> int:
+    """Returns how many devices or entries a mapped axis has, or raises a ValueError."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis {axis_name!r} is not bound; call inside shard_map or pmap, or vmap with this "
+            "axis_name"
+        ) from error
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:

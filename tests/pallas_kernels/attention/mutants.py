@@ -55,7 +55,12 @@ class SuiteMutant(suites.Mutant):
         return (f"pallas_kernels/attention/{NOTICED_BY[self.name]}.py",)
 
 
-NOTICED_BY = {"integers": "test_positions", "placement": "test_meshes", "heads": "test_vmapped"}
+NOTICED_BY = {
+    "integers": "test_positions",
+    "placement": "test_meshes",
+    "heads": "test_vmapped",
+    "projected": "test_projected",
+}
 
 
 CASES = [
@@ -225,6 +230,22 @@ SUITES = [
     SuiteMutant("heads", '"v" * number + AXES[name]', "AXES[name]", file="derivatives"),
     SuiteMutant("heads", 'fold.unfold("v" * len(levels) + AXES[k], x)', "fold.unfold(AXES[k], x)", file="derivatives"),
     SuiteMutant("heads", "if is_mapped} | {*form.wanted}", "if is_mapped}", file="derivatives"),
+    # Chunks of the queries, and one sum for each.
+    SuiteMutant("projected", "offset=mask.offset + start", "offset=mask.offset"),
+    SuiteMutant("projected", "lengths - start", "lengths"),
+    SuiteMutant("projected", "query_segment_ids=cut(mask.query_segment_ids, 1)", "query_segment_ids=mask.query_segment_ids"),
+    SuiteMutant("projected", "dense=cut(mask.dense, 2)", "dense=mask.dense"),
+    SuiteMutant("projected", "x.shape[axis] == 1 != length", "x.shape[axis] == 0"),
+    SuiteMutant("projected", "bias=cut(operands.bias, 2)", "bias=operands.bias"),
+    SuiteMutant("projected", "diagonals, length - stop, last", "diagonals, start, diagonals.shape[2] - length + stop"),
+    SuiteMutant("projected", "seeds + jnp.int32(start) * dropout.ROW", "seeds"),
+    SuiteMutant("projected", "parts // number * multiple", "parts * multiple // number"),
+    SuiteMutant("projected", "if any(a >= b for", "if any(a > b for"),
+    SuiteMutant("projected", "1 <= number <= max(1, parts)", "1 <= number"),
+    SuiteMutant("projected", "devices if scatter else 1", "1"),
+    SuiteMutant("projected", "    if not scatter:", "    if True:"),
+    SuiteMutant("projected", "return _after(*primals), tangents[1]", "return _after(*primals), tangents[1] * 0"),
+    SuiteMutant("projected", "sums.append(_summed(products[-1], axis_name, scatter))", "sums.append(products[-1])"),
 ]  # fmt: skip
 MUTANTS = [*CASES, *SUITES]
 
