@@ -31,7 +31,7 @@ OTHER_BLOCKS = [
     )
 ]
 # What wrong variants are caught by (`mutants.py`) is always run, and what has every feature.
-QUICK = cases.QUICK | {mutant.case for mutant in mutants.MUTANTS}
+QUICK = cases.QUICK | {mutant.case for mutant in mutants.CASES}
 HALF = [
     cases.CASES[i].replace(dtype=dtype, name=f"{cases.CASES[i]}, {dtype}")
     for dtype, i in (("bfloat16", 1), ("bfloat16", 34), ("float16", 34))
