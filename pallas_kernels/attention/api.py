@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 
 import jax
 
-from pallas_kernels import _compat
-from pallas_kernels.attention import arguments, options, routes
+from pallas_kernels import _compat, _options
+from pallas_kernels.attention import arguments, routes
 from pallas_kernels.attention.position_bias import RULES, Rule
 from pallas_kernels.attention.routes import Explanation, Implementation
 
@@ -254,7 +254,7 @@ def run(
     return_residual: bool,
 ) -> Any:
     """Returns what `attention` does, for checked arguments."""
-    return_residual = options.flag("return_residual", return_residual)
+    return_residual = _options.flag("return_residual", return_residual)
     name = routes.choose(implementation, call.settings, call.operands, return_residual)
     size = call.operands.sizes
     if 0 in (size.batch, size.queries, size.keys, size.value_dim):

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import dropout, integers, options
+from pallas_kernels import _options
+from pallas_kernels._dtypes import wide
+from pallas_kernels.attention import dropout, hiding, integers
 from pallas_kernels.attention.integers import number_or_entries, per_entry
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.placement import Leading
 from pallas_kernels.attention.position_bias import RULES, diagonals_of
-from pallas_kernels.attention.problem import Operands, Settings, wide
+from pallas_kernels.attention.problem import Operands, Settings
 
 
 class Canonical(NamedTuple):
@@ -75,7 +77,7 @@ def canonical(
       ValueError: A shape or a value is wrong.
       TypeError: A dtype is wrong.
     """
-    query, key, value = map(options.array, ("query", "key", "value"), (query, key, value))
+    query, key, value = map(_options.array, ("query", "key", "value"), (query, key, value))
     _check_shapes(query, key, value)
     _check_dtypes(query, key, value)
     leading = Leading.of(query, query.ndim - 3)
@@ -85,7 +87,7 @@ def canonical(
     sizes = _Shape(leading, t, s, n, k)
 
     if mask is not None:
-        mask = options.array("mask", mask)
+        mask = _options.array("mask", mask)
         if mask.dtype != jnp.bool_:
             raise TypeError(
                 f"mask has dtype {mask.dtype}; expected bool, True where attention is allowed "
@@ -101,15 +103,15 @@ def canonical(
             f"bias is {bias!r}; expected an array, or one of {kinds} made of its numbers"
         )
     if bias is not None:
-        bias = options.array("bias", bias)
+        bias = _options.array("bias", bias)
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise TypeError(f"bias has dtype {bias.dtype}; expected a floating dtype")
         bias = _four(bias, "bias", sizes)
-    left, right = options.window(local_window_size, is_causal)
+    left, right = hiding.window(local_window_size, is_causal)
     offset, offsets = number_or_entries("query_offset", query_offset, leading, -integers.FAR)
     start, starts = number_or_entries("key_value_start", key_value_start, leading, 0)
     prefix, prefix_lengths = number_or_entries("prefix_lengths", prefix_lengths, leading, 0)
-    options.check_prefix(prefix != 0 or prefix_lengths is not None, right)
+    hiding.check_prefix(prefix != 0 or prefix_lengths is not None, right)
     start, prefix, distance = (
         max(low, min(x, integers.FAR))
         for x, low in ((start, 0), (prefix, 0), (offset, -integers.FAR))
@@ -128,17 +130,17 @@ def canonical(
     key, value = (_zero_before(x, start, starts) for x in (key, value))
 
     if sinks is not None:
-        sinks = options.array("sinks", sinks)
+        sinks = _options.array("sinks", sinks)
         if sinks.shape != (n,):
             raise ValueError(f"sinks has shape {sinks.shape}; expected ({n},), one for each head")
         sinks = sinks.astype(wide(query.dtype))
     rate, seeds = _dropout(dropout_rate, dropout_rng, leading, n, broadcast_dropout)
     settings = Settings(
-        scale=d**-0.5 if scale is None else options.number("scale", scale),
-        soft_cap=options.soft_cap(logits_soft_cap),
+        scale=d**-0.5 if scale is None else _options.number("scale", scale),
+        soft_cap=_options.soft_cap(logits_soft_cap),
         dropout_rate=rate,
-        precision=options.precision(precision),
-        config=options.hashable("config", config),
+        precision=_options.precision(precision),
+        config=_options.hashable("config", config),
         interpret=False if interpret is None else interpret,
     )
     diagonals = None
@@ -307,7 +309,7 @@ def _zero_before(x: jax.Array, start: int, starts: jax.Array | None) -> jax.Arra
 def _dropout(
     rate: Any, key: Any, leading: Leading, heads: int, broadcast: bool
 ) -> tuple[float, jax.Array | None]:
-    rate = options.number("dropout_rate", rate)
+    rate = _options.number("dropout_rate", rate)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate={rate}; expected a probability in [0, 1)")
     if rate == 0:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
+from pallas_kernels._dtypes import wide
 from pallas_kernels.attention import dropout, toeplitz
 from pallas_kernels.attention.chunks import (
     Arranged,
@@ -52,7 +53,7 @@ from pallas_kernels.attention.mask import (
     keys_of_rows,
     rows_of_keys,
 )
-from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
+from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 
 
 class _Tile(NamedTuple):

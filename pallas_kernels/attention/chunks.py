@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
+from pallas_kernels._dtypes import wide
 from pallas_kernels.attention import tuning
 from pallas_kernels.attention.mask import missing, tile_kinds
-from pallas_kernels.attention.problem import Operands, Settings, Sizes, wide
+from pallas_kernels.attention.problem import Operands, Settings, Sizes
 
 
 class ChunkedConfig(NamedTuple):

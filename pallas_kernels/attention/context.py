@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import _options
 from pallas_kernels._compat import vary, varying_axes, with_axis
-from pallas_kernels.attention import arguments, core, integers, layouts, options, routes
+from pallas_kernels.attention import arguments, core, integers, layouts, routes
 from pallas_kernels.attention.gather import gather
 from pallas_kernels.attention.layouts import LAYOUTS
 from pallas_kernels.attention.mask import Mask
@@ -61,7 +62,7 @@ def shard_sequence_order(
       [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     """
     _check_choice("layout", layout, LAYOUTS)
-    length, axis_size = options.index("length", length), options.index("axis_size", axis_size)
+    length, axis_size = _options.index("length", length), _options.index("axis_size", axis_size)
     if axis_size < 1:
         raise ValueError(f"axis_size={axis_size}; expected at least 1")
     parts = axis_size * layouts.runs_of(layout)

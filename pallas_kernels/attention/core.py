@@ -12,17 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels._compat import vary, varying_axes
+from pallas_kernels._dtypes import wide
 from pallas_kernels.attention import derivatives, mapped
 from pallas_kernels.attention.mapped import Arrays
-from pallas_kernels.attention.problem import (
-    Gradients,
-    Operands,
-    Route,
-    Settings,
-    axes_of,
-    names_of,
-    wide,
-)
+from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, axes_of, names_of
 from pallas_kernels.attention.tangent import PLAIN
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import options
+from pallas_kernels import _options
+from pallas_kernels.attention import hiding
 from pallas_kernels.attention.integers import narrowed
 
 
@@ -184,16 +185,16 @@ def attention_cost(
       ('matrix', '1.11 ms')
     """
     (b, t, n, d), (_, s, heads, _) = _check_shapes(query_shape, key_shape)
-    dv = d if value_dim is None else options.index("value_dim", value_dim)
+    dv = d if value_dim is None else _options.index("value_dim", value_dim)
     if dv < 0:
         raise ValueError(f"value_dim={dv}; expected at least 0")
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-        if options.index(name, block) < 1:
+        if _options.index(name, block) < 1:
             raise ValueError(f"{name}={block}; expected a positive number")
     if chip is not None and (not isinstance(chip, str) or chip not in PEAKS):
         raise ValueError(f"chip={chip!r} is not known; expected one of {', '.join(PEAKS)}")
-    left, right = options.window(local_window_size, is_causal)
-    query_offset = options.index("query_offset", query_offset)
+    left, right = hiding.window(local_window_size, is_causal)
+    query_offset = _options.index("query_offset", query_offset)
     left, right, query_offset = narrowed(left, right, query_offset, t, s)
     lengths = zip(
         _lengths("query_seq_lengths", query_seq_lengths, b, t),
@@ -291,7 +292,7 @@ def _ceilings(
 def _check_shapes(
     query_shape: Sequence[int], key_shape: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    query, key = map(options.indices, ("query_shape", "key_shape"), (query_shape, key_shape))
+    query, key = map(_options.indices, ("query_shape", "key_shape"), (query_shape, key_shape))
     if len(query) != 4 or min(query) < 0:
         raise ValueError(f"query_shape={query}; expected (B, T, N, d)")
     if len(key) != 4 or (key[0], key[3]) != (query[0], query[3]) or min(key) < 0:
@@ -314,7 +315,7 @@ def _lengths(
 ) -> list[int]:
     if lengths is None:
         return [full if default is None else default] * batch
-    found = list(options.indices(name, lengths))
+    found = list(_options.indices(name, lengths))
     if len(found) != batch or any(not 0 <= x <= full for x in found):
         raise ValueError(f"{name}={found}; expected {batch} numbers from 0 to {full}")
     return found

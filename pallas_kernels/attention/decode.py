@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import _options
 from pallas_kernels._compat import Device, device, vary_like
-from pallas_kernels.attention import options, reference, routes, tuning
+from pallas_kernels.attention import reference, routes, tuning
 from pallas_kernels.attention.decode_placement import where_it_lies
 from pallas_kernels.attention.decode_problem import (
     Operands,
@@ -143,7 +144,7 @@ def decode_attention(
       >>> decode_attention(query, cache, cache, jnp.array([3, 16])).shape
       (2, 4, 8)
     """
-    if (query := options.array("query", query)).ndim not in (3, 4):
+    if (query := _options.array("query", query)).ndim not in (3, 4):
         raise ValueError(f"query has shape {query.shape}; expected (B, N, d) or (B, T, N, d)")
     one_token = query.ndim == 3
     query = query[:, None] if one_token else query

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import _options
 from pallas_kernels._compat import Device
-from pallas_kernels.attention import options, tuning
+from pallas_kernels.attention import hiding, tuning
 from pallas_kernels.attention.integers import FAR, number_or_entries, to_int32
 from pallas_kernels.attention.placement import Leading
 from pallas_kernels.attention.position_bias import Rule, check_rule
@@ -126,10 +127,10 @@ def canonical(
 ) -> tuple[Settings, Operands]:
     """Checks the arguments of `decode_attention`, with query (B, T, N, d), and packs the rows."""
     query, key_cache, value_cache = (
-        options.array(name, x)
+        _options.array(name, x)
         for name, x in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache))
     )
-    page_table = None if page_table is None else options.array("page_table", page_table)
+    page_table = None if page_table is None else _options.array("page_table", page_table)
     _check_arrays(query, key_cache, value_cache, page_table)
     b, t, n, d = query.shape
     kv_heads = key_cache.shape[2]
@@ -138,8 +139,8 @@ def canonical(
     check_rule(bias)
     if bias is not None:
         bias.check(n)
-    left, right = options.window(local_window_size, is_causal)
-    options.check_prefix(prefix_lengths is not None, right)
+    left, right = hiding.window(local_window_size, is_causal)
+    hiding.check_prefix(prefix_lengths is not None, right)
     lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if lengths.shape not in ((), (b,)) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
@@ -176,12 +177,12 @@ def canonical(
     if most is not full:  # symbolic, in a program to be exported
         lengths = jnp.minimum(lengths, jnp.asarray(full, jnp.int32))
     settings = Settings(
-        scale=1 / math.sqrt(d) if scale is None else options.number("scale", scale),
+        scale=1 / math.sqrt(d) if scale is None else _options.number("scale", scale),
         queries=t,
         # No position is beyond the last of the cache, or before that of the first of the queries.
         left=_side(left, full - 1 if isinstance(full, int) else FAR),
         right=_side(right, t),
-        soft_cap=options.soft_cap(logits_soft_cap),
+        soft_cap=_options.soft_cap(logits_soft_cap),
         num_splits=None if num_splits is None else int(num_splits),
         interpret=bool(interpret) if interpret in (None, False, True) else interpret,
     )
@@ -192,7 +193,7 @@ def canonical(
 
 def checked_sinks(sinks: Any, heads: int) -> jax.Array:
     """Returns the sinks in float32, or raises ValueError where they do not fit `heads`."""
-    sinks = options.array("sinks", sinks)
+    sinks = _options.array("sinks", sinks)
     if sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(
             f"sinks has shape {sinks.shape} and dtype {sinks.dtype}; expected a float for each "

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import api, arguments, options
+from pallas_kernels import _options
+from pallas_kernels.attention import api, arguments
 from pallas_kernels.attention.mask import Mask, visible
 
 
@@ -161,8 +162,8 @@ def _attend(
     qk_attn_weights_einsum: Any,
     attn_weights_value_einsum: Any,
 ) -> jax.Array:
-    query, key, value = map(options.array, ("query", "key", "value"), (query, key, value))
-    mask = None if mask is None else options.array("mask", mask)
+    query, key, value = map(_options.array, ("query", "key", "value"), (query, key, value))
+    mask = None if mask is None else _options.array("mask", mask)
     causal = is_causal or defaults.get("is_causal", False)
     own = {
         "module": module,

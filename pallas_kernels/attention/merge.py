@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention import options
-from pallas_kernels.attention.problem import wide
+from pallas_kernels import _options
+from pallas_kernels._dtypes import wide
 
 
 def merge_attention(
@@ -51,7 +51,7 @@ def merge_attention(
       ([2.0, 2.0], 0.6931)
     """
     output1, lse1, output2, lse2 = map(
-        options.array, ("output1", "lse1", "output2", "lse2"), (output1, lse1, output2, lse2)
+        _options.array, ("output1", "lse1", "output2", "lse2"), (output1, lse1, output2, lse2)
     )
     if output1.ndim < 1 or output1.shape != output2.shape:
         raise ValueError(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["slopes"], meta_fields=[])

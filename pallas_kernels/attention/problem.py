@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels._compat import Device
 from pallas_kernels.attention.mask import Mask
@@ -81,14 +80,6 @@ class Sizes(NamedTuple):
     group: int  # query heads of a key/value head
     head_dim: int
     value_dim: int
-
-
-def wide(*dtypes: Any) -> Any:
-    """Returns the dtype of scores, sums and lse: float64 if one is float64, else float32.
-
-    Not `jnp.promote_types`, which refuses to mix dtypes under strict promotion.
-    """
-    return jnp.float64 if any(x == jnp.float64 for x in dtypes) else jnp.float32
 
 
 class Settings(NamedTuple):

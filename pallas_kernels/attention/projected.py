@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention import api, arguments, dropout, options
+from pallas_kernels import _options
+from pallas_kernels.attention import api, arguments, dropout
 from pallas_kernels.attention.placement import size_of_axis
 from pallas_kernels.attention.problem import Operands
 
@@ -83,7 +84,7 @@ def attention_projected(
       FastAttention's tiling-AllReduce (`arXiv 2410.16663 <https://arxiv.org/abs/2410.16663>`_).
     """
     devices = size_of_axis(axis_name)
-    scatter = options.flag("scatter", scatter)
+    scatter = _options.flag("scatter", scatter)
     if "return_residual" in attention_options:
         raise TypeError("return_residual is no option here; expected those of attention without it")
     given = inspect.signature(api.attention).bind(query, key, value, **attention_options)
@@ -162,14 +163,14 @@ def _rows(operands: Operands, start: int, stop: int) -> Operands:
 def _cuts(chunks: Any, length: int, multiple: int) -> tuple[int, ...]:
     """Returns where chunks begin, and the end of the last."""
     if isinstance(chunks, (tuple, list)):
-        cuts = (0, *options.indices("chunks", chunks), length)
+        cuts = (0, *_options.indices("chunks", chunks), length)
         if any(a >= b for a, b in itertools.pairwise(cuts)):
             raise ValueError(
                 f"chunks={chunks!r}; expected ascending positions between 0 and {length}, the "
                 "number of queries"
             )
     else:
-        number, parts = options.index("chunks", chunks), length // multiple
+        number, parts = _options.index("chunks", chunks), length // multiple
         if not 1 <= number <= max(1, parts):
             raise ValueError(
                 f"chunks={number}; expected 1 to {max(1, parts)} for {length} queries"
@@ -185,7 +186,7 @@ def _cuts(chunks: Any, length: int, multiple: int) -> tuple[int, ...]:
 
 
 def _checked_kernel(kernel: Any, operands: Operands) -> jax.Array:
-    kernel = options.array("kernel", kernel)
+    kernel = _options.array("kernel", kernel)
     heads, size = operands.query.shape[2], operands.value.shape[3]
     if kernel.ndim != 3 or kernel.shape[:2] != (heads, size):
         raise ValueError(

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import Device
+from pallas_kernels._dtypes import wide
 from pallas_kernels.attention import dropout
 from pallas_kernels.attention.mask import visible
-from pallas_kernels.attention.problem import Operands, Settings, wide
+from pallas_kernels.attention.problem import Operands, Settings
 
 
 def attend(settings: Settings, operands: Operands) -> tuple[jax.Array, jax.Array]:

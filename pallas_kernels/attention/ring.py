@@ -25,11 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import vary, varying_axes
+from pallas_kernels._dtypes import wide
 from pallas_kernels.attention import layouts, parts
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.merge import merge_parts
 from pallas_kernels.attention.parts import Pair
-from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings, wide
+from pallas_kernels.attention.problem import Gradients, Operands, Route, Settings
 
 
 def ring(route: Route, axis: Axis, layout: str) -> Route:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
+from pallas_kernels._dtypes import wide
 from pallas_kernels.attention import chunked, toeplitz
 from pallas_kernels.attention.chunks import (
     arrange,
@@ -36,7 +37,7 @@ from pallas_kernels.attention.chunks import (
     position,
 )
 from pallas_kernels.attention.mask import Limits, Mask, keys_of_rows
-from pallas_kernels.attention.problem import Operands, Settings, wide
+from pallas_kernels.attention.problem import Operands, Settings
 
 
 def tangent(

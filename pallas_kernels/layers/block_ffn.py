@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.options import array, index, number
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
+from pallas_kernels._options import array, index, number
 
 
 def relu_rms_router(

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
-from pallas_kernels.attention.options import number
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
+from pallas_kernels._options import number
 
 AxisName = Hashable  # or a tuple of them, or None
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 import jax
 
-from pallas_kernels.attention import options
+from pallas_kernels import _options
 from pallas_kernels.loss import arguments, core, reference, tokens
 
 IMPLEMENTATIONS = ("chunked", "reference")
@@ -153,8 +153,8 @@ def cross_entropy(
       the z-loss is that of Chowdhery et al., *PaLM*
       (`arXiv 2204.02311 <https://arxiv.org/abs/2204.02311>`_), section 5.
     """
-    return_lse = options.flag("return_lse", return_lse)
-    in_forward = options.flag("gradient_in_forward", gradient_in_forward)
+    return_lse = _options.flag("return_lse", return_lse)
+    in_forward = _options.flag("gradient_in_forward", gradient_in_forward)
     if not isinstance(reduction, str) or reduction not in arguments.REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}; expected one of {arguments.REDUCTIONS}")
     plain = _is_reference(implementation, axis_name)

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _compat
-from pallas_kernels.attention import options
-from pallas_kernels.attention.problem import wide
+from pallas_kernels import _compat, _options
+from pallas_kernels._dtypes import wide
 from pallas_kernels.loss.problem import Operands, Settings, Tokens
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -51,8 +50,8 @@ def canonical(
       ValueError: A shape or a value is wrong.
       TypeError: A dtype is wrong.
     """
-    hidden, weight = options.array("hidden", hidden), options.array("weight", weight)
-    labels = options.array("labels", labels)
+    hidden, weight = _options.array("hidden", hidden), _options.array("weight", weight)
+    labels = _options.array("labels", labels)
     axis = _vocabulary_axis(vocabulary_axis)
     _check_arrays(hidden, weight, labels, axis)
     own = weight.shape[axis]
@@ -66,7 +65,7 @@ def canonical(
     inside = (labels >= 0) & (labels < min(own * shards, jnp.iinfo(labels.dtype).max + 1))
     counted, known = None, inside
     if ignore_index is not None:
-        ignore_index = options.index("ignore_index", ignore_index)
+        ignore_index = _options.index("ignore_index", ignore_index)
         low, high = jnp.iinfo(labels.dtype).min, jnp.iinfo(labels.dtype).max
         if low <= ignore_index <= high:
             counted = labels != jnp.asarray(ignore_index, labels.dtype)
@@ -78,10 +77,10 @@ def canonical(
     settings = Settings(
         vocabulary=own * shards,
         vocabulary_axis=axis,
-        soft_cap=options.soft_cap(logits_soft_cap),
+        soft_cap=_options.soft_cap(logits_soft_cap),
         label_smoothing=_in_range("label_smoothing", label_smoothing, 1),
         z_loss=_in_range("z_loss", z_loss, math.inf),
-        precision=options.precision(precision),
+        precision=_options.precision(precision),
         axis_name=axis_name,
         block_vocabulary=_block_vocabulary(block_vocabulary, own, labels.size),
         block_tokens=_block_tokens(block_tokens, labels.size, hidden.shape[-1]),
@@ -98,7 +97,7 @@ def canonical(
 
 
 def _vocabulary_axis(axis: Any) -> int:
-    axis = options.index("vocabulary_axis", axis)
+    axis = _options.index("vocabulary_axis", axis)
     if axis not in (0, 1, -1, -2):
         raise ValueError(
             f"vocabulary_axis={axis}; expected 1 for a weight (width, vocabulary), or 0 for "
@@ -144,7 +143,7 @@ def _shards(axis_name: Any, own: int) -> tuple[int, Any]:
 
 
 def _of_classes(name: str, value: Any, vocabulary: int) -> jax.Array:
-    x = options.array(name, value)
+    x = _options.array(name, value)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} has dtype {x.dtype}; expected a floating dtype")
     if x.shape != (vocabulary,):
@@ -155,7 +154,7 @@ def _of_classes(name: str, value: Any, vocabulary: int) -> jax.Array:
 
 
 def _in_range(name: str, value: Any, high: float) -> float:
-    value = options.number(name, value)
+    value = _options.number(name, value)
     if not 0 <= value <= high or math.isinf(value):
         limit = "at least 0" if math.isinf(high) else f"from 0 to {high}"
         raise ValueError(f"{name}={value}; expected a number {limit}")
@@ -199,7 +198,7 @@ def _block_tokens(given: Any, tokens: int, width: int) -> int:
 
 
 def _positive(name: str, value: Any) -> int:
-    value = options.index(name, value)
+    value = _options.index(name, value)
     if value < 1:
         raise ValueError(f"{name}={value}; expected a positive integer")
     return value

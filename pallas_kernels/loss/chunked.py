@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
 from pallas_kernels.loss.problem import Operands, Rows, Settings, product_dtype
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels._compat import vary, varying_axes
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
 from pallas_kernels.loss import chunked, tokens
 from pallas_kernels.loss.problem import Operands, Rows, Settings, Tokens, product_dtype
 

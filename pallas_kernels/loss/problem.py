@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import _compat
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
 
 
 class Operands(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
 from pallas_kernels.loss import tokens
 from pallas_kernels.loss.problem import Operands, Rows, Settings
 

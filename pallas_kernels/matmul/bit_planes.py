@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.options import array, index
+from pallas_kernels._options import array, index
 
 WORD = 32
 INT32 = 2**31 - 1

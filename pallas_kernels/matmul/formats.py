@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.options import index
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
+from pallas_kernels._options import index
 
 
 class Format(NamedTuple):

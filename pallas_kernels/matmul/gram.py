@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import options
+from pallas_kernels import _options
 
 SPLITS = 2
 
@@ -52,12 +52,12 @@ def gram(
        [11. 25. 39.]
        [17. 39. 61.]]
     """
-    x = options.array("x", x)
+    x = _options.array("x", x)
     if x.ndim < 2:
         raise ValueError(f"x has shape {x.shape}; expected (..., m, k)")
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"x has dtype {x.dtype}; expected a real dtype")
-    if options.index("least_side", least_side) < 2:
+    if _options.index("least_side", least_side) < 2:
         raise ValueError(f"least_side={least_side}; expected an integer of at least 2")
 
     def product(left: jax.Array, right: jax.Array) -> jax.Array:

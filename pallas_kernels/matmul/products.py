@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
 from pallas_kernels.matmul.formats import FORMATS, Quantized, quantize
 
 INT32 = 2**31 - 1

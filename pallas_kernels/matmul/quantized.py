@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
-from pallas_kernels.attention.options import array, flag
+from pallas_kernels._options import array, flag
 from pallas_kernels.matmul import formats, products
 from pallas_kernels.matmul.formats import FORMATS
 from pallas_kernels.matmul.products import Product, Settings

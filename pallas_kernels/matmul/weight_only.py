@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from pallas_kernels.attention.options import array, index
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
+from pallas_kernels._options import array, index
 from pallas_kernels.matmul import formats
 from pallas_kernels.matmul.formats import quantize
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.attention.problem import wide
+from pallas_kernels._dtypes import wide
 
 KEPT = ("norm_mean", "norm_mean_square")
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.options import array, number
+from pallas_kernels._options import array, number
 from pallas_kernels.norm import formula
 
 Casting = Literal["gemma", "llama"]
