@@ -30,6 +30,14 @@ def test_numbers_of_the_specification():
         np.testing.assert_allclose(locality(equal), 0.5481468479, atol=1e-10)
 
 
+def test_steeper_is_as_larger_scores():
+    with jax.enable_x64(True):
+        scores = jnp.asarray(SCORES)
+        found = regularizers.activation_locality_loss(scores, steep=3.0)
+        want = regularizers.activation_locality_loss(3 * scores, steep=1.0)
+        np.testing.assert_allclose(found, want, rtol=1e-12)
+
+
 def definition(active: np.ndarray, chunk: int, mask: np.ndarray, eps: float) -> float:
     p = active / (active.sum(-1, keepdims=True) + eps) * mask[:, None]
     chunks = [p[i : i + chunk] for i in range(0, len(p), chunk)]

@@ -139,7 +139,7 @@ MUTANTS = [
     # Bits.
     Mutant("bit_planes", "of_lhs[1] - 2 * count", "of_lhs[1] - count", PAIRS),
     Mutant("bit_planes", "<< (i + j)", "<< i", PAIRS),
-    Mutant("bit_planes", "(2**bits - 1)) >> 1", "2**bits) >> 1", PAIRS),
+    Mutant("bit_planes", "(2**bits - 1)) >> 1", "(2**bits - 3)) >> 1", PAIRS),
     Mutant("bit_planes", "-x.shape[1] % WORD", "0", "test_every_length_is_exact"),
     Mutant("bit_planes", "of_lhs[1] - 2 * count", "rows[0].shape[1] * WORD - 2 * count", PAIRS),
     # The symmetric product.
