@@ -56,12 +56,18 @@ def register(
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds the module as the other finders do, and enters what waits when it has been executed."""
 
+    is_asking = False
+
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != _MODULE:
+        if fullname != _MODULE or self.is_asking:  # one of the others may ask all, too
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
+        self.is_asking = True
+        try:
+            specs = (finder.find_spec(fullname, path, target) for finder in others)
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self.is_asking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

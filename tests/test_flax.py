@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -48,6 +49,20 @@ def test_order_of_imports_does_not_matter(imports, later):
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_finders_that_ask_all_others_find_the_module():
+    here, there = _flax._Finder(), _flax._Finder()
+    found = sys.modules.pop(_flax._MODULE)
+    sys.meta_path[:0] = [here, there]
+    try:
+        spec = importlib.util.find_spec(_flax._MODULE)
+        assert spec is not None
+        assert spec.origin == found.__file__
+    finally:
+        sys.modules[_flax._MODULE] = found
+        for finder in (here, there):
+            sys.meta_path.remove(finder)
 
 
 def test_base_of_adapters():
