@@ -91,6 +91,5 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
 
 def temporary_bytes(program: Any) -> int | None:
     """Returns the temporary memory of a program that XLA compiled; of another it is not known."""
-    if isinstance(program, jax.stages.Compiled):
-        return program.memory_analysis().temp_size_in_bytes
-    return None
+    memory = program.memory_analysis() if isinstance(program, jax.stages.Compiled) else None
+    return None if memory is None else memory.temp_size_in_bytes
