@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_design",
     "mathml",
+    "signatures",
 ]
 default_role = "py:obj"
 
@@ -41,6 +42,7 @@ html_theme = "sphinx_book_theme"
 html_title = "jaxopt-lab"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["scroll.js"]
 html_math_renderer = "mathml"
 html_theme_options = {
     "show_toc_level": 2,

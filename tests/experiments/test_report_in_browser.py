@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from experiments.harness.report import html
+from tests.browser import SIZES, barriers, chromium
 from tests.experiments.made_up import COURSE, PAGE
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-)  # fmt: skip
-SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
 BOTH_SIZES = pytest.mark.parametrize("size", SIZES)
-
-if CHROMIUM is None:
-    pytest.skip("needs Chromium (Debian: chromium)", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra test-browser")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs test-browser")
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +23,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
@@ -175,14 +162,7 @@ def test_page_fits_and_is_accessible(opened: Any, size: str, scheme: str) -> Non
         map(int, page.evaluate("getComputedStyle(document.body).backgroundColor")[4:-1].split(","))
     )
     assert (light > 3 * 128) == (scheme == "light")
-    found = axe.Axe().run(page).response
-    assert found["passes"]
-    grave = [
-        (fault["id"], [node["html"][:200] for node in fault["nodes"]])
-        for fault in found["violations"]
-        if fault["impact"] in ("serious", "critical")
-    ]
-    assert grave == []
+    assert barriers(page) == []
 
 
 def test_page_can_be_read_without_its_script(browser: Any, address: str) -> None:
