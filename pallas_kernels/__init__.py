@@ -14,6 +14,7 @@ from pallas_kernels.attention.cost import AttentionCost, attention_cost
 from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.flax_attention import flax_attention_fn, make_flax_attention_fn
 from pallas_kernels.attention.merge import merge_attention
+from pallas_kernels.attention.pages import CompactedPages, compact_pages, take_pages
 from pallas_kernels.attention.position_bias import Alibi, RelativePositionBias, alibi_slopes
 from pallas_kernels.attention.projected import attention_projected
 from pallas_kernels.layers.block_ffn import block_ffn, relu_rms_router
@@ -33,6 +34,7 @@ __all__ = [
     "Alibi",
     "AttentionCost",
     "ChunkedConfig",
+    "CompactedPages",
     "QuantizedWeight",
     "RelativePositionBias",
     "add_rms_norm",
@@ -42,6 +44,7 @@ __all__ = [
     "attention_projected",
     "bit_plane_matmul",
     "block_ffn",
+    "compact_pages",
     "cross_entropy",
     "decode_attention",
     "explain",
@@ -56,6 +59,7 @@ __all__ = [
     "ring_attention",
     "rms_norm",
     "shard_sequence_order",
+    "take_pages",
     "tract_conv",
     "tract_dot_general",
     "weight_only_dot_general",

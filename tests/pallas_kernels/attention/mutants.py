@@ -60,6 +60,7 @@ NOTICED_BY = {
     "placement": "test_meshes",
     "heads": "test_vmapped",
     "projected": "test_projected",
+    "pages": "test_pages",
 }
 
 
@@ -246,6 +247,14 @@ SUITES = [
     SuiteMutant("projected", "    if not scatter:", "    if True:"),
     SuiteMutant("projected", "return _after(*primals), tangents[1]", "return _after(*primals), tangents[1] * 0"),
     SuiteMutant("projected", "sums.append(_summed(products[-1], axis_name, scatter))", "sums.append(products[-1])"),
+    # Pages.
+    SuiteMutant("pages", "stable=True", "descending=True"),
+    SuiteMutant("pages", "page_size < lengths", "page_size <= lengths"),
+    SuiteMutant("pages", "jnp.where(in_use, table, pages)", "table"),
+    SuiteMutant("pages", "jnp.where(in_use, place[table], -1)", "place[table]"),
+    SuiteMutant("pages", "place[table], -1", "order[table], -1"),
+    SuiteMutant("pages", "shape[:2] != found", "shape[0] != found[0]"),
+    SuiteMutant("pages", "used=used.sum(dtype=jnp.int32)", "used=in_use.sum(dtype=jnp.int32)"),
 ]  # fmt: skip
 MUTANTS = [*CASES, *SUITES]
 
