@@ -12,7 +12,7 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 
-from tests.browser import SIZES, barriers, chromium
+from tests.browser import SIZES, barriers, chromium, needed
 
 SITE = pathlib.Path(__file__).parents[1] / "site"
 ALL = sorted(path for path in SITE.rglob("*.html") if "_static" not in path.parts)
@@ -22,8 +22,10 @@ PAGES = [path for path in ALL if path not in SOURCES[1:]]
 # Minutes each, on the long pages of the reference, which are made of the same parts as the short.
 SHORT = {path for path in PAGES if path.stat().st_size < 80_000}
 
-if not PAGES:
-    pytest.skip("needs the site: python -m sphinx docs site", allow_module_level=True)
+pytestmark = [
+    needed,
+    pytest.mark.skipif(not PAGES, reason="needs the site: python -m sphinx docs site"),
+]
 
 
 @pytest.fixture(scope="module")

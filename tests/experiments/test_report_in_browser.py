@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from experiments.harness.report import html
-from tests.browser import SIZES, barriers, chromium
+from tests.browser import SIZES, barriers, chromium, needed
 from tests.experiments.made_up import COURSE, PAGE
+
+pytestmark = needed
 
 BOTH_SIZES = pytest.mark.parametrize("size", SIZES)
 
