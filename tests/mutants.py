@@ -3,12 +3,14 @@
 `python -m tests.mutants [name or folder ...]` replaces one piece of text in a copy of a package at
 a time and runs what should notice. The lists, each a `mutants.py`, lie beside those tests; a name
 is that of a rule or a file, a folder one below `tests`. It prints a line a mutant and exits with 1
-if one survives that is not marked as the same function.
+if one survives that is not marked as the same function. `--quick` leaves out those that run a part
+of the suite each, which takes seconds for one.
 """
 
 from __future__ import annotations
 
 import abc
+import argparse
 import concurrent.futures
 import dataclasses
 import importlib
@@ -37,6 +39,7 @@ class Mutant(abc.ABC):
     same_function: str = ""  # why no test can tell it from what is right
     package: ClassVar[types.ModuleType]
     folder: ClassVar[str] = ""  # of the package, in which no two files are called the same
+    runs_suite: ClassVar[bool] = False  # a part of it, in a process of its own
 
     def __str__(self) -> str:
         return f"{self.name}: {self.old.strip()}  ->  {self.new.strip()}"
@@ -135,8 +138,12 @@ def report(verdicts: Iterable[tuple[Mutant, str]]) -> int:
     return int(wrong > 0)
 
 
-def main(wanted: Sequence[str]) -> int:
-    mutants = chosen(wanted)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m tests.mutants")
+    parser.add_argument("wanted", nargs="*", metavar="NAME_OR_FOLDER")
+    parser.add_argument("--quick", action="store_true", help="none that runs a part of the suite")
+    options = parser.parse_args(arguments)
+    mutants = [x for x in chosen(options.wanted) if not (options.quick and x.runs_suite)]
     compiler.set_flags(optimized=False)
     # Compiling keeps one core busy; a process each keeps them all.
     context = multiprocessing.get_context("spawn")
@@ -145,4 +152,4 @@ def main(wanted: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

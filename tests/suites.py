@@ -23,6 +23,7 @@ class Mutant(mutants.Mutant):
     """One replacement in the file `name`, in a copy where its tests run until one fails."""
 
     package = jaxopt_lab
+    runs_suite = True
 
     def tests(self) -> tuple[str, ...]:
         """Returns the files or folders of tests, below `tests`, that must notice."""
