@@ -1,8 +1,9 @@
 """Fused attention, losses and products for JAX on TPU, GPU and CPU, and compilers of absent chips.
 
 `attention` takes the arguments of `jax.nn.dot_product_attention`, and more. `cross_entropy` is an
-output layer and its loss in one, without logits in memory. Products in few bits take the arguments
-of `jax.lax.dot_general`.
+output layer and its loss in one, without logits in memory. Products in few bits, and those of a
+first layer trained by TrAct, take the arguments of `jax.lax.dot_general`. There are norms and
+BlockFFN, and `gram` for Muon.
 `pallas_kernels.targets` compiles any JAX function for a GPU or TPU that this machine does not have
 and reports the memory that the compiled program needs and moves.
 """

@@ -404,10 +404,14 @@ CALLS: list[tuple[Any, tuple[str, str, str]]] = [
     (lambda: kernels.bit_plane_matmul(
         jnp.ones((1, 40_000), int), jnp.ones((40_000, 1), int), lhs_bits=8, rhs_bits=8),
      ("lhs", "40000", "33025")),
+    (lambda: kernels.tract_dot_general(axis_name=["x"]), ("axis_name", "['x']", "static")),
+    (lambda: kernels.cross_entropy(
+        jnp.ones((2, 4)), jnp.ones((4, 8)), jnp.zeros(2, int), axis_name=["x"]),
+     ("axis_name", "['x']", "static")),
     # Sparse layers, and what makes them so.
     (lambda: kernels.relu_rms_router(BITS), ("scores", "int32", "floating")),
-    (lambda: kernels.relu_rms_router(Q[0, 0], jnp.ones(4)), ("gain", "(4,)", "(16,)")),
-    (lambda: kernels.relu_rms_router(Q[0, 0], eps=0), ("eps", "0.0", "positive")),
+    (lambda: kernels.relu_rms_router(Q[0, 0], jnp.ones(4)), ("scale", "(4,)", "(16,)")),
+    (lambda: kernels.relu_rms_router(Q[0, 0], epsilon=0), ("epsilon", "0.0", "positive")),
     (lambda: sparse(x=Q), ("x", "(2, 8, 4, 16)", "(tokens, width)")),
     (lambda: sparse(up=jnp.ones((3, 5, 2))), ("up", "(3, 5, 2)", "(experts, 4, hidden)")),
     (lambda: sparse(down=jnp.ones((3, 4, 2))), ("down", "(3, 4, 2)", "(3, 2, 4)")),

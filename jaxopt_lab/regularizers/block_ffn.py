@@ -67,6 +67,7 @@ def activation_locality_loss(
         together = jnp.ones(losses.shape[:-1], bool)
     else:
         _check_shape("segment_ids", segment_ids, scores.shape[:-1])
+        segment_ids = jnp.asarray(segment_ids)
         together = segment_ids[..., :-1] == segment_ids[..., 1:]
     count = jnp.maximum(together.sum(), 1).astype(losses.dtype) * losses.shape[-1]
     return jnp.where(together[..., None], losses, 0).sum() / count
@@ -88,7 +89,8 @@ def chunk_sparsity_loss(
       activations: floating (..., tokens, experts), at least 0: after the ReLU, before the norm.
       chunk: the number of tokens in a chunk, 64 in the paper's trainings. A last chunk may be
         shorter.
-      mask: bool (..., tokens), True for tokens that count. None for all.
+      mask: bool (..., tokens), True for tokens that count; a chunk without any does not count
+        either. None for all.
       eps: what keeps quotient and logarithm finite. With 0 the gradient of an expert that takes
         all of a token is not finite.
 
@@ -115,11 +117,14 @@ def chunk_sparsity_loss(
     total = activations.sum(-1, keepdims=True)
     # Where no expert is active there is nothing to divide, with eps 0 neither.
     p = activations / (jnp.where(total == 0, 1, total) + eps)
-    if mask is not None:
-        _check_shape("mask", mask, activations.shape[:-1])
-        p = jnp.where(mask[..., None], p, 0)
-    spared = jnp.exp(_chunks(jnp.log(1 - p + eps), chunk).sum(-2))
-    return jnp.mean(1 - spared)
+    logs = jnp.log(1 - p + eps)
+    if mask is None:
+        return jnp.mean(1 - jnp.exp(_chunks(logs, chunk).sum(-2)))
+    _check_shape("mask", mask, activations.shape[:-1])
+    counted = jnp.asarray(mask)[..., None]
+    used = 1 - jnp.exp(_chunks(jnp.where(counted, logs, 0), chunk).sum(-2))
+    chunks = _chunks(counted.astype(logs.dtype), chunk).max(-2)
+    return (used * chunks).sum() / jnp.maximum(chunks.sum() * logs.shape[-1], 1)
 
 
 def token_sparsity(activations: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import _options
@@ -162,7 +163,7 @@ def _rows(operands: Operands, start: int, stop: int) -> Operands:
 
 def _cuts(chunks: Any, length: int, multiple: int) -> tuple[int, ...]:
     """Returns where chunks begin, and the end of the last."""
-    if isinstance(chunks, (tuple, list)):
+    if isinstance(chunks, (tuple, list)) or np.ndim(chunks) == 1:
         cuts = (0, *_options.indices("chunks", chunks), length)
         if any(a >= b for a, b in itertools.pairwise(cuts)):
             raise ValueError(

@@ -10,6 +10,7 @@ Song et al., arXiv:2507.08771 (thunlp/BlockFFN).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from pallas_kernels._options import array, index, number
 
 
 def relu_rms_router(
-    scores: jax.Array, gain: jax.Array | None = None, *, eps: float = 1e-6
+    scores: jax.Array, scale: jax.Array | None = None, *, epsilon: float = 1e-6
 ) -> jax.Array:
     r"""How much each expert counts for each token: a ReLU and a norm over the experts.
 
@@ -33,15 +34,15 @@ def relu_rms_router(
 
     Args:
       scores: floating (..., experts), the product of tokens and the router's matrix.
-      gain: floating (experts,), learned; None for ones.
-      eps: what keeps the quotient finite, positive.
+      scale: g, floating (experts,), learned; None for ones.
+      epsilon: what keeps the quotient finite, positive.
 
     Returns:
       The activations (..., experts), in the dtype of `scores`.
 
     Raises:
-      TypeError: `scores` or `gain` is not floating, or `eps` no number.
-      ValueError: `gain` has another shape, or `eps` is not positive.
+      TypeError: `scores` or `scale` is not floating, or `epsilon` no number.
+      ValueError: `scale` has another shape, or `epsilon` is not positive.
 
     Examples:
       >>> import jax.numpy as jnp, pallas_kernels
@@ -53,19 +54,18 @@ def relu_rms_router(
       Song et al., `BlockFFN <https://arxiv.org/abs/2507.08771>`_, COLM 2025.
     """
     scores = _floating("scores", scores)
-    eps = number("eps", eps)
-    if not eps > 0:
-        raise ValueError(f"eps={eps}; expected a positive number")
+    epsilon = number("epsilon", epsilon)
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon}; expected a positive number")
     active = jnp.maximum(scores.astype(wide(scores.dtype)), 0)
-    scale = lax.rsqrt(jnp.mean(active**2, axis=-1, keepdims=True) + eps)
-    found = active * scale
-    if gain is not None:
-        gain = _floating("gain", gain)
-        if gain.shape != scores.shape[-1:]:
+    found = active * lax.rsqrt(jnp.mean(active**2, axis=-1, keepdims=True) + epsilon)
+    if scale is not None:
+        scale = _floating("scale", scale)
+        if scale.shape != scores.shape[-1:]:
             raise ValueError(
-                f"gain has shape {gain.shape}; expected {scores.shape[-1:]}, one an expert"
+                f"scale has shape {scale.shape}; expected {scores.shape[-1:]}, one an expert"
             )
-        found *= jnp.expand_dims(gain.astype(found.dtype), range(scores.ndim - 1))
+        found *= jnp.expand_dims(scale.astype(found.dtype), range(scores.ndim - 1))
     return found.astype(scores.dtype)
 
 

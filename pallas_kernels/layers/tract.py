@@ -25,7 +25,7 @@ from jax import lax
 
 from pallas_kernels import _compat
 from pallas_kernels._dtypes import wide
-from pallas_kernels._options import number
+from pallas_kernels._options import hashable, number
 
 AxisName = Hashable  # or a tuple of them, or None
 
@@ -77,7 +77,7 @@ def tract_dot_general(damping: float = 0.1, *, axis_name: AxisName = None) -> Ca
       Petersen, Borgelt and Ermon, `TrAct: Making First-layer Pre-Activations Trainable
       <https://arxiv.org/abs/2410.23970>`_, NeurIPS 2024, equation 6.
     """
-    return _dot_general(_positive(damping), axis_name)
+    return _dot_general(_positive(damping), hashable("axis_name", axis_name))
 
 
 def tract_conv(damping: float = 0.1, *, axis_name: AxisName = None) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def tract_conv(damping: float = 0.1, *, axis_name: AxisName = None) -> Callable[
       Petersen, Borgelt and Ermon, `TrAct: Making First-layer Pre-Activations Trainable
       <https://arxiv.org/abs/2410.23970>`_, NeurIPS 2024, section 3.
     """
-    return _conv(_positive(damping), axis_name)
+    return _conv(_positive(damping), hashable("axis_name", axis_name))
 
 
 def kernel_gradient(

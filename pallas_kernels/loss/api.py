@@ -118,7 +118,9 @@ def cross_entropy(
         for the table (V, D) of an embedding that is tied to the output.
       axis_name: The axis of a `shard_map` or `vmap` around the call over which the classes are
         split in equal parts: `weight`, `bias` and `class_weights` are those of a part, labels are
-        counted through all of them, and every part gets the whole loss.
+        counted through all of them, and every part gets the whole loss. Inside a `vmap` or an
+        unchecked `shard_map` gradients are, as JAX has them, of the sum of the parts' losses: take
+        them outside.
       gradient_in_forward: Makes the gradients in the forward pass, where there is one, and does not
         make the logits again: a product of four less, and `block_tokens` rows of logits and a
         float32 gradient of the weight more in memory. Not for a loss each, nor for the log-sum-exp.

@@ -55,7 +55,7 @@ def canonical(
     axis = _vocabulary_axis(vocabulary_axis)
     _check_arrays(hidden, weight, labels, axis)
     own = weight.shape[axis]
-    shards, first = _shards(axis_name, own)
+    shards, first = _shards(_options.hashable("axis_name", axis_name), own)
     dtype = wide(hidden.dtype)
     bias = None if bias is None else _of_classes("bias", bias, own)
     if class_weights is not None:

@@ -167,8 +167,8 @@ def _dot_general(settings: Settings) -> Callable[..., jax.Array]:
         (of_lhs, of_rhs), (batch_lhs, batch_rhs) = dimension_numbers
         product = Product(
             settings,
-            (_axes(lhs, of_lhs), _axes(rhs, of_rhs)),
-            (_axes(lhs, batch_lhs), _axes(rhs, batch_rhs)),
+            (tuple(of_lhs), tuple(of_rhs)),
+            (tuple(batch_lhs), tuple(batch_rhs)),
             (
                 jax.ShapeDtypeStruct(lhs.shape, lhs.dtype),
                 jax.ShapeDtypeStruct(rhs.shape, rhs.dtype),
@@ -181,7 +181,3 @@ def _dot_general(settings: Settings) -> Callable[..., jax.Array]:
         return products.multiply(product, lhs, rhs, (None, key))
 
     return dot_general
-
-
-def _axes(x: jax.Array, axes: Any) -> tuple[int, ...]:
-    return tuple(axis % x.ndim for axis in axes)

@@ -180,10 +180,7 @@ def weight_only_dot_general(
     )
     dtype = lhs.dtype if preferred_element_type is None else preferred_element_type
     jax.eval_shape(product, lhs, jax.ShapeDtypeStruct(rhs.shape, lhs.dtype))  # checks the axes
-    (_, contracting), (_, batch) = (
-        tuple(tuple(axis % rhs.ndim for axis in axes) for axes in pair)
-        for pair in dimension_numbers
-    )
+    (_, contracting), (_, batch) = dimension_numbers
     free = [axis for axis in range(rhs.ndim) if axis not in (*contracting, *batch)]
     summed = all(rhs.scales.shape[axis] == 1 for axis in contracting)
     if summed and all(rhs.scales.shape[axis] in (1, rhs.shape[axis]) for axis in range(rhs.ndim)):
@@ -192,7 +189,8 @@ def weight_only_dot_general(
         sizes[len(batch) : len(batch)] = [1] * (found.ndim - len(sizes))
         scales = rhs.scales.transpose(*batch, *free, *contracting).reshape(sizes)
         return (found * scales.astype(sums)).astype(dtype)
-    weight = rhs.values.astype(lhs.dtype) * _of_entries(rhs).astype(lhs.dtype)
+    # One rounding: a scale alone may be too small for 16 bits.
+    weight = (rhs.values.astype(sums) * _of_entries(rhs).astype(sums)).astype(lhs.dtype)
     return product(lhs, weight).astype(dtype)
 
 

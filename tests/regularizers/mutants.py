@@ -23,7 +23,7 @@ MUTANTS = [
     Mutant("block_ffn", "jnp.maximum(together.sum(), 1)", "together.sum()"),
     Mutant("block_ffn", "jnp.where(total == 0, 1, total) + eps", "total"),
     Mutant("block_ffn", "jnp.log(1 - p + eps)", "jnp.log(1 - p)"),
-    Mutant("block_ffn", "jnp.where(mask[..., None], p, 0)", "p"),
+    Mutant("block_ffn", "jnp.where(counted, logs, 0)", "logs"),
     Mutant("block_ffn", "max(1.025, ratio)", "ratio"),
     Mutant("block_ffn", "missing = -x.shape[-2] % chunk", "missing = 0"),
 ]

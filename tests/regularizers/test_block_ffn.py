@@ -39,9 +39,9 @@ def test_steeper_is_as_larger_scores():
 
 
 def definition(active: np.ndarray, chunk: int, mask: np.ndarray, eps: float) -> float:
-    p = active / (active.sum(-1, keepdims=True) + eps) * mask[:, None]
-    chunks = [p[i : i + chunk] for i in range(0, len(p), chunk)]
-    return float(np.mean([1 - np.exp(np.log(1 - q + eps).sum(0)) for q in chunks]))
+    p = active / (active.sum(-1, keepdims=True) + eps)
+    chunks = [p[i : i + chunk][mask[i : i + chunk]] for i in range(0, len(p), chunk)]
+    return float(np.mean([1 - np.exp(np.log(1 - q + eps).sum(0)) for q in chunks if len(q)]))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 8, 20])
@@ -53,6 +53,11 @@ def test_chunk_sparsity_loss_is_its_definition(chunk):
         for some in (np.ones(11, bool), mask):
             found = regularizers.chunk_sparsity_loss(jnp.asarray(active), chunk, jnp.asarray(some))
             np.testing.assert_allclose(found, definition(active, chunk, some, 1e-5), rtol=1e-12)
+        padded = np.concatenate([active, np.ones((2 * chunk, 6))])
+        longer = np.concatenate([mask, np.zeros(2 * chunk, bool)])
+        found = regularizers.chunk_sparsity_loss(jnp.asarray(padded), chunk, jnp.asarray(longer))
+        np.testing.assert_allclose(found, definition(padded, chunk, longer, 1e-5), rtol=1e-12)
+        assert not regularizers.chunk_sparsity_loss(jnp.asarray(active), chunk, jnp.zeros(11, bool))
         whole = regularizers.chunk_sparsity_loss(jnp.asarray(active), chunk)
         stacked = regularizers.chunk_sparsity_loss(jnp.asarray(active)[None].repeat(2, 0), chunk)
         np.testing.assert_allclose(stacked, whole, rtol=1e-12)

@@ -41,7 +41,7 @@ MUTANTS = [
     ),
     Mutant("tract", '"rhs_dilation": rhs_dilation,', '"rhs_dilation": None,'),
     Mutant("block_ffn", "active**2, axis=-1", "active**2, axis=0"),
-    Mutant("block_ffn", "keepdims=True) + eps", "keepdims=True)"),
+    Mutant("block_ffn", "keepdims=True) + epsilon", "keepdims=True)"),
     Mutant("block_ffn", "found *= jnp.expand_dims", "found += jnp.expand_dims"),
     Mutant("block_ffn", "jnp.any(active != 0, axis=0)", "jnp.any(active > 1, axis=0)"),
     Mutant("block_ffn", "jnp.argsort(~used", "jnp.argsort(used"),

@@ -36,7 +36,7 @@ def definition(x: np.ndarray, a: np.ndarray, up: np.ndarray, down: np.ndarray) -
 
 def test_numbers_of_the_specification():
     with jax.enable_x64(True):
-        found = relu_rms_router(jnp.array([1.0, -1.0, 0.5, -2.0]), eps=1e-12)
+        found = relu_rms_router(jnp.array([1.0, -1.0, 0.5, -2.0]), epsilon=1e-12)
         np.testing.assert_allclose(found, (1.7888543820, 0, 0.8944271910, 0), atol=1e-9)
         found = relu_rms_router(jnp.array([1.0, -1.0, 0.5, -2.0]))
         np.testing.assert_allclose(found, (1.7888515, 0, 0.8944258, 0), atol=1e-7)

@@ -52,14 +52,29 @@ def test_sums_are_wide_and_the_result_has_the_dtype_of_the_tokens(dtype, granula
     assert found.dtype == dtype
     of_x = np.asarray(x, np.float64)
     rounded = oracle.rounded(kernel.astype(np.float64), "int8", granularity, (0,))
-    # Of the result, and with blocks of the widened weight, twice; sums of 64 terms are in float32.
-    eps = (1 if isinstance(granularity, str) else 3) * float(jnp.finfo(dtype).eps)
+    # Of the result, and with blocks of the widened weight; sums of 64 terms are in float32.
+    eps = (1 if isinstance(granularity, str) else 2) * float(jnp.finfo(dtype).eps)
     eps += 64 * float(jnp.finfo(jnp.float32).eps)
     limit = eps * (np.abs(of_x) @ np.abs(rounded))
     assert (np.abs(np.asarray(found, np.float64) - of_x @ rounded) <= limit).all()
     wide = jax.jit(functools.partial(product, preferred_element_type=jnp.float32))(x, weight)
     assert wide.dtype == jnp.float32
     np.testing.assert_array_equal(wide.astype(dtype), found)
+
+
+@pytest.mark.parametrize("format", ["int8", "float8_e5m2"])
+def test_scales_below_16_bits_are_kept(format):
+    """Weights of 1e-3 have scales that float16 has few bits for."""
+    x, kernel = draw((4, 64), (64, 8), dtype=np.float32)
+    kernel *= 1e-3
+    weight = quantize_weight(kernel, format, 16)
+    found = weight_only_dot_general(jnp.asarray(x, jnp.float16), weight, DENSE)
+    of_x = np.asarray(x, np.float16).astype(np.float64)
+    rounded = oracle.rounded(kernel.astype(np.float64), format, 16, (0,))
+    limit = 2 * float(jnp.finfo(jnp.float16).eps) * (np.abs(of_x) @ np.abs(rounded))
+    # Entries of the widened weight below the normal numbers of float16 lose more.
+    limit += float(jnp.finfo(jnp.float16).smallest_subnormal) * np.abs(of_x).sum(1, keepdims=True)
+    assert (np.abs(np.asarray(found, np.float64) - of_x @ rounded) <= limit).all()
 
 
 def test_a_stack_is_scanned_over():
