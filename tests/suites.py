@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from typing import ClassVar
 
 import jaxopt_lab
 import pallas_kernels
@@ -24,6 +25,7 @@ class Mutant(mutants.Mutant):
 
     package = jaxopt_lab
     runs_suite = True
+    selected: ClassVar[str] = "not slow"  # of those tests
 
     def tests(self) -> tuple[str, ...]:
         """Returns the files or folders of tests, below `tests`, that must notice."""
@@ -35,13 +37,15 @@ class Mutant(mutants.Mutant):
         Raises:
           RuntimeError: the tests could not be run, or fail without any change.
         """
-        if not _pass(self.tests()):
+        if not _pass(self.tests(), self.selected):
             raise RuntimeError(f"{self.tests()} fail without any change")
-        return "survives" if _pass(self.tests(), self.source()) else "caught"
+        return "survives" if _pass(self.tests(), self.selected, self.source()) else "caught"
 
 
 @functools.cache
-def _pass(tests: tuple[str, ...], change: tuple[pathlib.Path, str] | None = None) -> bool:
+def _pass(
+    tests: tuple[str, ...], selected: str, change: tuple[pathlib.Path, str] | None = None
+) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         shutil.copy(ROOT / "pyproject.toml", copy)
@@ -50,7 +54,7 @@ def _pass(tests: tuple[str, ...], change: tuple[pathlib.Path, str] | None = None
         if change is not None:
             path, source = change
             (copy / path.relative_to(ROOT)).write_text(source)
-        run = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow"]
+        run = [sys.executable, "-m", "pytest", "-q", "-x", "-m", selected]
         result = subprocess.run(
             [*run, *(f"tests/{name}" for name in tests)],
             cwd=copy,

@@ -186,7 +186,6 @@ MUTANTS = [
         "if x.shape[1] > x.shape[2] else x for",
         "if x.shape[1] < x.shape[2] else x for",
         file="_newton_schulz",
-        same_function="the iteration commutes with transposition",
     ),
     # FRUGAL
     Mutant("frugal_adamw", "since // update_gap + 1", "since // update_gap", file="frugal"),
