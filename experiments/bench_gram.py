@@ -10,20 +10,18 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import jaxopt_lab
 import pallas_kernels
-from experiments.bench_norm import seconds
-from experiments.harness import environment, store
+from experiments.harness.environment import write_figures
+from experiments.harness.timing import times_as_fast
 
 SHAPES = ((256, 256), (512, 512), (1024, 1024), (2048, 2048), (512, 2048))
 STEPS = ((256, 256), (512, 512), (1024, 1024))
@@ -43,12 +41,6 @@ def step(gram: Callable[..., jax.Array] | None, params: Any) -> tuple[Callable[.
     return tx.update, (params, tx.init(params), params)
 
 
-def times_as_fast(fast: tuple[Any, Any], slow: tuple[Any, Any]) -> float:
-    pair = [(jax.jit(fn), arguments) for fn, arguments in (fast, slow)]
-    used = np.array([[seconds(*program) for program in pair] for _ in range(ROUNDS + 1)])
-    return float(np.median(used[1:, 1] / used[1:, 0]))
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--out", type=pathlib.Path, help="write the figures to this JSON file")
@@ -56,18 +48,16 @@ def main(argv: list[str] | None = None) -> int:
     table, found = Table("shape", "gram, times as fast", "step of muon"), {}
     for shape in SHAPES:
         x = jax.random.normal(jax.random.key(0), shape)
-        figures = {"gram": times_as_fast((ours, (x,)), (plain, (x,)))}
+        figures = {"gram": times_as_fast((ours, (x,)), (plain, (x,)), ROUNDS)}
         if shape in STEPS:
             params = {"up": {"kernel": x}, "down": {"kernel": x}}
-            figures["muon"] = times_as_fast(step(pallas_kernels.gram, params), step(None, params))
+            figures["muon"] = times_as_fast(
+                step(pallas_kernels.gram, params), step(None, params), ROUNDS
+            )
         found["x".join(map(str, shape))] = figures
         table.add_row(str(shape), *(f"{ratio:.2f}" for ratio in figures.values()))
     Console().print(table)
-    if options.out is not None:
-        record = {"kind": "bench_gram", "figures": found}
-        store.write_json(
-            options.out, record | {"environment": environment.environment(sys.argv[1:])}
-        )
+    write_figures(options.out, "bench_gram", figures=found)
     return 0
 
 

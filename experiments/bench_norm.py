@@ -13,19 +13,17 @@ import argparse
 import functools
 import os
 import pathlib
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import pallas_kernels
-from experiments.harness import environment, store
+from experiments.harness import timing
+from experiments.harness.environment import write_figures
 from pallas_kernels import targets
 
 SHAPE = {"cpu": (4096, 1024), "h200": (8192, 4096)}
@@ -106,25 +104,17 @@ def kept(program: tuple[Any, Any]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program[1][0]))
 
 
-def times_as_fast() -> dict[str, dict[str, float]]:
+def ratios() -> dict[str, dict[str, float]]:
     """The plain form's time divided by ours, median of the rounds, and what each keeps."""
     found = {}
     for name, (ours, plain, size) in cases("cpu").items():
         found[name] = {}
         for which in PASSES:
-            pair = [(jax.jit(fn), drawn(structs)) for fn, structs in (ours[which], plain[which])]
-            used = np.array([[seconds(*program) for program in pair] for _ in range(ROUNDS + 1)])
-            found[name][which] = float(np.median(used[1:, 1] / used[1:, 0]))
+            fast, slow = ((fn, drawn(structs)) for fn, structs in (ours[which], plain[which]))
+            found[name][which] = timing.times_as_fast(fast, slow, ROUNDS)
         found[name]["kept"] = kept(ours["backward"]) / size
         found[name]["kept, plain"] = kept(plain["backward"]) / size
     return found
-
-
-def seconds(fn: Callable[..., Any], arguments: Any) -> float:
-    """Processor time of one execution."""
-    begin = time.process_time()
-    jax.block_until_ready(fn(*arguments))
-    return time.process_time() - begin
 
 
 def arrays_moved(chip: str) -> dict[str, dict[str, float]]:
@@ -150,21 +140,14 @@ def main(argv: list[str] | None = None) -> int:
         if reason is not None:
             parser.error(reason)
         os.environ.update(targets.ENVIRONMENT)  # keeps jax from looking for the chip
-    found = arrays_moved("h200") if options.bytes else times_as_fast()
+    found = arrays_moved("h200") if options.bytes else ratios()
     columns = list(next(iter(found.values())))
     table = Table("norm", *columns)
     for name, figures in found.items():
         table.add_row(name, *(f"{figures[column]:.2f}" for column in columns))
     Console(width=140).print(table)
-    if options.out is not None:
-        record = {
-            "kind": "norm_traffic" if options.bytes else "bench_norm",
-            "shape": SHAPE["h200" if options.bytes else "cpu"],
-            "figures": found,
-        }
-        store.write_json(
-            options.out, record | {"environment": environment.environment(sys.argv[1:])}
-        )
+    kind, chip = ("norm_traffic", "h200") if options.bytes else ("bench_norm", "cpu")
+    write_figures(options.out, kind, shape=SHAPE[chip], figures=found)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import pallas_kernels
-from experiments.harness import environment, store, training
+from experiments.harness import training
+from experiments.harness.environment import write_figures
 from experiments.harness.workload import Workload
 from experiments.workloads import digits
 
@@ -111,11 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         found[name] = trained(convolution, options.seeds, options.steps)
         table.add_row(*cells(name, found[name]))
     Console().print(table)
-    if options.out is not None:
-        record = {"kind": "first_layer", "steps": options.steps, "figures": found}
-        store.write_json(
-            options.out, record | {"environment": environment.environment(sys.argv[1:])}
-        )
+    write_figures(options.out, "first_layer", steps=options.steps, figures=found)
     return 0
 
 

@@ -38,14 +38,14 @@ class Row(NamedTuple):
 
     Attributes:
       rule: its name.
-      library: of the other one, as it is imported.
+      package: that of the other one, as it is imported.
       ours: makes our transformation, from settings beside the learning rate.
       theirs: makes the optimizer of the other, from the library, parameters and settings.
       same: our settings, and theirs, that make both as equal as they get.
     """
 
     rule: str
-    library: str
+    package: str
     ours: Callable[..., Any]
     theirs: Callable[..., Any]
     same: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
@@ -175,14 +175,14 @@ def difference(ours: Tree, theirs: Tree) -> str:
 
 def measured(row: Row, steps: int = 10) -> tuple[str, str]:
     """The differences of a row, at both defaults and with its settings."""
-    library = importlib.import_module(row.library)
+    library = importlib.import_module(row.package)
     found = []
     with jax.enable_x64(True):
         for ours, theirs in (({}, {}), row.same):
-            if row.library == "optax":
+            if row.package == "optax":
                 other = moved_here(row.theirs(library, **theirs), steps)
             else:
-                run = moved_in_keras if row.library == "keras" else moved_in_torch
+                run = moved_in_keras if row.package == "keras" else moved_in_torch
                 other = run(lambda p, o=theirs: row.theirs(library, p, **o), steps)
             found.append(difference(moved_here(row.ours(**ours), steps), other))
     return found[0], found[1]
@@ -265,10 +265,10 @@ def main() -> None:
     for row in ROWS:
         try:
             defaults, same = measured(row)
-            print(f"| {row.rule} | {row.library} {version(row.library)} | {defaults} | {same} |",
+            print(f"| {row.rule} | {row.package} {version(row.package)} | {defaults} | {same} |",
                   flush=True)  # fmt: skip
         except Exception as error:  # some fail in ways of their own on versions they do not know
-            print(f"{row.rule} of {row.library}: {type(error).__name__}: {error}")
+            print(f"{row.rule} of {row.package}: {type(error).__name__}: {error}")
     exact = compact(optax.adamw(ADAMW["lr"], weight_decay=ADAMW["weight_decay"]))
     for name, made in eight_bits().items():
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import store
-from experiments.harness.environment import environment
+from experiments.harness.environment import write_figures
 from pallas_kernels import quantized_dot_general
 
 FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2", "int4")
@@ -95,9 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows(measured):
         table.add_row(*row)
     Console().print(table)
-    if options.out is not None:
-        record = {"kind": "product_errors", "errors": measured}
-        store.write_json(options.out, record | {"environment": environment(sys.argv[1:])})
+    write_figures(options.out, "product_errors", errors=measured)
     return 0
 
 

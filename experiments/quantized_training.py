@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,8 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import EVALUATIONS, store
-from experiments.harness.environment import environment
+from experiments.harness import EVALUATIONS
+from experiments.harness.environment import write_figures
 from experiments.harness.training import TrainLoop, train
 from experiments.workloads.language_model import language_model
 from pallas_kernels import quantized_dot_general
@@ -83,10 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows(found):
         table.add_row(*row)
     console.print(table)
-    if options.out is not None:
-        record = {"kind": "quantized_training", "steps": options.steps, "size": options.size}
-        record |= {"losses": found, "environment": environment(sys.argv[1:])}
-        store.write_json(options.out, record)
+    settings = {"steps": options.steps, "size": options.size}
+    write_figures(options.out, "quantized_training", **settings, losses=found)
     return 0
 
 

@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxopt_lab
-from experiments.harness import environment, store
+from experiments.harness.environment import write_figures
 from jaxopt_lab import quantization
 from pallas_kernels import targets
 
@@ -148,16 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         found[rule] = bytes_per_parameter(rule, options.chip)
         table.add_row(rule, f"{found[rule]:.2f}", str(floor))
     Console().print(table)
-    if options.out is not None:
-        record: dict[str, Any] = {
-            "kind": "update_traffic",
-            "chip": options.chip,
-            "bytes_per_parameter": found,
-            "floor": FLOOR,
-        }
-        store.write_json(
-            options.out, record | {"environment": environment.environment(sys.argv[1:])}
-        )
+    figures = {"chip": options.chip, "bytes_per_parameter": found, "floor": FLOOR}
+    write_figures(options.out, "update_traffic", **figures)
     return 0
 
 

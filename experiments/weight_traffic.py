@@ -11,7 +11,6 @@ import argparse
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness import store
-from experiments.harness.environment import environment
+from experiments.harness.environment import write_figures
 from pallas_kernels import quantize_weight, targets, weight_only_dot_general
 
 CHIPS = ("h200", "v5e")
@@ -98,9 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows(measured):
         table.add_row(*row)
     Console().print(table)
-    if options.out is not None:
-        record = {"kind": "weight_traffic", "bytes": measured}
-        store.write_json(options.out, record | {"environment": environment(sys.argv[1:])})
+    write_figures(options.out, "weight_traffic", bytes=measured)
     return 0
 
 

@@ -23,6 +23,14 @@ def array(name: str, value: Any) -> jax.Array:
         raise TypeError(f"{name} is a {type(value).__name__}; expected an array") from error
 
 
+def floating(name: str, value: Any) -> jax.Array:
+    """Returns a checked array of floats."""
+    x = array(name, value)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating dtype")
+    return x
+
+
 def flag(name: str, value: Any) -> bool:
     """Returns a checked choice that is known while tracing."""
     if not isinstance(value, (bool, np.bool_)):
@@ -35,6 +43,14 @@ def index(name: str, value: Any) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}; expected an integer")
     return int(value)
+
+
+def positive_index(name: str, value: Any) -> int:
+    """Returns a checked integer of at least 1 that is known while tracing."""
+    found = index(name, value)
+    if found < 1:
+        raise ValueError(f"{name}={found}; expected a positive integer")
+    return found
 
 
 def indices(name: str, values: Any) -> tuple[int, ...]:
@@ -82,6 +98,14 @@ def number(name: str, value: Any) -> float:
     if math.isnan(value):
         raise ValueError(f"{name} is NaN")
     return value
+
+
+def positive(name: str, value: Any) -> float:
+    """Returns a checked number above 0 that is known while tracing."""
+    found = number(name, value)
+    if not 0 < found < math.inf:
+        raise ValueError(f"{name}={found}; expected a positive number")
+    return found
 
 
 def hashable(name: str, value: Any) -> Any:

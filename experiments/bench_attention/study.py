@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.bench_attention import methods, pytorch, tuning
+from experiments.bench_attention import methods, pytorch
 from experiments.bench_attention.methods import Shape
+from experiments.harness import timing
 
 PASSES = ("forward", "gradient", "jvp")
 
@@ -85,7 +86,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
             for which in PASSES:
                 if which in results[name]:
                     program = functools.partial(compiled[which], *arrays)
-                    results[name][which]["seconds"].append(tuning.seconds_of(program))
+                    results[name][which]["seconds"].append(timing.seconds_of(program))
     return {"shape": str(shape), "refused": refused, "results": results}
 
 

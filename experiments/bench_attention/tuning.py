@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
-
-import jax
 
 import pallas_kernels
 from experiments.bench_attention import methods
 from experiments.bench_attention.methods import Shape
+from experiments.harness import timing
 from pallas_kernels.attention import routes, tuning
 from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.problem import Operands
@@ -128,16 +126,5 @@ def times(programs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float
     seconds: list[list[float]] = [[] for _ in programs]
     for _ in range(rounds):
         for program, own in zip(programs, seconds):
-            own.append(seconds_of(program))
+            own.append(timing.seconds_of(program))
     return seconds
-
-
-def seconds_of(program: Callable[[], Any]) -> float:
-    """Returns the seconds of one execution, after one that is not timed.
-
-    What ran before may still be freeing its memory, and has left caches and clocks as it needed.
-    """
-    jax.block_until_ready(program())
-    begin = time.perf_counter()
-    jax.block_until_ready(program())
-    return time.perf_counter() - begin

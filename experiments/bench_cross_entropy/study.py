@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from typing import Any
 
 import jax
 
 from experiments.bench_cross_entropy import methods
 from experiments.bench_cross_entropy.methods import Shape
+from experiments.harness import timing
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
-    """Times all contenders of a shape, one execution of each a round after one that is not timed.
-
-    What ran before may still be freeing its memory, and has left caches and clocks as it needed.
-    """
+    """Times all contenders of a shape, one execution of each a round."""
     arrays = shape.draw()
     programs: dict[tuple[str, str], Any] = {}
     results: dict[str, Any] = {}
@@ -32,8 +30,6 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         results[name]["loss"] = float(programs[name, "forward"](*arrays))
     for _ in range(rounds):
         for (name, which), compiled in programs.items():
-            jax.block_until_ready(compiled(*arrays))
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled(*arrays))
-            results[name][which]["seconds"].append(time.perf_counter() - begin)
+            program = functools.partial(compiled, *arrays)
+            results[name][which]["seconds"].append(timing.seconds_of(program))
     return {"shape": str(shape), "results": results}

@@ -6,10 +6,12 @@ import platform
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
+
+from experiments.harness import store
 
 
 def device_kind() -> str:
@@ -37,3 +39,10 @@ def environment(argv: list[str]) -> dict[str, Any]:
         "device": device_kind(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "optax", "flax", "numpy")},
     }
+
+
+def write_figures(path: Path | None, kind: str, **figures: Any) -> None:
+    """Writes what a script has found, and what it depends on; without a path nothing."""
+    if path is not None:
+        record = {"kind": kind, **figures, "environment": environment(sys.argv[1:])}
+        store.write_json(path, record)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -12,6 +14,8 @@ from experiments.harness.training import Loop
 
 ROUNDS = (7, 15)
 """At least and at most so many rounds are measured."""
+Call = tuple[Callable[..., Any], Sequence[Any]]
+"""A function and its arguments."""
 SETTLED = 0.02
 """No more rounds once the standard error of every median ratio is below this part of it."""
 
@@ -74,3 +78,30 @@ def settled(timing: Timing, baseline: str) -> bool:
         if 0.93 * (high - low) / len(seconds) ** 0.5 > SETTLED * ratio:
             return False
     return True
+
+
+def seconds_of(program: Callable[[], Any]) -> float:
+    """Returns the seconds of one execution, after one that is not timed.
+
+    What ran before may still be freeing its memory, and has left caches and clocks as it needed.
+    """
+    jax.block_until_ready(program())
+    begin = time.perf_counter()
+    jax.block_until_ready(program())
+    return time.perf_counter() - begin
+
+
+def times_as_fast(fast: Call, slow: Call, rounds: int) -> float:
+    """The time of `slow` divided by that of `fast`, compiled and in turn: the median of the rounds.
+
+    Of processor time, all threads together. A first round is run and dropped.
+    """
+    pair = [(jax.jit(fn), arguments) for fn, arguments in (fast, slow)]
+    used = [[_processor_seconds(*program) for program in pair] for _ in range(rounds + 1)]
+    return statistics.median(theirs / ours for ours, theirs in used[1:])
+
+
+def _processor_seconds(fn: Callable[..., Any], arguments: Sequence[Any]) -> float:
+    begin = time.process_time()
+    jax.block_until_ready(fn(*arguments))
+    return time.process_time() - begin

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab import _checks
+from jaxopt_lab import _checks, _tree
 
 
 def activation_locality_loss(
@@ -225,7 +225,7 @@ def _tokens(name: str, value: Any) -> jax.Array:
         raise TypeError(f"{name} is {value.dtype}; expected a floating dtype")
     if value.ndim < 2:
         raise ValueError(f"{name} has shape {value.shape}; expected (..., tokens, experts)")
-    return value if value.dtype == jnp.float64 else value.astype(jnp.float32)
+    return value.astype(_tree.compute_dtype(value.dtype))
 
 
 def _check_shape(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,6 @@ Song et al., arXiv:2507.08771 (thunlp/BlockFFN).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._dtypes import wide
-from pallas_kernels._options import array, index, number
+from pallas_kernels._options import floating, index, positive
 
 
 def relu_rms_router(
@@ -53,14 +52,12 @@ def relu_rms_router(
     References:
       Song et al., `BlockFFN <https://arxiv.org/abs/2507.08771>`_, COLM 2025.
     """
-    scores = _floating("scores", scores)
-    epsilon = number("epsilon", epsilon)
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon={epsilon}; expected a positive number")
+    scores = floating("scores", scores)
+    epsilon = positive("epsilon", epsilon)
     active = jnp.maximum(scores.astype(wide(scores.dtype)), 0)
     found = active * lax.rsqrt(jnp.mean(active**2, axis=-1, keepdims=True) + epsilon)
     if scale is not None:
-        scale = _floating("scale", scale)
+        scale = floating("scale", scale)
         if scale.shape != scores.shape[-1:]:
             raise ValueError(
                 f"scale has shape {scale.shape}; expected {scores.shape[-1:]}, one an expert"
@@ -122,8 +119,8 @@ def block_ffn(
     References:
       Song et al., `BlockFFN <https://arxiv.org/abs/2507.08771>`_, COLM 2025.
     """
-    x, activations = _floating("x", x), _floating("activations", activations)
-    up, down = _floating("up", up), _floating("down", down)
+    x, activations = floating("x", x), floating("activations", activations)
+    up, down = floating("up", up), floating("down", down)
     _check_shapes(x, activations, up, down)
     if (chunk is None) != (capacity is None):
         raise ValueError(f"chunk={chunk!r} with capacity={capacity!r}; expected both or none")
@@ -166,13 +163,6 @@ def _all(x: jax.Array, active: jax.Array, up: jax.Array, down: jax.Array, precis
         preferred_element_type=sums,
     )  # fmt: skip
     return found.astype(x.dtype)
-
-
-def _floating(name: str, value: Any) -> jax.Array:
-    value = array(name, value)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name} is {value.dtype}; expected a floating dtype")
-    return value
 
 
 def _check_shapes(x: jax.Array, activations: jax.Array, up: jax.Array, down: jax.Array) -> None:

@@ -25,7 +25,7 @@ from jax import lax
 
 from pallas_kernels import _compat
 from pallas_kernels._dtypes import wide
-from pallas_kernels._options import hashable, number
+from pallas_kernels._options import hashable, positive
 
 AxisName = Hashable  # or a tuple of them, or None
 
@@ -77,7 +77,7 @@ def tract_dot_general(damping: float = 0.1, *, axis_name: AxisName = None) -> Ca
       Petersen, Borgelt and Ermon, `TrAct: Making First-layer Pre-Activations Trainable
       <https://arxiv.org/abs/2410.23970>`_, NeurIPS 2024, equation 6.
     """
-    return _dot_general(_positive(damping), hashable("axis_name", axis_name))
+    return _dot_general(positive("damping", damping), hashable("axis_name", axis_name))
 
 
 def tract_conv(damping: float = 0.1, *, axis_name: AxisName = None) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def tract_conv(damping: float = 0.1, *, axis_name: AxisName = None) -> Callable[
       Petersen, Borgelt and Ermon, `TrAct: Making First-layer Pre-Activations Trainable
       <https://arxiv.org/abs/2410.23970>`_, NeurIPS 2024, section 3.
     """
-    return _conv(_positive(damping), hashable("axis_name", axis_name))
+    return _conv(positive("damping", damping), hashable("axis_name", axis_name))
 
 
 def kernel_gradient(
@@ -137,13 +137,6 @@ def kernel_gradient(
 def _solve(moments: jax.Array, damping: float, right: jax.Array) -> jax.Array:
     system = moments + damping * jnp.eye(len(moments), dtype=moments.dtype)
     return jax.scipy.linalg.solve(system, right, assume_a="pos")
-
-
-def _positive(damping: Any) -> float:
-    damping = number("damping", damping)
-    if not 0 < damping < math.inf:
-        raise ValueError(f"damping={damping}; expected a positive number")
-    return damping
 
 
 # Layers of equal settings have equal functions: nnx compares them to tell whether to trace again.

@@ -50,7 +50,7 @@ def canonical(
       ValueError: A shape or a value is wrong.
       TypeError: A dtype is wrong.
     """
-    hidden, weight = _options.array("hidden", hidden), _options.array("weight", weight)
+    hidden, weight = _options.floating("hidden", hidden), _options.floating("weight", weight)
     labels = _options.array("labels", labels)
     axis = _vocabulary_axis(vocabulary_axis)
     _check_arrays(hidden, weight, labels, axis)
@@ -107,9 +107,6 @@ def _vocabulary_axis(axis: Any) -> int:
 
 
 def _check_arrays(hidden: jax.Array, weight: jax.Array, labels: jax.Array, axis: int) -> None:
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {x.dtype}; expected a floating dtype")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels has dtype {labels.dtype}; expected integers, one class a token")
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
@@ -143,9 +140,7 @@ def _shards(axis_name: Any, own: int) -> tuple[int, Any]:
 
 
 def _of_classes(name: str, value: Any, vocabulary: int) -> jax.Array:
-    x = _options.array(name, value)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating dtype")
+    x = _options.floating(name, value)
     if x.shape != (vocabulary,):
         raise ValueError(
             f"{name} has shape {x.shape}; expected ({vocabulary},), one for each class"
@@ -174,7 +169,7 @@ def _weights_of_labels(
 def _block_vocabulary(given: Any, length: int, tokens: int) -> int:
     """Returns blocks of about equal sizes, whose logits fit a cache or fill an accelerator."""
     if given is not None:
-        return min(_positive("block_vocabulary", given), length)
+        return min(_options.positive_index("block_vocabulary", given), length)
     entries = 2**21 if _compat.device().platform == "cpu" else 2**23
     most = max(512, entries // max(1, tokens)) if isinstance(tokens, int) else 512
     if length <= most:
@@ -189,16 +184,9 @@ def _block_tokens(given: Any, tokens: int, width: int) -> int:
     Each step reads and writes the gradient of the weight, so few steps are fast; by default the
     logits of one are an eighth of that gradient. What divides the tokens needs no padding.
     """
-    most = max(8, width // 8) if given is None else _positive("block_tokens", given)
+    most = max(8, width // 8) if given is None else _options.positive_index("block_tokens", given)
     if not isinstance(tokens, int) or tokens <= most:  # symbolic, in a program to be exported
         return most
     fewest = -(-tokens // most)
     parts = next((x for x in range(fewest, 2 * fewest) if tokens % x == 0), fewest)
     return -(-tokens // parts)
-
-
-def _positive(name: str, value: Any) -> int:
-    value = _options.index(name, value)
-    if value < 1:
-        raise ValueError(f"{name}={value}; expected a positive integer")
-    return value

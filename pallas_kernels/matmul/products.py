@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -193,18 +194,25 @@ def _scaled(product: Product, lhs: Quantized, rhs: Quantized) -> jax.Array:
         preferred_element_type=jnp.int32 if integers else jnp.float32,
     ).astype(dtype)  # fmt: skip
     for side, scales in enumerate((lhs.scales, rhs.scales)):
-        batch, free, contracting = (
-            product.batch[side],
-            product.free(side),
-            product.contracting[side],
-        )
-        sizes = [scales.shape[axis] for axis in (*batch, *free)]
-        others = [1] * len(product.free(1 - side))
-        place = len(batch) if side else len(sizes)
-        sizes[place:place] = others
-        scales = scales.transpose(*batch, *free, *contracting).reshape(sizes)
-        found *= scales.astype(dtype)
+        axes = product.batch[side], product.free(side), product.contracting[side]
+        found *= along_result(scales, *axes, found.ndim, of_rhs=side == 1).astype(dtype)
     return found
+
+
+def along_result(
+    scales: jax.Array,
+    batch: Sequence[int],
+    free: Sequence[int],
+    contracting: Sequence[int],
+    rank: int,
+    *,
+    of_rhs: bool,
+) -> jax.Array:
+    """Returns scales of an operand with the axes of a product's result: batch, lhs, rhs."""
+    sizes = [scales.shape[axis] for axis in (*batch, *free)]
+    place = len(batch) if of_rhs else len(sizes)
+    sizes[place:place] = [1] * (rank - len(sizes))
+    return scales.transpose(*batch, *free, *contracting).reshape(sizes)
 
 
 def _check_sums(product: Product) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _compat
-from pallas_kernels._options import array, flag
+from pallas_kernels._options import flag, floating
 from pallas_kernels.matmul import formats, products
 from pallas_kernels.matmul.formats import FORMATS
 from pallas_kernels.matmul.products import Product, Settings
@@ -146,10 +145,7 @@ def _dot_general(settings: Settings) -> Callable[..., jax.Array]:
         key: jax.Array | None = None,
     ) -> jax.Array:
         """`jax.lax.dot_general` of operands that are quantised on the way."""
-        lhs, rhs = array("lhs", lhs), array("rhs", rhs)
-        for name, x in (("lhs", lhs), ("rhs", rhs)):
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise TypeError(f"{name} is {x.dtype}; expected a floating dtype")
+        lhs, rhs = floating("lhs", lhs), floating("rhs", rhs)
         if out_sharding is not None:
             raise NotImplementedError(
                 f"out_sharding={out_sharding!r}; expected None: shard the operands, or constrain "

@@ -18,9 +18,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels._dtypes import wide
-from pallas_kernels._options import array, index
+from pallas_kernels._options import floating, index
 from pallas_kernels.matmul import formats
 from pallas_kernels.matmul.formats import quantize
+from pallas_kernels.matmul.products import along_result
 
 
 class QuantizedWeight(NamedTuple):
@@ -89,9 +90,7 @@ def quantize_weight(
       The scales are those of `AQT <https://github.com/google/aqt>`_ and
       `Qwix <https://github.com/google/qwix>`_.
     """
-    kernel = array("kernel", kernel)
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-        raise TypeError(f"kernel is {kernel.dtype}; expected a floating dtype")
+    kernel = floating("kernel", kernel)
     name, size = formats.format_name("format", format), formats.granularity(granularity)
     place = index("axis", axis)
     if not -kernel.ndim <= place < kernel.ndim:
@@ -160,9 +159,7 @@ def weight_only_dot_general(
       Dettmers et al., *LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale*
       (`arXiv 2208.07339 <https://arxiv.org/abs/2208.07339>`_), for scales of rows.
     """
-    lhs = array("lhs", lhs)
-    if not jnp.issubdtype(lhs.dtype, jnp.floating):
-        raise TypeError(f"lhs is {lhs.dtype}; expected a floating dtype")
+    lhs = floating("lhs", lhs)
     if not isinstance(rhs, QuantizedWeight):
         raise TypeError(f"rhs is a {type(rhs).__name__}; expected what quantize_weight returns")
     shapes = rhs.shape, rhs.scales.shape
@@ -185,9 +182,7 @@ def weight_only_dot_general(
     summed = all(rhs.scales.shape[axis] == 1 for axis in contracting)
     if summed and all(rhs.scales.shape[axis] in (1, rhs.shape[axis]) for axis in range(rhs.ndim)):
         found = product(lhs, rhs.values.astype(lhs.dtype))
-        sizes = [rhs.scales.shape[axis] for axis in (*batch, *free)]
-        sizes[len(batch) : len(batch)] = [1] * (found.ndim - len(sizes))
-        scales = rhs.scales.transpose(*batch, *free, *contracting).reshape(sizes)
+        scales = along_result(rhs.scales, batch, free, contracting, found.ndim, of_rhs=True)
         return (found * scales.astype(sums)).astype(dtype)
     # One rounding: a scale alone may be too small for 16 bits.
     weight = (rhs.values.astype(sums) * _of_entries(rhs).astype(sums)).astype(lhs.dtype)

@@ -19,9 +19,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels._options import array, number
+from pallas_kernels._options import floating, number
 from pallas_kernels.norm import formula
 
 Casting = Literal["gemma", "llama"]
@@ -198,13 +197,13 @@ def _epsilon(epsilon: Any) -> float:
 
 
 def _checked(name: str, x: Any, **weights: Any) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    x = _floating(name, x)
+    x = floating(name, x)
     if x.ndim == 0:
         raise ValueError(f"{name} has shape (); expected (..., d)")
     found = []
     for of, weight in weights.items():
         if weight is not None:
-            weight = _floating(of, weight)
+            weight = floating(of, weight)
             if weight.shape != x.shape[-1:]:
                 raise ValueError(
                     f"{of} has shape {weight.shape}; expected {x.shape[-1:]}, as {name} has shape "
@@ -212,10 +211,3 @@ def _checked(name: str, x: Any, **weights: Any) -> tuple[jax.Array, tuple[jax.Ar
                 )
         found.append(weight)
     return x, tuple(found)
-
-
-def _floating(name: str, x: Any) -> jax.Array:
-    x = array(name, x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating dtype")
-    return x

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.optimizer_differences import ROWS, apart, compact, difference, measured
 
-OPTAX = [row for row in ROWS if row.library == "optax"]
+OPTAX = [row for row in ROWS if row.package == "optax"]
 
 
 def largest(text: str) -> float:

@@ -59,7 +59,7 @@ MUTANTS = [
         "preferred_element_type=jnp.float32",
         "test_what_is_multiplied_has_few_bits",
     ),
-    Mutant("products", "place = len(batch) if side", "place = len(sizes) if side", PRODUCT),
+    Mutant("products", "place = len(batch) if of_rhs", "place = len(sizes) if of_rhs", PRODUCT),
     Mutant("products", 'if product.settings.granularity == "tensor":', "if False:", PRODUCT),
     # Its derivatives.
     Mutant(
@@ -131,7 +131,7 @@ MUTANTS = [
         WEIGHT,
     ),
     Mutant("weight_only", "name, (place,)))", "name, (0,)))", WEIGHT),
-    Mutant("weight_only", "sizes[len(batch) : len(batch)] =", "sizes[0:0] =", WEIGHT),
+    Mutant("weight_only", "len(batch) if of_rhs", "0 if of_rhs", WEIGHT, file="products"),
     Mutant("weight_only", "if summed and all(", "if all(", WEIGHT),
     Mutant(
         "weight_only", "size // scales.shape[axis], axis)", "size // scales.shape[axis], 0)", WEIGHT
